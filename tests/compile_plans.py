@@ -1,0 +1,119 @@
+"""Compiles plans for a target and prints what came out, as JSON; run by test_compile.py in processes of their own,
+because kernels that are being interpreted cannot be compiled.
+
+    python tests/compile_plans.py code 90      registers, spills and instructions of default configs
+    python tests/compile_plans.py sizes        compiled variants over fifty image sizes
+    python tests/compile_plans.py classes 90   input gradients that forgot that a residue class may have no tap
+"""
+
+import itertools
+import json
+import re
+import sys
+
+import torch
+
+from triton_conv import config, explain
+from triton_conv.geometry import Axis
+from triton_conv.tuning import audit
+
+BFLOAT16 = {"dtype": torch.bfloat16, "channels_last": True, "padding": 1}
+LAYERS = {
+    "3x3": ((32, 256, 56, 56), (256, 256, 3, 3), BFLOAT16),
+    "3x3 stride 2": ((32, 256, 56, 56), (512, 256, 3, 3), {**BFLOAT16, "stride": 2}),
+    "3x3 contiguous": ((32, 256, 56, 56), (256, 256, 3, 3), {**BFLOAT16, "channels_last": False}),
+    "3x3 circular": ((32, 256, 56, 56), (256, 256, 3, 3), {**BFLOAT16, "padding_mode": "circular"}),
+    "1x1": ((32, 256, 56, 56), (64, 256, 1, 1), {**BFLOAT16, "padding": 0}),
+    "stem": ((32, 3, 224, 224), (64, 3, 7, 7), {**BFLOAT16, "stride": 2, "padding": 3}),
+    "24 channels": ((32, 24, 56, 56), (24, 24, 3, 3), BFLOAT16),
+    "72 to 200 channels": ((32, 72, 56, 56), (200, 72, 3, 3), BFLOAT16),
+    "transposed": ((32, 256, 28, 28), (256, 128, 4, 4), {**BFLOAT16, "transposed": True, "stride": 2}),
+    "odd channels": ((32, 65, 56, 56), (33, 65, 3, 3), BFLOAT16),
+    "grouped": ((32, 128, 56, 56), (128, 4, 3, 3), {**BFLOAT16, "groups": 32}),
+    "depthwise": ((32, 256, 56, 56), (256, 1, 3, 3), {**BFLOAT16, "groups": 256}),
+    "video": ((2, 64, 16, 56, 56), (64, 64, 3, 3, 3), BFLOAT16),
+    "audio": ((8, 80, 3000), (512, 80, 3), {**BFLOAT16, "channels_last": False}),
+    "float32 tf32": ((32, 256, 56, 56), (256, 256, 3, 3), {**BFLOAT16, "dtype": torch.float32, "precision": "tf32"}),
+    "float32 tf32x3": (
+        (32, 256, 56, 56),
+        (256, 256, 3, 3),
+        {**BFLOAT16, "dtype": torch.float32, "precision": "tf32x3"},
+    ),
+    "float32 ieee": ((32, 256, 56, 56), (256, 256, 3, 3), {**BFLOAT16, "dtype": torch.float32, "precision": "ieee"}),
+    "float64": ((32, 256, 56, 56), (256, 256, 3, 3), {**BFLOAT16, "dtype": torch.float64}),
+    "int64": ((32, 64, 56, 56), (64, 64, 3, 3), {**BFLOAT16, "dtype": torch.int64}),
+}
+
+
+def code(arch: int) -> list[dict]:
+    device = next(d for d in config.DEVICES.values() if d.capability == arch)
+    rows = []
+    for layer, (x, w, options) in LAYERS.items():
+        dtype = str(options["dtype"]).removeprefix("torch.")
+        for role, plan in explain.plans(x, w, bias=True, device=device, **options).items():
+            rows += [
+                {"layer": layer, "role": role, "kernel": kernel, "arch": arch, **vars(c)}
+                for kernel, c in audit.compile_plan(plan, dtype, arch)
+            ]
+    return rows
+
+
+def sizes() -> dict[str, int]:
+    """How often each kernel was compiled for fifty image sizes of one layer, per memory format."""
+    from triton_conv.kernels import box, fold, gather, wgrad
+
+    counts = {}
+    kernels = {
+        "box": box.box_kernel,
+        "gather": gather.gather_kernel,
+        "wgrad": wgrad.wgrad_kernel,
+        "fold": fold.fold_kernel,
+    }
+    with audit.compiling_for(90):
+        for channels_last in (True, False):
+            for kernel in kernels.values():
+                kernel.device_caches.clear()
+            for size in range(40, 90):
+                options = {**BFLOAT16, "channels_last": channels_last, "padding_mode": "circular"}
+                for plan in explain.plans((8, 64, size, size + 3), (64, 64, 3, 3), **options).values():
+                    list(audit.compiled_kernels(plan, "bfloat16"))
+            for name, kernel in kernels.items():
+                layout = "channels_last" if channels_last else "contiguous"
+                counts[f"{name} {layout}"] = sum(len(cache[0]) for cache in kernel.device_caches.values())
+    return counts
+
+
+def classes(arch: int) -> list[str]:
+    """Input gradients of strided and dilated convolutions in whose code nobody asks whether a class has a tap.
+
+    That question is a division by `Axis.common`, an argument that is otherwise unused. The compiler may drop it when
+    the main loop divides by the class's number of taps, which it would then take to be positive.
+    """
+    device = next(d for d in config.DEVICES.values() if d.capability == arch)
+    forgot = []
+    for rank, K, dtype in itertools.product((1, 2, 3), (8, 64), (torch.float32, torch.bfloat16)):
+        options = {"dtype": dtype, "channels_last": rank > 1, "padding": 2, "dilation": 2, "stride": 2}
+        shapes = ((8, 64, *(21,) * rank), (K, 64, *(3,) * rank))
+        plan = explain.plans(*shapes, device=device, **options)["input gradient"]
+        with audit.compiling_for(arch):
+            ((name, kernel),) = audit.compiled_kernels(plan, str(dtype).removeprefix("torch."))
+        signature = re.search(rf"tt.func public @{name}_kernel\((.*?)\) attributes", kernel.asm["ttgir"], re.DOTALL)[1]
+        body = kernel.asm["ttgir"].split(signature, 1)[1]
+        for axis in "dhw"[3 - rank :]:
+            fields = re.findall(rf"(%axis_{axis}\w*): i32", signature)
+            common = fields[list(Axis._fields).index("common")]
+            in_llvm = _argument_used(kernel.asm["llir"], signature, common)
+            if not in_llvm or len(re.findall(rf"{common}\b", body)) == 0:
+                forgot.append(f"rank {rank} K {K} {dtype} axis {axis}")
+    return forgot
+
+
+def _argument_used(llir: str, signature: str, argument: str) -> bool:
+    """Whether the body of the kernel mentions an argument, by its number among the kernel's arguments."""
+    number = list(re.findall(r"(%[\w]+): ", signature)).index(argument)
+    return re.search(rf"%{number}\b", llir.split("{\n", 1)[1]) is not None
+
+
+if __name__ == "__main__":
+    what, *arch = sys.argv[1:]
+    print(json.dumps({"code": code, "sizes": sizes, "classes": classes}[what](*map(int, arch))))

@@ -1,0 +1,43 @@
+"""Kernels and reference in one process: Triton decides when it is imported whether it can interpret kernels.
+
+Without a GPU, tests that take the `kernels` fixture run the real kernels in Triton's interpreter; the others run
+the plain-torch reference. TRITON_INTERPRET=1 in the environment makes every test run the kernels.
+"""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
+    os.environ["TRITON_INTERPRET"] = "1"
+    # kernels too: one that a test imported without the variable could not be interpreted later
+    import triton_conv.kernels.box
+    import triton_conv.kernels.fold
+    import triton_conv.kernels.gather
+    import triton_conv.kernels.wgrad  # noqa: F401
+
+    del os.environ["TRITON_INTERPRET"]
+
+torch.set_num_threads(1)  # tensors are tiny: waking a second thread makes every convolution ten times slower
+
+
+@pytest.fixture
+def kernels(monkeypatch) -> str:
+    """The device on which the test's convolutions run Triton kernels."""
+    if torch.cuda.is_available():
+        return "cuda"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    return "cpu"
+
+
+@pytest.fixture
+def poisoned():
+    """torch.empty is filled with NaN (integers: their largest value), so that what nobody wrote shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    torch.utils.deterministic.fill_uninitialized_memory = filled

@@ -1,0 +1,200 @@
+"""The box kernel: right wherever a plan picks it, and picked exactly where its conditions hold."""
+
+import random
+
+import pytest
+import torch
+
+from triton_conv import config, execute, explain, plan
+from triton_conv.check import Case, check_case
+from triton_conv.config import BoxConfig, Config, little_waste
+from triton_conv.geometry import Role
+
+ACTIVATIONS = (Role.FPROP, Role.DGRAD)
+
+
+def _of(spatial, kernel, **options) -> Case:
+    defaults = {"C": 16, "K": 24, "memory_format": "channels_last", "dtype": torch.bfloat16}
+    return Case.of(spatial, kernel, **{**defaults, **options})
+
+
+# (case, kernels of the forward pass and of the input gradient)
+BOTH, FORWARD, BACKWARD = ("box", "box"), ("box", "gather"), ("gather", "box")
+CASES = [
+    (_of((9, 11), 3, C=32, K=48, padding=1), BOTH),
+    (_of((9, 11), (2, 5), padding=((2, 0), (1, 3)), dilation=(3, 2)), BOTH),
+    (_of((3, 2), 7, padding=3), BOTH),
+    (_of((4, 5, 6), 3, padding=1), BOTH),
+    (_of((6, 1, 9), (3, 1, 1), padding=((2, 0), 0, 0)), BOTH),
+    # tails in channels, blocks of several steps
+    (_of((6, 7), 3, C=136, K=72, padding=1), BOTH),
+    (_of((6, 7), 1, C=200, K=264), BOTH),
+    # strides of whole extents: rows in steps, columns folded into channels
+    (_of((8, 12), 3, C=32, K=48, padding=1, stride=2), BOTH),
+    (_of((8, 12), 3, C=32, K=48, padding=1, stride=(2, 1)), BOTH),
+    (_of((8, 12), 3, C=32, K=48, padding=1, stride=(1, 3), dilation=2), BOTH),
+    (_of((12, 9), 5, C=16, K=16, padding=2, stride=3), BOTH),
+    (_of((4, 6, 8), 3, C=16, padding=1, stride=(1, 1, 2)), BOTH),
+    # extents that are no whole strides: gathered forward, stored by pointer backward
+    (_of((9, 11), 3, padding=1, stride=2), BACKWARD),
+    (_of((4, 5, 6), 3, padding=1, stride=2), BACKWARD),
+    (_of((8, 8), 3, padding=1, stride=2, C=24, K=16), BACKWARD),
+    # pointwise, and filters that step by their own length
+    (_of((7, 7), 1), BOTH),
+    (_of((8, 9), 1, stride=2), BOTH),
+    (_of((8, 12), 4, stride=4), BOTH),
+    (_of((8, 8), 2, stride=2, C=3 * 16), BOTH),
+    # groups
+    (_of((8, 12), 3, C=64, K=32, groups=2, padding=1), BOTH),
+    (_of((8, 12), 3, C=96, K=144, groups=3, padding=1, stride=2), BOTH),
+    # transposed
+    (_of((4, 5), 3, K=32, stride=2, padding=1, output_padding=1, transposed=True), BOTH),
+    (_of((4, 5), 4, K=32, stride=2, padding=1, transposed=True), BOTH),
+    (_of((4, 5), 2, stride=2, transposed=True), BOTH),
+    (_of((4, 5), 1, stride=3, transposed=True), BOTH),
+    (_of((4, 5), 3, stride=2, transposed=True), FORWARD),
+    (
+        _of((3, 4), 3, stride=(2, 3), dilation=(3, 2), C=32, K=64, groups=2, output_padding=(1, 1), transposed=True),
+        BOTH,
+    ),
+    # padding modes: gathered forward, folded backward
+    (_of((8, 7), 3, padding=((2, 1), (0, 2)), modes=("circular", "reflect")), BACKWARD),
+    (_of((4, 6, 6), 3, padding=((2, 0), 1, 1), modes=("replicate", "zeros", "zeros")), BACKWARD),
+    # other types
+    (_of((8, 7), 3, padding=1, dtype=torch.float16), BOTH),
+    (_of((8, 7), 3, padding=1, dtype=torch.float32, precision="tf32"), BOTH),
+    (_of((8, 8), 3, C=20, K=16, padding=1, stride=(2, 1), dtype=torch.float32, precision="tf32"), BOTH),
+    (_of((8, 7), 3, padding=1, N=1, bias=False), BOTH),
+]
+
+
+def kernels_of(case: Case, device: str) -> tuple[str, ...]:
+    """What the plans of y and dx run; the case is checked on the way."""
+    with execute.recording() as calls:
+        wrong = [r for r in check_case(case, 0, device) if not r.ok]
+    assert not wrong, f"{case}: {wrong}"
+    found = execute.device_of(torch.device(device))
+    return tuple(plan.make(execute.problem_of(c, found)).kernel for c in calls if c.role is not Role.WGRAD)
+
+
+@pytest.mark.parametrize(("case", "expected"), CASES, ids=lambda v: v.id if isinstance(v, Case) else "-".join(v))
+def test_right_and_picked_where_it_can_be(case, expected, kernels):
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("this GPU has no bulk tensor copy engine")
+    assert kernels_of(case, kernels) == expected
+
+
+@pytest.mark.parametrize("case", [case for case, expected in CASES if expected == BOTH][::4], ids=lambda case: case.id)
+def test_box_and_gather_agree(case, kernels):
+    operands = case.operands(1, kernels)
+    boxed = case.run(operands, ("y", "dx"))
+    with config.explicit(dict.fromkeys(ACTIVATIONS, Config(32, 32, 32))):
+        gathered = case.run(operands, ("y", "dx"))
+    for name in boxed:
+        depth = case.depth(name)
+        eps = max(torch.finfo(case.dtype).eps, 2.0**-11 if case.precision == "tf32" else 0)
+        assert (boxed[name] - gathered[name]).abs().max() <= 4 * eps * depth**0.5
+
+
+@pytest.mark.parametrize(
+    "tiles",
+    [
+        BoxConfig((1, 1, 4, 8), 64, 16),
+        BoxConfig((2, 1, 1, 16), 32, 16),
+        BoxConfig((1, 1, 8, 2), 16, 16, programs=3),
+        BoxConfig((16, 1, 1, 1), 128, 16),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("case", [_of((5, 6), 3, C=32, padding=1), CASES[7][0], CASES[21][0]], ids=str)
+def test_tiling_does_not_change_the_numbers(case, tiles, kernels):
+    with config.explicit(dict.fromkeys(ACTIVATIONS, tiles)):
+        assert kernels_of(case, kernels) == BOTH
+
+
+@pytest.mark.parametrize(
+    ("tiles", "options", "why"),
+    [
+        (BoxConfig((1, 2, 8, 8), 64, 16), {"stride": 2}, "depth of 1"),
+        (BoxConfig((1, 1, 8, 16), 64, 64), {"groups": 2}, "does not divide"),
+    ],
+)
+def test_box_configs_that_do_not_fit_are_refused(tiles, options, why):
+    shapes = ((8, 64, 28, 28), (64, 64 // options.get("groups", 1), 3, 3))
+    with config.explicit({Role.FPROP: tiles}), pytest.raises(RuntimeError, match=why):
+        explain.plans(*shapes, dtype=torch.bfloat16, channels_last=True, padding=1, **options)
+
+
+def test_unaligned_tensors_are_gathered(kernels):
+    case = _of((6, 7), 3, padding=1)
+    operands = case.operands(0, kernels)
+    moved = torch.empty(operands.x.numel() + 1, dtype=case.dtype, device=kernels)[1:]
+    moved = moved.as_strided(operands.x.shape, operands.x.stride()).copy_(operands.x)
+    with execute.recording() as calls:
+        case.run(operands._replace(x=moved), ("y",))
+    p = plan.make(execute.problem_of(calls[0], execute.device_of(moved.device)))
+    assert p.kernel == "gather"
+    assert "16 bytes" in p.reason
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"device": config.DEVICES["A100"]}, "copy engine"),
+        ({"channels_last": False}, "not channels-last"),
+        ({"dtype": torch.float64}, "no box kernel"),
+        ({"dtype": torch.float32, "precision": "ieee"}, "no box kernel"),
+        ({"padding_mode": "circular"}, "only zeros"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else None,
+)
+def test_plans_say_what_keeps_them_from_it(change, why):
+    shapes = ((8, 64, 28, 28), (64, 64, 3, 3))
+    options = {"padding": 1, "dtype": torch.bfloat16, "channels_last": True}
+    assert explain.plans(*shapes, **options)["forward"].kernel == "box"
+    other = explain.plans(*shapes, **{**options, **change})["forward"]
+    assert other.kernel == "gather"
+    assert why in other.reason
+
+
+def test_a_box_config_where_none_can_run_is_refused():
+    with (
+        config.explicit({Role.FPROP: BoxConfig((1, 1, 8, 16), 64, 64)}),
+        pytest.raises(RuntimeError, match="not channels-last"),
+    ):
+        explain.plans((8, 64, 28, 28), (64, 64, 3, 3), dtype=torch.bfloat16)
+
+
+def test_contiguous_filters_are_copied_and_explain_says_so():
+    shapes = ((8, 64, 28, 28), (64, 64, 3, 3))
+    x = torch.empty(shapes[0], dtype=torch.bfloat16, device="meta").contiguous(memory_format=torch.channels_last)
+    w = torch.empty(shapes[1], dtype=torch.bfloat16, device="meta")
+    with execute.recording() as calls:
+        torch.ops.triton_conv.conv(x, w, None, [1, 1], [0] * 4, [1, 1], 1, "zeros", None)
+    p = plan.make(execute.problem_of(calls[0], config.DEVICES["H200"]))
+    assert p.kernel == "box"
+    assert p.packs_filter
+    assert p.workspace_bytes == w.numel() * 2
+    assert "copy the filters" in str(p)
+
+
+@pytest.mark.parametrize(
+    ("counts", "box"),
+    [
+        ((1, 1, 1, 3136), (1, 1, 1, 128)),
+        ((32, 1, 56, 56), (1, 1, 8, 16)),
+        ((32, 1, 14, 14), (4, 1, 2, 16)),
+        ((128, 1, 7, 7), (16, 1, 1, 8)),
+        ((1, 16, 4, 4), (1, 8, 4, 4)),
+        ((128, 1, 1, 1), (128, 1, 1, 1)),
+    ],
+)
+def test_boxes_waste_little(counts, box):
+    assert little_waste(counts, 128) == box
+
+
+def test_every_box_is_whole():
+    rng = random.Random(0)
+    for _ in range(200):
+        counts = tuple(rng.randint(1, 40) for _ in range(4))
+        assert torch.Size(little_waste(counts, 128)).numel() == 128

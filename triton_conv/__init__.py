@@ -1,0 +1,19 @@
+"""Convolutions for NVIDIA GPUs in Triton, drop-in for torch.nn.functional and torch.nn."""
+
+from . import nn
+from .functional import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
+from .nn import convert
+from .override import override
+from .version import VERSION as __version__  # noqa: F401, N811
+
+__all__ = [
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
+    "convert",
+    "nn",
+    "override",
+]

@@ -1,0 +1,439 @@
+"""The console script `triton-conv`: each subcommand is a function and an `_add_*` that describes its arguments.
+
+Exit codes: 0 for success, 1 when something was found wrong, 2 for bad arguments or a missing optional dependency,
+130 when interrupted, 141 when the reader of the output went away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from .version import VERSION
+
+
+class CommandError(Exception):
+    """What was asked for cannot be done here; the message says why, in one line."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a subcommand and returns the exit code of the process.
+
+    >>> main(["check", "--only", "3"])
+    0
+    """
+    try:
+        try:
+            return _run(argv)
+        finally:
+            print(end="", flush=True)  # here rather than at exit, where a closed pipe is not to be caught
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
+        return 141
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help(sys.stderr)
+        return 2
+    try:
+        return arguments.command(arguments)
+    except CommandError as error:
+        print(f"triton-conv: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("triton-conv: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="triton-conv", description="Convolutions for NVIDIA GPUs in Triton.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}", help="show the version and exit")
+    parser.set_defaults(command=None)
+    sub = parser.add_subparsers(title="commands", metavar="COMMAND")
+    _add_demo(sub)
+    _add_check(sub)
+    _add_explain(sub)
+    return parser
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# demo
+
+
+def _add_demo(sub: Any) -> None:
+    parser = sub.add_parser(
+        "demo",
+        help="train a small network on real digits, beside the same network in torch.nn",
+        description="Trains a small network of plain, depthwise-separable, grouped, dilated and transposed "
+        "convolutions on scikit-learn's handwritten digits, beside the same network in torch.nn. Exit code 1 if an "
+        "accuracy is below 95 % or the gradients disagree.",
+    )
+    parser.add_argument("--epochs", type=_positive, help="passes over the training images (default: 8)")
+    parser.add_argument("--seed", type=int, default=0, help="initial weights, split and batches (default: 0)")
+    parser.add_argument(
+        "--output",
+        default="demo_loss.png",
+        metavar="PATH",
+        help="picture, in the format of its extension (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--interpret",
+        action="store_true",
+        help="a few steps on the CPU through the Triton kernels themselves, in Triton's interpreter",
+    )
+    _add_device(parser)
+    parser.set_defaults(command=demo)
+
+
+def demo(arguments: argparse.Namespace) -> int:
+    """`triton-conv demo`."""
+    if arguments.interpret and arguments.device == "cuda":
+        raise CommandError("argument --device: --interpret runs on the CPU")
+    if arguments.interpret:
+        os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, at the first launch
+    _require("demo", "sklearn", "matplotlib", "tqdm")
+    from . import demo as digits
+
+    device = "cpu" if arguments.interpret else _device(arguments.device)
+    try:
+        digits.check_output(arguments.output)
+    except ValueError as error:
+        raise CommandError(f"argument --output: {error}") from error
+    with _one_thread(device):
+        return digits.run(device, epochs=arguments.epochs, seed=arguments.seed, output=arguments.output)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# check
+
+
+def _add_check(sub: Any) -> None:
+    parser = sub.add_parser(
+        "check",
+        help="compare convolutions of every shape with PyTorch in float64",
+        description="Compares outputs and gradients with PyTorch in float64: a table of corner cases, then random "
+        "ones. On a GPU the kernels run; on a CPU plain torch, or the kernels in Triton's interpreter if "
+        "TRITON_INTERPRET=1 is set. Exit code 1 on any disagreement.",
+    )
+    parser.add_argument(
+        "--cases", type=_count, default=300, help="random cases after the corner cases (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=7, help="random cases and operands (default: %(default)s)")
+    parser.add_argument("--role", choices=("fprop", "dgrad", "wgrad"), help="only the tensors that this role computes")
+    parser.add_argument("--dtype", type=_dtype, help=f"run every case in this dtype: {_dtype_names()}")
+    parser.add_argument("--only", type=_count, metavar="N", help="one case, by the number in a failure's report")
+    _add_device(parser)
+    parser.set_defaults(command=check)
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """`triton-conv check`."""
+    from .check import CASES, Outcome, numbered_case, numbered_cases, sweep
+    from .geometry import Role
+
+    device = _device(arguments.device)
+    role = None if arguments.role is None else Role(arguments.role)
+    if arguments.only is None:
+        cases = numbered_cases(arguments.cases, arguments.seed, arguments.dtype)
+        total = len(CASES) + arguments.cases
+    else:
+        cases = iter([(arguments.only, numbered_case(arguments.only, arguments.seed, arguments.dtype))])
+        total = 1
+
+    print(f"{_counted(total, 'case')}, seed {arguments.seed}; {_what_runs(device)}")
+    worst: dict[tuple[str, str], tuple[float, Outcome]] = {}
+    failures: list[Outcome] = []
+    compared = 0
+    with _one_thread(device):
+        for outcome in _progress(sweep(cases, arguments.seed, device, role), total):
+            compared += len(outcome.results)
+            if not outcome.ok:
+                failures.append(outcome)
+            for result in outcome.results:
+                key = (str(outcome.case.dtype).removeprefix("torch."), result.name)
+                if key not in worst or result.share > worst[key][0]:
+                    worst[key] = (result.share, outcome)
+
+    print("\nworst error of each tensor, as a share of its tolerance")
+    print(f"{'dtype':<12}{'tensor':<8}{'share':>8}  {'case':>5}")
+    for (dtype, name), (share, outcome) in sorted(worst.items()):
+        print(f"{dtype:<12}{name:<8}{share:>8.3g}  {outcome.number:>5}  {outcome.case}")
+    for outcome in failures:
+        _print_failure(outcome, arguments, device)
+    verdict = f"{_counted(total, 'case')} passed"
+    if failures:
+        verdict = f"{len(failures)} of {_counted(total, 'case')} failed"
+    elif total > 1:
+        verdict = f"all {verdict}"
+    print(f"\n{verdict}, {_counted(compared, 'tensor')} compared; {_what_runs(device)}")
+    return 1 if failures else 0
+
+
+def _print_failure(outcome: Any, arguments: argparse.Namespace, device: str) -> None:
+    again = f"triton-conv check --only {outcome.number} --seed {arguments.seed} --device {device}"
+    if arguments.dtype is not None:
+        again += f" --dtype {str(arguments.dtype).removeprefix('torch.')}"
+    if arguments.role is not None:
+        again += f" --role {arguments.role}"
+    if os.environ.get("TRITON_INTERPRET"):
+        again = f"TRITON_INTERPRET={os.environ['TRITON_INTERPRET']} {again}"
+    print(f"\nFAILED {outcome.number}: {outcome.case}\n  {again}\n  {outcome.case!r}")
+    for result in outcome.results:
+        if not result.ok:
+            print(f"  {result.name}: error {result.error:.3g}, tolerance {result.bound:.3g}; {result.note}")
+    if outcome.exception is not None:
+        print(f"  {type(outcome.exception).__name__}: {outcome.exception}")
+
+
+def _what_runs(device: str) -> str:
+    import torch
+
+    from .execute import INTERPRETER, device_of
+
+    found = device_of(torch.device(device))
+    if found is None:
+        return "plain torch on the CPU: no kernel was tested (set TRITON_INTERPRET=1 to interpret them)"
+    if found is INTERPRETER:
+        return "Triton's kernels in its interpreter, on the CPU"
+    return f"Triton's kernels on {found.name}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# explain
+
+
+def _add_explain(sub: Any) -> None:
+    parser = sub.add_parser(
+        "explain",
+        help="show which kernel runs a convolution, with which config, and why; needs no GPU",
+        description="Shows the plans of a convolution and its gradients: geometry, kernel, config, layout steps, "
+        "workspace and reason. Shapes are written 8x64x56x56; one value per axis is written 2,1 and (lower, upper) "
+        "padding 2:0,1,1.",
+    )
+    parser.add_argument("input", type=_shape, help="shape of the input, N x C x spatial, for example 8x64x56x56")
+    parser.add_argument("weight", type=_shape, help="shape of the weight as PyTorch has it, for example 128x64x3x3")
+    parser.add_argument("--transposed", action="store_true", help="a transposed convolution")
+    parser.add_argument("--stride", type=_ints, default=1, help="one value, or one per axis: 2,1 (default: 1)")
+    parser.add_argument(
+        "--padding",
+        type=_padding,
+        default=0,
+        help='one value, one value or (lower, upper) pair per axis: 2:0,1, or "same" or "valid" (default: 0)',
+    )
+    parser.add_argument(
+        "--output-padding", type=_ints, help="of a transposed convolution: one value, or one per axis (default: 0)"
+    )
+    parser.add_argument("--dilation", type=_ints, default=1, help="one value, or one per axis: 2,1 (default: 1)")
+    parser.add_argument("--groups", type=_positive, default=1, help="groups of channels (default: 1)")
+    parser.add_argument(
+        "--padding-mode",
+        type=_modes,
+        default="zeros",
+        help="zeros, reflect, replicate or circular, or one of them per axis: circular,zeros (default: zeros)",
+    )
+    parser.add_argument("--dtype", type=_dtype, default="float32", help=f"{_dtype_names()} (default: float32)")
+    parser.add_argument(
+        "--precision", choices=("ieee", "tf32", "tf32x3"), help="of float32 (default: as PyTorch is set)"
+    )
+    parser.add_argument("--channels-last", action="store_true", help="memory format of input and weight")
+    parser.add_argument("--bias", action="store_true", help="add a bias")
+    parser.add_argument(
+        "--device",
+        type=_known_device,
+        default="H200",
+        help="A100, H200, B200, or cuda for this GPU (default: H200)",
+    )
+    parser.set_defaults(command=explain)
+
+
+def explain(arguments: argparse.Namespace) -> int:
+    """`triton-conv explain`."""
+    from . import explain as explaining
+
+    parameters = {
+        name: getattr(arguments, name)
+        for name in ("stride", "padding", "dilation", "groups", "padding_mode", "precision")
+    }
+    if arguments.transposed:
+        parameters["output_padding"] = arguments.output_padding or 0
+    elif arguments.output_padding is not None:
+        raise CommandError("argument --output-padding: only a transposed convolution has one")
+    try:
+        text = explaining.text(
+            arguments.input,
+            arguments.weight,
+            transposed=arguments.transposed,
+            dtype=arguments.dtype,
+            channels_last=arguments.channels_last,
+            bias=arguments.bias,
+            device=arguments.device,
+            **parameters,
+        )
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise CommandError(str(error)) from error
+    print(text)
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shared
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto: a GPU if there is one and TRITON_INTERPRET is not set (default: %(default)s)",
+    )
+
+
+def _device(wanted: str) -> str:
+    import torch
+
+    from .execute import interpreting
+
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise CommandError("argument --device: PyTorch sees no CUDA device")
+    return wanted
+
+
+@contextmanager
+def _one_thread(device: str) -> Iterator[None]:
+    """On a CPU, inside, PyTorch computes in one thread.
+
+    The tensors of these commands are too small for two: a training step of the demo was measured on two busy cores
+    at 5 to 12 ms in one thread and 40 to 1500 ms in two, which spend it waiting for each other.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    try:
+        if device == "cpu":
+            torch.set_num_threads(1)
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _progress(items: Iterable[Any], total: int) -> Iterable[Any]:
+    """A progress bar where tqdm is installed (and the output a terminal), else a line now and then."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        for count, item in enumerate(items, start=1):
+            yield item
+            if count % 100 == 0:
+                print(f"{count} of {total} cases")
+    else:
+        yield from tqdm(items, total=total, unit="case", disable=None, leave=False)
+
+
+def _require(command: str, *modules: str) -> None:
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise CommandError(
+                f"{command} needs {error.name or module}: in a checkout, pip install -e '.[demo]'"
+            ) from error
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def _positive(text: str) -> int:
+    value = _whole(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+def _count(text: str) -> int:
+    value = _whole(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is negative")
+    return value
+
+
+def _dtypes() -> dict[str, Any]:
+    from .check import DTYPES
+
+    return {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+
+
+def _dtype_names() -> str:
+    return ", ".join(_dtypes())
+
+
+def _dtype(text: str) -> Any:
+    dtypes = _dtypes()
+    if text not in dtypes:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(dtypes)}")
+    return dtypes[text]
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    sizes = text.split("x")
+    if not all(size.isdecimal() for size in sizes):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a shape: write 8x64x56x56")
+    return tuple(map(int, sizes))
+
+
+def _ints(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one value or one per axis: write 2 or 2,1") from None
+
+
+def _padding(text: str) -> Any:
+    if text in ("same", "valid"):
+        return text
+    try:
+        axes = [tuple(int(side) for side in part.split(":")) for part in text.split(",")]
+    except ValueError:
+        axes = []
+    if not axes or max(map(len, axes)) > 2:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a padding: write 1, or one value or (lower, upper) pair per axis as in 2:0,1, "
+            "or same or valid"
+        )
+    return tuple(axis[0] if len(axis) == 1 else axis for axis in axes)
+
+
+def _modes(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def _known_device(text: str) -> Any:
+    import torch
+
+    from .config import DEVICES
+    from .execute import device_of
+
+    if text == "cuda" and torch.cuda.is_available():
+        return device_of(torch.device("cuda"))
+    if text not in DEVICES:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not one of {', '.join(DEVICES)}, or cuda on a machine with a GPU"
+        )
+    return DEVICES[text]

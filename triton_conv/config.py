@@ -1,0 +1,252 @@
+"""How a kernel is tiled, and how its numbers are held."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import product
+from typing import NamedTuple
+
+from .geometry import ConvGeometry, Role
+
+PRECISIONS = ("ieee", "tf32", "tf32x3")  # ways to multiply float32
+
+
+@dataclass(frozen=True)
+class Config:
+    """One way to run a gather or wgrad kernel.
+
+    BLOCK_M counts pixels, BLOCK_N destination channels (output channels in wgrad), BLOCK_K the reduction (columns
+    of taps and channels in wgrad). `dot` uses matrix units, else sums of products; `flatten` walks consecutive
+    (tap, channel) pairs instead of one tap at a time; `filters_first` makes filters the dot's first operand.
+    `splits` cuts wgrad's pixels into that many slabs.
+    """
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int = 4
+    num_stages: int = 3
+    dot: bool = True
+    flatten: bool = False
+    filters_first: bool = False
+    splits: int = 1
+
+    def __post_init__(self) -> None:
+        blocks = (self.BLOCK_M, self.BLOCK_N, self.BLOCK_K)
+        if any(b < 1 or b & (b - 1) for b in blocks) or self.splits < 1:
+            raise ValueError(f"blocks must be powers of two and splits positive, but got {self}")
+        if self.dot and min(blocks) < 16:
+            raise ValueError(f"blocks of a dot must be 16 or more, but got {self}")
+
+    def __str__(self) -> str:
+        flags = [name for name in ("dot", "flatten", "filters_first") if getattr(self, name)]
+        blocks = f"{self.BLOCK_M}x{self.BLOCK_N}x{self.BLOCK_K}"
+        return f"{blocks} warps {self.num_warps} stages {self.num_stages} splits {self.splits} {' '.join(flags)}"
+
+
+@dataclass(frozen=True)
+class BoxConfig:
+    """One way to run a box kernel: a box of (images, depths, rows, columns) of pixels, times BLOCK_N destination
+    channels, reducing BLOCK_K source channels a step; `programs` persistent programs per multiprocessor.
+    """
+
+    box: tuple[int, int, int, int]
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int = 4
+    num_stages: int = 4
+    programs: int = 1
+
+    @property
+    def BLOCK_M(self) -> int:
+        """Pixels of a box."""
+        return _product(self.box)
+
+    def __str__(self) -> str:
+        box = "x".join(map(str, self.box))
+        return f"box {box} x {self.BLOCK_N} x {self.BLOCK_K} warps {self.num_warps} stages {self.num_stages}"
+
+
+class Numerics(NamedTuple):
+    """Width of offsets, accumulator type and multiplication of a launch; names as in triton.language."""
+
+    index_bits: int
+    accumulator: str
+    precision: str
+    has_bias: bool
+
+
+class Device(NamedTuple):
+    """What a plan needs to know of a device."""
+
+    name: str
+    multiprocessors: int
+    capability: int
+
+
+INTERPRETER = Device("Triton interpreter on the CPU", 4, 90)
+# Multiprocessors as in NVIDIA's data sheets of A100 SXM (2020), H200 SXM (2023) and B200 (2024).
+DEVICES = {
+    "A100": Device("NVIDIA A100", 108, 80),
+    "H200": Device("NVIDIA H200", 132, 90),
+    "B200": Device("NVIDIA B200", 148, 100),
+}
+
+# A program is worth splitting off when it still has this many steps of its main loop.
+_STEPS_PER_SPLIT = 8
+_WORKSPACE_LIMIT = 256 * 2**20
+
+# Accumulator elements of a program of four warps. Eight warps would hold twice that, but Triton has miscompiled loops
+# over taps like these at eight warps (pytorch#173068): no such config is a default before a GPU has checked it.
+_LARGEST_TILE = 128 * 64
+
+# For the whole process, not the thread: autograd runs the gradients of CUDA tensors on threads of its own.
+_explicit: dict[Role, Config | BoxConfig] = {}
+
+
+@contextmanager
+def explicit(configs: dict[Role, Config | BoxConfig]) -> Iterator[None]:
+    """Runs these roles with these configs, and so with the kernels they are of, whatever anything else says.
+
+    >>> with triton_conv.config.explicit({Role.FPROP: Config(64, 64, 32)}):
+    ...     y = triton_conv.conv2d(x, w)
+    """
+    global _explicit
+    before, _explicit = _explicit, {**_explicit, **configs}
+    try:
+        yield
+    finally:
+        _explicit = before
+
+
+def chosen(role: Role) -> Config | BoxConfig | None:
+    """The explicit config of a role, if there is one."""
+    return _explicit.get(role)
+
+
+def default(geometry: ConvGeometry, role: Role, dtype: str, precision: str, vectorised: bool, device: Device) -> Config:
+    """Sane tiles by rule: as large as the problem fills, small enough not to spill.
+
+    `vectorised` says that whole vectors of channels can be loaded; without it every element has an address in a
+    register of its own, and tiles must be smaller.
+    """
+    g = geometry
+    C, K = g.C // g.groups, g.K // g.groups
+    pixels = g.N * _product(g.input if role is Role.DGRAD else g.output)
+    if "int" in dtype or C * K <= 8:
+        return _without_dot(g, role, C, K, pixels, "int" in dtype, device)
+    wide_rows = vectorised and dtype in ("float16", "bfloat16")
+    # float64, and float32 without TF32, hold or multiply more than the matrix units' own tiles
+    costly = dtype == "float64" or (dtype == "float32" and precision == "ieee")
+    three_products = dtype == "float32" and precision == "tf32x3"
+    # below 90, operands of the matrix units pass through registers
+    through_registers = device.capability < 90
+    largest = 128 if wide_rows and not through_registers else 32 if costly else 64
+    reduction = C if role is Role.FPROP else K
+    flatten = (C if role is Role.WGRAD else reduction) < 16 and g.taps > 1
+    if role is Role.WGRAD:
+        if device.capability >= 100:
+            largest = min(largest, 64)
+        if costly or not vectorised or flatten:
+            step = 16 if costly or through_registers or flatten else 32
+        else:
+            step = 32 if through_registers or not wide_rows else 64
+        config = Config(
+            BLOCK_M=_tile(pixels, 16, step),
+            BLOCK_N=_tile(K, 16, largest),
+            BLOCK_K=_tile(
+                C * g.taps if flatten else C,
+                16,
+                min(largest, 32 if device.capability >= 100 else 64) if flatten else largest,
+            ),
+            num_stages=2 if device.capability >= 100 else 3,
+            flatten=flatten,
+        )
+        if config.BLOCK_N * config.BLOCK_K > _LARGEST_TILE:
+            config = replace(config, BLOCK_K=_LARGEST_TILE // config.BLOCK_N)
+        return replace(config, splits=_splits(g, C, K, pixels, config, device))
+    block_n = _tile(K if role is Role.FPROP else C, 16, largest)
+    most = 32 if costly or (through_registers and flatten) else 128 if vectorised and not three_products else 64
+    block_m = min(_tile(pixels, 16, most), (_LARGEST_TILE // 2 if through_registers else _LARGEST_TILE) // block_n)
+    deepest = 16 if costly or three_products else 64 if wide_rows and not (flatten or through_registers) else 32
+    block_k = _tile(reduction * g.taps if flatten else reduction, 16, deepest)
+    return Config(block_m, block_n, block_k, 4, 3, True, flatten, filters_first=block_n >= 64)
+
+
+def default_box(counts: tuple[int, ...], src: int, dst: int, whole_blocks: bool, item_bytes: int) -> BoxConfig:
+    """Sane boxes by rule: 128 pixels in the shape that wastes least of (images, depths, rows, columns).
+
+    `src` and `dst` are channels per group; with `whole_blocks` the reduction's block must divide `src`.
+    """
+    deepest = 128 // item_bytes  # 128 bytes of channels fill a row of shared memory as the copy engine swizzles it
+    block_k = _tile(src, 16, deepest)
+    while whole_blocks and src % block_k:
+        block_k //= 2
+    return BoxConfig(little_waste(counts, 128), _tile(dst, 64, 128), block_k)
+
+
+# Boxes this close to the least waste count as equal: every box is a compilation, and images come in many sizes.
+_EQUAL_WASTE = 1.2
+
+
+@lru_cache(maxsize=4096)
+def little_waste(counts: tuple[int, ...], size: int) -> tuple[int, int, int, int]:
+    """A box of `size` pixels, each side a power of two, that covers counts (images, depths, rows, columns) well.
+
+    Of those that idle little, the one of fewest images and depths, and of rows and columns nearest to 1:2, whose
+    neighbours overlap most when a filter shifts it.
+    """
+    sides = [1 << i for i in range(size.bit_length())]
+    boxes = [(n, z, p, size // (n * z * p)) for n, z, p in product(sides, repeat=3) if size % (n * z * p) == 0]
+
+    def covered(box: tuple[int, ...]) -> int:
+        return _product(-(-count // side) * side for count, side in zip(counts, box, strict=True))
+
+    least = min(map(covered, boxes))
+    good = [box for box in boxes if covered(box) <= _EQUAL_WASTE * least]
+    return min(good, key=lambda box: (box[0] * box[1], max(2 * box[2], box[3]) / min(2 * box[2], box[3]), box))
+
+
+def _without_dot(g, role, C, K, pixels, integer, device) -> Config:
+    """Integers, and groups so narrow that a dot would multiply padding: products summed in registers."""
+    if role is Role.WGRAD:
+        columns = C * g.taps if C < 16 else C
+        config = Config(
+            BLOCK_M=_tile(pixels, 16, 128),
+            BLOCK_N=_tile(K, 1, 4),
+            BLOCK_K=_tile(columns, 1, 16 if integer else 32),
+            num_stages=2,
+            dot=False,
+            flatten=C < 16,
+        )
+        return replace(config, splits=_splits(g, C, K, pixels, config, device))
+    src, dst = (C, K) if role is Role.FPROP else (K, C)
+    return Config(_tile(pixels, 16, 256), _tile(dst, 1, 4), _tile(src, 1, 4), num_stages=2, dot=False)
+
+
+def _splits(g, C, K, pixels, config, device) -> int:
+    """Slabs so that every multiprocessor has two programs, while slabs stay long and the workspace bounded."""
+    columns = -(-g.taps * C // config.BLOCK_K) if config.flatten else g.taps * -(-C // config.BLOCK_K)
+    tiles = max(g.groups * columns * -(-K // config.BLOCK_N), 1)
+    wanted = -(-2 * device.multiprocessors // tiles)
+    steps = -(-pixels // config.BLOCK_M)
+    affordable = _WORKSPACE_LIMIT // max(8 * g.K * C * g.taps, 1)
+    return max(1, min(wanted, steps // _STEPS_PER_SPLIT, affordable))
+
+
+def _tile(extent: int, least: int, most: int) -> int:
+    """The power of two in [least, most] that covers extent, or most."""
+    tile = least
+    while tile < min(extent, most):
+        tile *= 2
+    return tile
+
+
+def _product(values) -> int:
+    result = 1
+    for v in values:
+        result *= v
+    return result

@@ -1,0 +1,205 @@
+"""From operands to numbers: allocates the output, then runs the reference or the plan's kernels.
+
+The output's shape and strides come from `empty_output`, for real and fake tensors alike. CPU tensors run plain
+torch, unless TRITON_INTERPRET=1 makes Triton interpret its kernels: then they run the kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+from . import plan, reference
+from .config import INTERPRETER, Device
+from .geometry import ConvGeometry, Role, Strides
+
+
+@dataclass(frozen=True)
+class Call:
+    """One primitive with its operands.
+
+    a, b are (x, w) for fprop, (dy, w) for dgrad, (dy, x) for wgrad; bias goes with the first two.
+    """
+
+    role: Role
+    geometry: ConvGeometry
+    a: Tensor
+    b: Tensor
+    bias: Tensor | None
+    precision: str | None
+    weight_stride: tuple[int, ...] = ()
+
+    @property
+    def output_shape(self) -> list[int]:
+        g, spatial = self.geometry, self.a.dim() - 2
+        if self.role is Role.WGRAD:
+            return [g.K, g.C // g.groups, *g.filter[3 - spatial :]]
+        channels, extents = (g.K, g.output) if self.role is Role.FPROP else (g.C, g.input)
+        return [g.N, channels, *extents[3 - spatial :]]
+
+
+_recorded: list[Call] | None = None
+
+
+@contextmanager
+def recording() -> Iterator[list[Call]]:
+    """Collects every call, real or fake, made within it by any thread."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+def empty_output(call: Call) -> Tensor:
+    """An uninitialised output: weight gradients as asked, activations channels-last where an operand is.
+
+    That is PyTorch's rule for cuDNN convolutions (for float64 too, which cuDNN cannot do).
+    """
+    if _recorded is not None:
+        _recorded.append(call)
+    return _empty_like_output(call)
+
+
+def _empty_like_output(call: Call) -> Tensor:
+    if call.role is Role.WGRAD:
+        return call.a.new_empty_strided(call.output_shape, call.weight_stride)
+    memory_format = torch.contiguous_format
+    if call.a.dim() > 3:
+        wanted = torch.channels_last if call.a.dim() == 4 else torch.channels_last_3d
+        if wanted in (suggest_memory_format(call.a), suggest_memory_format(call.b)):
+            memory_format = wanted
+    return torch.empty(call.output_shape, dtype=call.a.dtype, device=call.a.device, memory_format=memory_format)
+
+
+def execute(call: Call) -> Tensor:
+    """The output of a call."""
+    output = empty_output(call)
+    if output.numel() == 0:
+        return output
+    device = device_of(call.a.device)
+    if device is None:
+        return _reference(call, output)
+    if call.a.numel() == 0 or call.b.numel() == 0:
+        return reference.add_bias(output.zero_(), call.bias)
+    if call.a.is_complex():
+        return output.copy_(reference.complex_as_real(partial(_part, call), call.a, call.b, call.bias))
+    return _kernels(call, device, output)
+
+
+def device_of(device: torch.device) -> Device | None:
+    """What plans need to know of a device; None where plain torch runs."""
+    if device.type == "cuda":
+        return _cuda_device(device.index if device.index is not None else torch.cuda.current_device())
+    return INTERPRETER if interpreting() else None
+
+
+def interpreting() -> bool:
+    """Whether Triton interprets kernels (TRITON_INTERPRET=1), so that they run on CPU tensors.
+
+    Raises RuntimeError if the variable was set too late: Triton reads it when it is imported.
+    """
+    import triton
+    from triton.runtime.interpreter import InterpretedFunction
+
+    if not triton.knobs.runtime.interpret:
+        return False
+    if not isinstance(triton.language.cdiv, InterpretedFunction):
+        raise RuntimeError("TRITON_INTERPRET=1 was set after triton was imported; set it before the process starts")
+    return True
+
+
+@lru_cache
+def _cuda_device(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    capability = 10 * properties.major + properties.minor
+    return Device(properties.name, properties.multi_processor_count, capability)
+
+
+def problem_of(call: Call, device: Device, output: Tensor | None = None) -> plan.Problem:
+    """The numbers a plan is made from. Raises NotImplementedError for a dtype without kernels."""
+    output = _empty_like_output(replace(call, a=call.a.to("meta"), b=call.b.to("meta"))) if output is None else output
+    dtype = str(call.a.dtype).removeprefix("torch.")
+    if dtype not in plan.ACCUMULATORS:
+        raise NotImplementedError(f"triton_conv has no kernel for {call.a.dtype}")
+    a, b, out = (_strides(t) for t in (call.a, call.b, output))
+    strides = {
+        Role.FPROP: Strides(x=a, w=b, y=out),
+        Role.DGRAD: Strides(x=out, w=b, y=a),
+        Role.WGRAD: Strides(x=b, w=out, y=a),
+    }[call.role]
+    precision = (call.precision or default_precision()) if dtype == "float32" else "ieee"
+    aligned = all(t.device.type == "meta" or t.data_ptr() % 16 == 0 for t in (call.a, call.b, output))
+    return plan.Problem(call.role, call.geometry, dtype, strides, precision, call.bias is not None, aligned, device)
+
+
+def default_precision() -> str:
+    """How PyTorch is set to multiply float32 in convolutions; covers `cudnn.allow_tf32` and the newer settings."""
+    setting = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return "tf32" if setting == "tf32" else "ieee"
+
+
+def _part(call: Call, a: Tensor, b: Tensor) -> Tensor:
+    """The real convolution of a component of each operand of a complex one."""
+    return execute(replace(call, a=a, b=b, bias=None))
+
+
+def _strides(t: Tensor) -> tuple[int, ...]:
+    stride = t.stride()
+    return (*stride[:2], *(0,) * (5 - len(stride)), *stride[2:])
+
+
+def _kernels(call: Call, device: Device, output: Tensor) -> Tensor:
+    p = plan.make(problem_of(call, device, output))
+    workspace = None
+    if p.workspace_shape:
+        workspace = torch.empty(p.workspace_shape, dtype=getattr(torch, p.workspace_dtype), device=output.device)
+    with _on_device(output.device):
+        _launch(p, call, output, workspace)
+    return output
+
+
+def _launch(p: plan.Plan, call: Call, output: Tensor, workspace: Tensor | None) -> None:
+    from .kernels import box, fold, gather, wgrad  # at the first launch: TRITON_INTERPRET may be set until then
+
+    if call.role is Role.WGRAD:
+        wgrad.launch(p.geometry, p.strides, p.config, p.numerics, call.b, call.a, output, workspace)
+        return
+    dst, bias = (output, call.bias) if p.fold is None else (workspace, None)
+    filters = _five(call.b).permute(0, 2, 3, 4, 1).contiguous() if p.packs_filter else call.b
+    if p.kernel == "box":
+        box.launch(p.role, p.geometry, p.strides, p.config, p.numerics, p.device, call.a, filters, bias, dst)
+    else:
+        gather.launch(p.role, p.geometry, p.strides, p.config, p.numerics, call.a, filters, bias, dst)
+    if p.fold is not None:
+        f = p.fold
+        fold.launch(f.geometry, f.numerics, workspace, f.padded_strides, call.bias, output, f.dx_strides)
+
+
+def _on_device(device: torch.device):
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _five(t: Tensor) -> Tensor:
+    """A (N, C, *spatial) tensor with three spatial axes, the new ones in front."""
+    while t.dim() < 5:
+        t = t.unsqueeze(2)
+    return t
+
+
+def _reference(call: Call, output: Tensor) -> Tensor:
+    a, b, g = _five(call.a), _five(call.b), call.geometry
+    primitive: Callable[[], Tensor] = {
+        Role.FPROP: partial(reference.fprop, a, b, call.bias, g),
+        Role.DGRAD: partial(reference.dgrad, a, b, call.bias, g),
+        Role.WGRAD: partial(reference.wgrad, a, b, g),
+    }[call.role]
+    _five(output).copy_(primitive())
+    return output

@@ -1,0 +1,134 @@
+"""Which kernel runs a convolution and why, from shapes alone."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from . import config, execute, functional, plan
+from .config import Device
+
+_NAMES = ("forward", "input gradient", "weight gradient")
+# What those of a transposed convolution are of the convolution whose input gradient it is.
+_OF_THE_CONVOLUTION = (
+    "input gradient of the convolution",
+    "the convolution itself",
+    "weight gradient of the convolution",
+)
+_CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
+
+
+def plans(
+    input_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    *,
+    transposed: bool = False,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+    bias: bool = False,
+    device: Device = config.DEVICES["H200"],
+    **parameters: Any,
+) -> dict[str, plan.Plan]:
+    """The plans of a convolution and, for dtypes that have them, of its two gradients; needs no GPU.
+
+        >>> p = plans((8, 64, 56, 56), (128, 64, 3, 3), padding=1, dtype=torch.bfloat16)
+        >>> list(p)
+        ['forward', 'input gradient', 'weight gradient']
+
+    The rank is that of `weight_shape`; `parameters` are those of `triton_conv.conv2d` or `conv_transpose2d`
+    (stride, padding, dilation, groups, padding_mode, precision, ...), whose errors this raises too. `channels_last`
+    lays out input and weight so; `device` is the one that plans are for. A complex convolution shows the plan of the
+    four real ones it is made of.
+    """
+    _, calls = _traced(input_shape, weight_shape, transposed, dtype, channels_last, bias, parameters)
+    return _plans(calls, device)
+
+
+def text(
+    input_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    *,
+    transposed: bool = False,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+    bias: bool = False,
+    device: Device = config.DEVICES["H200"],
+    **parameters: Any,
+) -> str:
+    """The call in one line, then its `plans`, each under a title that says what it computes."""
+    name = _name(weight_shape, transposed)
+    output_shape, calls = _traced(input_shape, weight_shape, transposed, dtype, channels_last, bias, parameters)
+    shapes = {"input": input_shape, "weight": weight_shape, "output": output_shape}
+    words = [name, *(f"{operand} {'x'.join(map(str, shape))}" for operand, shape in shapes.items())]
+    words.append(str(dtype).removeprefix("torch."))
+    words += [word for word, given in (("channels_last", channels_last), ("bias", bias)) if given]
+    defaults = inspect.signature(getattr(functional, name)).parameters
+    for parameter, value in parameters.items():
+        if _written(value) != _written(defaults[parameter].default):
+            words.append(f"{parameter} {_written(value)}")
+    lines = [f"{' '.join(words)} on {device.name}"]
+    if transposed:
+        lines.append("It is the input gradient of a convolution; the geometries are that convolution's.")
+    if dtype.is_complex:
+        lines.append("Each plan is one of four real convolutions, which make a complex one.")
+
+    for (title, p), meaning in zip(_plans(calls, device).items(), _OF_THE_CONVOLUTION, strict=False):
+        lines.append(f"\n{title} ({meaning})\n{p}" if transposed else f"\n{title}\n{p}")
+    return "\n".join(lines)
+
+
+def _plans(calls: Sequence[execute.Call], device: Device) -> dict[str, plan.Plan]:
+    return {name: plan.make(execute.problem_of(_real(call), device)) for name, call in zip(_NAMES, calls, strict=False)}
+
+
+def _name(weight_shape: Sequence[int], transposed: bool) -> str:
+    """The function for a weight of this many dimensions."""
+    name = f"conv{'_transpose' if transposed else ''}{len(weight_shape) - 2}d"
+    if not hasattr(functional, name):
+        raise RuntimeError(f"expected a weight of 3, 4 or 5 dimensions, but got weight of size {list(weight_shape)}")
+    return name
+
+
+def _traced(
+    input_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    transposed: bool,
+    dtype: torch.dtype,
+    channels_last: bool,
+    bias: bool,
+    parameters: dict[str, Any],
+) -> tuple[torch.Size, list[execute.Call]]:
+    """The shape of the output and the calls that forward and backward make."""
+    convolve = getattr(functional, _name(weight_shape, transposed))
+    rank = len(weight_shape) - 2
+    layout = _CHANNELS_LAST.get(rank, torch.contiguous_format) if channels_last else torch.contiguous_format
+    differentiable = dtype.is_floating_point or dtype.is_complex
+
+    def empty(shape: Sequence[int]) -> torch.Tensor:
+        t = torch.empty(list(shape), dtype=dtype, device="meta")
+        return t.contiguous(memory_format=layout if t.dim() == rank + 2 else torch.contiguous_format)
+
+    x, w = (empty(shape).requires_grad_(differentiable) for shape in (input_shape, weight_shape))
+    channels = weight_shape[1] * parameters.get("groups", 1) if transposed else weight_shape[0]
+    with execute.recording() as calls:
+        y = convolve(x, w, empty([channels]) if bias else None, **parameters)
+        if differentiable:
+            torch.autograd.grad(y, (x, w), torch.empty_like(y))
+    return y.shape, calls
+
+
+def _written(value: Any) -> str:
+    """A parameter as the console script takes it: 2,1 or 2:0,1."""
+    if isinstance(value, (tuple, list)):
+        return ",".join(":".join(map(str, v)) if isinstance(v, (tuple, list)) else str(v) for v in value)
+    return str(value)
+
+
+def _real(call: execute.Call) -> execute.Call:
+    if not call.a.is_complex():
+        return call
+    return replace(call, a=torch.view_as_real(call.a)[..., 0], b=torch.view_as_real(call.b)[..., 0], bias=None)

@@ -1,0 +1,358 @@
+"""Convolutions with the signatures of `torch.nn.functional`, and a little more.
+
+    >>> import torch, triton_conv
+    >>> x, w = torch.randn(1, 3, 32, 32), torch.randn(8, 3, 3, 3)
+    >>> triton_conv.conv2d(x, w, padding="same", padding_mode="circular").shape
+    torch.Size([1, 8, 32, 32])
+
+Beyond PyTorch: `padding` takes (lower, upper) pairs, one per axis; `padding_mode` is "zeros", "reflect",
+"replicate" or "circular", for all axes or one name per axis, and builds no padded copy in the kernels; `precision`
+chooses how float32 is multiplied ("ieee", "tf32", "tf32x3"; None follows PyTorch's own settings).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from . import ops
+from .geometry import PADDING_MODES, same_padding
+
+Ints: TypeAlias = int | Sequence[int]
+Padding: TypeAlias = str | int | Sequence[int | tuple[int, int]]
+Modes: TypeAlias = str | Sequence[str]
+
+_DTYPES = {
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.complex32, torch.complex64, torch.complex128),
+    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+}
+
+__all__ = ["conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"]
+
+
+def conv1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Ints = 1,
+    padding: Padding = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+    *,
+    padding_mode: Modes = "zeros",
+    precision: str | None = None,
+) -> Tensor:
+    """1-D convolution; `torch.nn.functional.conv1d` with `padding_mode` and `precision`.
+
+        >>> causal = triton_conv.conv1d(torch.randn(2, 4, 100), torch.randn(8, 4, 3), padding=((2, 0),))
+        >>> causal.shape
+        torch.Size([2, 8, 100])
+
+    Shapes: input (N, C, W) or (C, W), weight (K, C / groups, S), bias (K); returns (N, K, Q) or (K, Q).
+    See `conv2d` for dtypes and errors.
+    """
+    return _conv(1, input, weight, bias, stride, padding, dilation, groups, padding_mode, precision)
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Ints = 1,
+    padding: Padding = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+    *,
+    padding_mode: Modes = "zeros",
+    precision: str | None = None,
+) -> Tensor:
+    """2-D convolution; `torch.nn.functional.conv2d` with `padding_mode` and `precision`.
+
+        >>> triton_conv.conv2d(torch.randn(1, 3, 8, 8), torch.randn(4, 3, 3, 3), padding=((0, 1), 1)).shape
+        torch.Size([1, 4, 7, 8])
+
+    Shapes: input (N, C, H, W) or (C, H, W), weight (K, C / groups, R, S), bias (K); returns (N, K, P, Q) or
+    (K, P, Q), in channels-last memory where input or weight is. Dtypes: every floating-point, complex and integer
+    type of PyTorch's own convolutions; all tensors share one. 16-bit floats are accumulated in float32.
+
+    padding: an int, one int or (lower, upper) pair per axis, "valid", or "same" (stride 1; an even filter gets its
+    odd element above). padding_mode: one name, or one per axis; as in `torch.nn.functional.pad`, reflect needs
+    padding below the extent, circular no more than the extent.
+
+    Raises what PyTorch raises for the same mistake, before anything is computed: TypeError for arguments of the
+    wrong type, RuntimeError for shapes, dtypes and devices that do not fit, ValueError for an unknown mode.
+
+    Method: implicit GEMM, the filter taps walked by index maps instead of an im2col buffer (Chetlur et al. 2014,
+    cuDNN); on a CPU, PyTorch's own convolution.
+    """
+    return _conv(2, input, weight, bias, stride, padding, dilation, groups, padding_mode, precision)
+
+
+def conv3d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Ints = 1,
+    padding: Padding = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+    *,
+    padding_mode: Modes = "zeros",
+    precision: str | None = None,
+) -> Tensor:
+    """3-D convolution; `torch.nn.functional.conv3d` with `padding_mode` and `precision`.
+
+        >>> video, filters = torch.randn(1, 3, 9, 16, 16), torch.randn(8, 3, 3, 3, 3)
+        >>> modes = ("replicate", "zeros", "zeros")
+        >>> triton_conv.conv3d(video, filters, padding=((2, 0), 1, 1), padding_mode=modes).shape
+        torch.Size([1, 8, 9, 16, 16])
+
+    Shapes: input (N, C, D, H, W) or (C, D, H, W), weight (K, C / groups, T, R, S), bias (K); returns (N, K, Z, P, Q)
+    or (K, Z, P, Q). See `conv2d` for dtypes and errors.
+    """
+    return _conv(3, input, weight, bias, stride, padding, dilation, groups, padding_mode, precision)
+
+
+def conv_transpose1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Ints = 1,
+    padding: Ints | Sequence[tuple[int, int]] = 0,
+    output_padding: Ints = 0,
+    groups: int = 1,
+    dilation: Ints = 1,
+    *,
+    padding_mode: Modes = "zeros",
+    precision: str | None = None,
+) -> Tensor:
+    """1-D transposed convolution; `torch.nn.functional.conv_transpose1d` with `padding_mode` and `precision`.
+
+        >>> triton_conv.conv_transpose1d(torch.randn(2, 4, 50), torch.randn(4, 8, 4), stride=2, padding=1).shape
+        torch.Size([2, 8, 100])
+
+    Shapes: input (N, K, Q) or (K, Q), weight (K, C / groups, S), bias (C); returns (N, C, W) or (C, W).
+    See `conv_transpose2d` for the rest.
+    """
+    return _conv_transpose(
+        1, input, weight, bias, stride, padding, output_padding, groups, dilation, padding_mode, precision
+    )
+
+
+def conv_transpose2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Ints = 1,
+    padding: Ints | Sequence[tuple[int, int]] = 0,
+    output_padding: Ints = 0,
+    groups: int = 1,
+    dilation: Ints = 1,
+    *,
+    padding_mode: Modes = "zeros",
+    precision: str | None = None,
+) -> Tensor:
+    """2-D transposed convolution; `torch.nn.functional.conv_transpose2d` with `padding_mode` and `precision`.
+
+        >>> x, w = torch.randn(1, 8, 14, 14), torch.randn(8, 4, 3, 3)
+        >>> triton_conv.conv_transpose2d(x, w, stride=2, padding=1, output_padding=1).shape
+        torch.Size([1, 4, 28, 28])
+
+    Shapes: input (N, K, P, Q) or (K, P, Q), weight (K, C / groups, R, S), bias (C); returns (N, C, H, W) or
+    (C, H, W). Dtypes and errors as in `conv2d`.
+
+    It is the input gradient of the convolution that has these parameters, and that is what `padding_mode` means
+    here: with "circular", the transpose of a circular convolution, so that what leaves on one side comes back on
+    the other. PyTorch has only "zeros".
+    """
+    return _conv_transpose(
+        2, input, weight, bias, stride, padding, output_padding, groups, dilation, padding_mode, precision
+    )
+
+
+def conv_transpose3d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Ints = 1,
+    padding: Ints | Sequence[tuple[int, int]] = 0,
+    output_padding: Ints = 0,
+    groups: int = 1,
+    dilation: Ints = 1,
+    *,
+    padding_mode: Modes = "zeros",
+    precision: str | None = None,
+) -> Tensor:
+    """3-D transposed convolution; `torch.nn.functional.conv_transpose3d` with `padding_mode` and `precision`.
+
+        >>> triton_conv.conv_transpose3d(torch.randn(1, 4, 4, 8, 8), torch.randn(4, 2, 2, 2, 2), stride=2).shape
+        torch.Size([1, 2, 8, 16, 16])
+
+    Shapes: input (N, K, Z, P, Q) or (K, Z, P, Q), weight (K, C / groups, T, R, S), bias (C); returns
+    (N, C, D, H, W) or (C, D, H, W). See `conv_transpose2d` for the rest.
+    """
+    return _conv_transpose(
+        3, input, weight, bias, stride, padding, output_padding, groups, dilation, padding_mode, precision
+    )
+
+
+def _conv(rank, input, weight, bias, stride, padding, dilation, groups, padding_mode, precision) -> Tensor:
+    name = f"conv{rank}d"
+    if has_torch_function((input, weight, bias)):
+        args = (input, weight, bias, stride, padding, dilation, groups)
+        return _hand_over(name, args, padding_mode, precision)
+    batched = _check_tensors(name, rank, input, weight, bias)
+    stride = _ints(name, "stride", stride, rank)
+    dilation = _ints(name, "dilation", dilation, rank)
+    padding = _padding(name, padding, rank, weight, stride, dilation)
+    groups, modes = _index(name, "groups", groups), _modes(name, padding_mode, rank)
+    params = (stride, padding, dilation, groups, modes, _precision(name, precision))
+    y = ops.fprop(input if batched else input.unsqueeze(0), weight, bias, params)
+    return y if batched else y.squeeze(0)
+
+
+def _conv_transpose(
+    rank, input, weight, bias, stride, padding, output_padding, groups, dilation, padding_mode, precision
+) -> Tensor:
+    name = f"conv_transpose{rank}d"
+    if has_torch_function((input, weight, bias)):
+        args = (input, weight, bias, stride, padding, output_padding, groups, dilation)
+        return _hand_over(name, args, padding_mode, precision)
+    batched = _check_tensors(name, rank, input, weight, bias)
+    if isinstance(padding, str):
+        raise TypeError(f"{name}(): argument 'padding' must be ints or (lower, upper) pairs, not str")
+    stride = _ints(name, "stride", stride, rank)
+    dilation = _ints(name, "dilation", dilation, rank)
+    y = ops.recordable(ops.conv_transpose)(
+        input if batched else input.unsqueeze(0),
+        weight,
+        bias,
+        stride,
+        _padding(name, padding, rank, weight, stride, dilation),
+        _ints(name, "output_padding", output_padding, rank),
+        _index(name, "groups", groups),
+        dilation,
+        _modes(name, padding_mode, rank),
+        _precision(name, precision),
+    )
+    return y if batched else y.squeeze(0)
+
+
+def _hand_over(name: str, args: tuple, padding_mode: Any, precision: Any) -> Tensor:
+    """To whoever overrides torch functions: tensor subclasses, fx's proxies, function modes."""
+    function = globals()[name]
+    return handle_torch_function(function, args[:3], *args, padding_mode=padding_mode, precision=precision)
+
+
+def _check_tensors(name: str, rank: int, input: Any, weight: Any, bias: Any) -> bool:
+    """Whether the input is batched; raises for what is not a dense tensor of the right rank on a device we know."""
+    for argument, t in (("input", input), ("weight", weight), ("bias", bias)):
+        if t is None and argument == "bias":
+            continue
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}(): argument '{argument}' must be Tensor, not {type(t).__name__}")
+        if t.layout is not torch.strided:
+            raise RuntimeError(f"{name}(): {argument} has layout {t.layout}; convert it with .to_dense()")
+        if t.is_quantized:
+            raise NotImplementedError(f"{name}(): {argument} is quantized; convert it with .dequantize()")
+        if t.dtype not in _DTYPES:
+            raise NotImplementedError(
+                f"{name}(): {argument} {list(t.shape)} has dtype {t.dtype}, which is not supported"
+            )
+        if t.device.type not in ("cpu", "cuda", "meta"):
+            raise RuntimeError(
+                f"{name}(): {argument} {list(t.shape)} is on {t.device}; triton_conv runs on CUDA and CPU devices"
+            )
+        if t.device != input.device:
+            raise RuntimeError(
+                f"{name}(): Expected all tensors to be on the same device, but input {list(input.shape)} is on "
+                f"{input.device} and {argument} {list(t.shape)} is on {t.device}"
+            )
+    if weight.dim() != rank + 2:
+        raise RuntimeError(
+            f"{name}(): expected a {rank + 2}-dimensional weight, but got weight of size {list(weight.shape)} "
+            f"(input {list(input.shape)})"
+        )
+    if input.dim() not in (rank + 1, rank + 2):
+        raise RuntimeError(
+            f"Expected {rank + 1}D (unbatched) or {rank + 2}D (batched) input to {name}, "
+            f"but got input of size: {list(input.shape)}"
+        )
+    return input.dim() == rank + 2
+
+
+def _index(name: str, argument: str, value: Any) -> Any:
+    if isinstance(value, torch.SymInt):
+        return value
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        value = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}(): argument '{argument}' must be int, not {type(value).__name__}") from None
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}(): argument '{argument}' does not fit into 64 bits, but got {value}")
+    return value
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _per_axis(name: str, argument: str, value: Any, rank: int) -> list[Any]:
+    """One entry per axis from a single entry, or from a sequence of one or `rank` entries."""
+    entries = list(value) if _is_sequence(value) else [value]
+    if len(entries) == 1:
+        entries = entries * rank
+    if len(entries) != rank:
+        raise RuntimeError(
+            f"{name}(): expected {argument} to be a single value or a list of {rank} values to match the convolution "
+            f"dimensions, but got {argument}={value}"
+        )
+    return entries
+
+
+def _ints(name: str, argument: str, value: Any, rank: int) -> list[int]:
+    return [_index(name, argument, v) for v in _per_axis(name, argument, value, rank)]
+
+
+def _modes(name: str, value: Any, rank: int) -> str:
+    """One name if all axes agree, else one per axis joined by commas."""
+    modes = _per_axis(name, "padding_mode", value, rank)
+    if not all(isinstance(m, str) for m in modes):
+        raise TypeError(f"{name}(): argument 'padding_mode' must be str or one str per axis, not {value!r}")
+    for mode in modes:
+        if mode not in PADDING_MODES:  # here, not below, where "circular,zeros" is two names
+            raise ValueError(f"padding_mode must be one of {set(PADDING_MODES)}, but got padding_mode={mode!r}")
+    return modes[0] if modes.count(modes[0]) == rank else ",".join(modes)
+
+
+def _precision(name: str, value: Any) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"{name}(): argument 'precision' must be str or None, not {type(value).__name__}")
+    return value
+
+
+def _padding(name: str, value: Any, rank: int, weight: Tensor, stride: list[int], dilation: list[int]) -> list[int]:
+    """(lower, upper) of each axis in turn."""
+    if isinstance(value, str):
+        if value == "valid":
+            return [0] * (2 * rank)
+        if value != "same":
+            raise RuntimeError(f"Invalid padding string: '{value}'; it must be 'same' or 'valid'")
+        if any(s != 1 for s in stride):
+            raise RuntimeError(f"padding='same' is not supported for strided convolutions, but got stride={stride}")
+        return [p for taps, d in zip(weight.shape[2:], dilation, strict=True) for p in same_padding(taps, d)]
+    result = []
+    for entry in _per_axis(name, "padding", value, rank):
+        pair = list(entry) if _is_sequence(entry) else [entry, entry]
+        if len(pair) != 2:
+            raise RuntimeError(f"{name}(): expected padding entries to be ints or (lower, upper), but got {entry}")
+        result += [_index(name, "padding", p) for p in pair]
+    return result

@@ -1,0 +1,262 @@
+"""fprop and dgrad on Hopper and newer: activations come as boxes of pixels x channels, by the bulk copy engine.
+
+    GEMM_M = destination channels of one group                          (filters: the dot's first operand)
+    GEMM_N = N * destination positions of one residue class of the stride  (pixels: its second operand)
+    GEMM_K = filter taps * source channels of one group
+
+In this order both operands are multiplied from shared memory. Coordinates outside a tensor read zeros, so that zero
+padding, dilation and residue classes are coordinates and nothing is masked. A tensor that is walked in steps (the
+source of a strided fprop, the destination of a strided dgrad) is described with its step as an axis of its own:
+
+    W in steps of s   is  W / s positions of s * C channels                       (W a multiple of s)
+    H in steps of s   is  H / s positions of s rows, in the place of D            (H a multiple of s, D = 1)
+
+Programs are persistent: each takes every num_programs-th tile, so that one tile is stored while the next is loaded.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..geometry import ConvGeometry, Role, Strides, describable, tap_step
+from .epilogue import finish
+from .indexing import WIDEN_BFLOAT16, residue_class, tap_of
+
+# What changes with the image must not be specialised, or every image size would be compiled anew.
+IMAGE_SIZED = ["N", "dst_d", "dst_h", "dst_w", "dst_sn", "dst_sd", "dst_sh", "tiles_n", "tiles_m", "tiles"]
+# Positions are divided by steps after this many steps are added: integer division rounds toward zero.
+BIAS: tl.constexpr = tl.constexpr(1 << 16)
+
+
+@triton.jit
+def in_steps(position, step):
+    """(quotient, remainder) of a position that may be negative, the quotient rounded down."""
+    shifted = position + BIAS * step
+    return shifted // step - BIAS, shifted % step
+
+
+@triton.jit(do_not_specialize=IMAGE_SIZED)
+def box_kernel(
+    src,  # (N, D, H, W, channels), or (N, H / s, s, W / s, s * channels)
+    flt,  # (taps, K, C / groups)
+    dst,  # as src, or None
+    bias,
+    dst_pointer,
+    N,
+    SRC_C,
+    DST_C,
+    groups,
+    dst_d,
+    dst_h,
+    dst_w,
+    dst_sn,
+    dst_sd,
+    dst_sh,
+    dst_sw,
+    axis_d,
+    axis_h,
+    axis_w,
+    tiles_n,
+    tiles_m,
+    tiles,
+    FORWARD: tl.constexpr,
+    SRC_ROWS: tl.constexpr,
+    DST_ROWS: tl.constexpr,
+    STORE_BOX: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    INDEX: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BN: tl.constexpr,
+    BZ: tl.constexpr,
+    BP: tl.constexpr,
+    BQ: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):
+    PIXELS: tl.constexpr = BN * BZ * BP * BQ
+    u_d = tl.cdiv(dst_d, axis_d.phases)
+    u_h = tl.cdiv(dst_h, axis_h.phases)
+    u_w = tl.cdiv(dst_w, axis_w.phases)
+    boxes_z = tl.cdiv(u_d, BZ)
+    boxes_p = tl.cdiv(u_h, BP)
+    boxes_q = tl.cdiv(u_w, BQ)
+    blocks_c = tl.cdiv(SRC_C, BLOCK_K)
+    per_part = tiles_n * tiles_m
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
+        # parts are groups and residue classes; within one, GROUP pixel tiles take turns over all filters (for L2)
+        part = tile // per_part
+        in_part = tile % per_part
+        band = in_part // (GROUP * tiles_n)
+        band_size = tl.minimum(tiles_m - band * GROUP, GROUP)
+        tile_m = band * GROUP + in_part % (GROUP * tiles_n) % band_size
+        channel0 = in_part % (GROUP * tiles_n) // band_size * BLOCK_N
+        phase_w = part % axis_w.phases
+        phase_h = part // axis_w.phases % axis_h.phases
+        phase_d = part // axis_w.phases // axis_h.phases % axis_d.phases
+        group = part // axis_w.phases // axis_h.phases // axis_d.phases
+        q0 = tile_m % boxes_q * BQ
+        p0 = tile_m // boxes_q % boxes_p * BP
+        z0 = tile_m // boxes_q // boxes_p % boxes_z * BZ
+        n0 = tile_m // boxes_q // boxes_p // boxes_z * BN
+
+        source_d, taps_d, first_d = residue_class(axis_d, phase_d)
+        source_h, taps_h, first_h = residue_class(axis_h, phase_h)
+        source_w, taps_w, first_w = residue_class(axis_w, phase_w)
+        acc = tl.zeros((BLOCK_N, PIXELS), tl.float32)
+        for step in tl.range(taps_d * taps_h * taps_w * blocks_c):
+            tap = step // blocks_c
+            c0 = step % blocks_c * BLOCK_K
+            jd, jh, jw = tap_of(tap, taps_d, taps_h, taps_w, tl.int32)
+            d = z0 + source_d + jd * axis_d.src_tap_step
+            h, row = in_steps(source_h + jh * axis_h.src_tap_step, axis_h.src_step)
+            w, column = in_steps(source_w + jw * axis_w.src_tap_step, axis_w.src_step)
+            channel = (column * groups + group) * SRC_C + c0
+            if SRC_ROWS:
+                pixels = src.load([n0, p0 + h, row, q0 + w, channel])
+            else:
+                pixels = src.load([n0, d, p0 + h, q0 + w, channel])
+            pixels = pixels.reshape(PIXELS, BLOCK_K)
+            t = first_d + jd * axis_d.tap_step
+            r = first_h + jh * axis_h.tap_step
+            s = first_w + jw * axis_w.tap_step
+            filter_tap = (t * axis_h.filter + r) * axis_w.filter + s
+            if FORWARD:
+                filters = flt.load([filter_tap, group * DST_C + channel0, c0]).reshape(BLOCK_N, BLOCK_K)
+            else:
+                filters = flt.load([filter_tap, group * SRC_C + c0, channel0]).reshape(BLOCK_K, BLOCK_N).trans()
+            if WIDEN_BFLOAT16 and filters.dtype == tl.bfloat16:
+                filters = filters.to(tl.float32)
+                pixels = pixels.to(tl.float32)
+            acc = tl.dot(filters, pixels.trans(), acc, input_precision=PRECISION)
+
+        channels = channel0 + tl.arange(0, BLOCK_N)
+        channel_valid = channels < DST_C
+        bias_group = bias + group * DST_C if HAS_BIAS else bias
+        out = finish(acc, bias_group, channels, channel_valid, HAS_BIAS, dst_pointer.dtype.element_ty)
+        if STORE_BOX:
+            channel = (phase_w * groups + group) * DST_C + channel0
+            if DST_ROWS:
+                dst.store([n0, p0, phase_h, q0, channel], out.trans().reshape(BN, BP, 1, BQ, BLOCK_N))
+            else:
+                dst.store([n0, z0, p0, q0, channel], out.trans().reshape(BN, BZ, BP, BQ, BLOCK_N))
+        else:
+            pixel = tl.arange(0, PIXELS)
+            ow = phase_w + (q0 + pixel % BQ) * axis_w.phases
+            oh = phase_h + (p0 + pixel // BQ % BP) * axis_h.phases
+            od = phase_d + (z0 + pixel // (BQ * BP) % BZ) * axis_d.phases
+            n = n0 + pixel // (BQ * BP * BZ)
+            valid = (n < N) & (od < dst_d) & (oh < dst_h) & (ow < dst_w)
+            offset = n.to(INDEX) * dst_sn + od.to(INDEX) * dst_sd + oh.to(INDEX) * dst_sh + ow.to(INDEX) * dst_sw
+            target = dst_pointer + offset[None, :] + (group * DST_C + channels)[:, None]
+            tl.store(target, out, mask=channel_valid[:, None] & valid[None, :])
+
+
+def launch(role: Role, geometry: ConvGeometry, strides: Strides, config, numerics, device, src, flt, bias, dst) -> None:
+    """Fills dst: `role` is FPROP (src = x, dst = y) or DGRAD (src = dy, dst = dx); flt is w."""
+    args, tiles = arguments(role, geometry, strides, config, numerics)
+    boxes = descriptors(role, geometry, strides, config, src, flt, dst)
+    programs = min(tiles, device.multiprocessors * config.programs)
+    box_kernel[(programs,)](*boxes, bias, dst, **args)
+
+
+def arguments(role: Role, geometry: ConvGeometry, strides: Strides, config, numerics) -> tuple[dict, int]:
+    """Every argument of the kernel but descriptors and pointers, and the number of tiles."""
+    g = geometry
+    forward = role is Role.FPROP
+    src_c, dst_c = (g.C, g.K) if forward else (g.K, g.C)
+    extents = g.output if forward else g.input
+    dst_strides = strides.y if forward else strides.x
+    axes = g.axes(role)
+    counts = (g.N, *(-(-extent // axis.phases) for extent, axis in zip(extents, axes, strict=True)))
+    tiles_m = 1
+    for count, side in zip(counts, config.box, strict=True):
+        tiles_m *= -(-count // side)
+    tiles_n = -(-(dst_c // g.groups) // config.BLOCK_N)
+    parts = g.groups * axes[0].phases * axes[1].phases * axes[2].phases
+    bn, bz, bp, bq = config.box
+    args = {
+        "N": g.N,
+        "SRC_C": src_c // g.groups,
+        "DST_C": dst_c // g.groups,
+        "groups": g.groups,
+        "dst_d": extents[0],
+        "dst_h": extents[1],
+        "dst_w": extents[2],
+        "dst_sn": dst_strides[0],
+        "dst_sd": dst_strides[2],
+        "dst_sh": dst_strides[3],
+        "dst_sw": dst_strides[4],
+        "axis_d": axes[0],
+        "axis_h": axes[1],
+        "axis_w": axes[2],
+        "tiles_n": tiles_n,
+        "tiles_m": tiles_m,
+        "tiles": tiles_n * tiles_m * parts,
+        "FORWARD": forward,
+        "SRC_ROWS": axes[1].src_step > 1,
+        "DST_ROWS": axes[1].phases > 1,
+        "STORE_BOX": stores_box(role, g, config.BLOCK_N),
+        "HAS_BIAS": numerics.has_bias,
+        "INDEX": getattr(tl, f"int{numerics.index_bits}"),
+        "PRECISION": numerics.precision,
+        "BN": bn,
+        "BZ": bz,
+        "BP": bp,
+        "BQ": bq,
+        "BLOCK_N": config.BLOCK_N,
+        "BLOCK_K": config.BLOCK_K,
+        "GROUP": 8,
+        # loops are only flattened where every tile has a step: a residue class may have no tap
+        "FLATTEN": all(axis.phases == 1 for axis in axes),
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    return args, args["tiles"]
+
+
+def descriptors(role: Role, geometry: ConvGeometry, strides: Strides, config, src, flt, dst) -> tuple:
+    """(source, filters, destination or None) as the kernel's tensor descriptors."""
+    g = geometry
+    forward = role is Role.FPROP
+    axes = g.axes(role)
+    taps = g.taps
+    tap_stride = tap_step(g, strides) or strides.w[0]
+    filter_box = (config.BLOCK_N, config.BLOCK_K) if forward else (config.BLOCK_K, config.BLOCK_N)
+    filters = TensorDescriptor(flt, [taps, g.K, g.C // g.groups], [tap_stride, strides.w[0], 1], [1, *filter_box])
+    src_sides = ((g.N, *g.input), g.C, strides.x) if forward else ((g.N, *g.output), g.K, strides.y)
+    dst_sides = ((g.N, *g.output), g.K, strides.y) if forward else ((g.N, *g.input), g.C, strides.x)
+    source = _stepped(src, *src_sides, [a.src_step for a in axes], config.box, config.BLOCK_K)
+    if not stores_box(role, g, config.BLOCK_N):
+        return source, filters, None
+    return source, filters, _stepped(dst, *dst_sides, [a.phases for a in axes], config.box, config.BLOCK_N)
+
+
+def stores_box(role: Role, geometry: ConvGeometry, block_n: int) -> bool:
+    """Whether tiles of the destination are boxes of it: its extents are whole steps, and blocks whole groups."""
+    g = geometry
+    extents, channels = (g.output, g.K) if role is Role.FPROP else (g.input, g.C)
+    phases = [axis.phases for axis in g.axes(role)]
+    whole_groups = g.groups == 1 or (channels // g.groups) % block_n == 0
+    whole_channels = phases[2] == 1 or channels % block_n == 0
+    return whole_groups and whole_channels and describable(extents, phases)
+
+
+def _stepped(tensor, sizes, channels, strides, steps, box, block) -> TensorDescriptor:
+    n, d, h, w = sizes
+    sn, _, sd, sh, sw = strides
+    _, step_h, step_w = steps
+    bn, bz, bp, bq = box
+    # strides of axes of extent 1 are free, and a descriptor wants them to be multiples of 16 bytes
+    sh = sh if h > 1 else w * sw
+    sd = sd if d > 1 else h * sh
+    sn = sn if n > 1 else d * sd
+    if step_h > 1:
+        shape, stride = [n, h // step_h, step_h, w // step_w], [sn, step_h * sh, sh, step_w * sw]
+        sides = [bn, bp, 1, bq]
+    else:
+        shape, stride, sides = [n, d, h, w // step_w], [sn, sd, sh, step_w * sw], [bn, bz, bp, bq]
+    return TensorDescriptor(tensor, [*shape, step_w * channels], [*stride, 1], [*sides, block])

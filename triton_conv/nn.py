@@ -1,0 +1,418 @@
+"""Drop-in modules for `torch.nn`'s convolutions, and `convert`, which makes a model's convolutions ours.
+
+    >>> import torch, triton_conv
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.ConvTranspose2d(8, 3, 3))
+    >>> print(triton_conv.convert(model))
+    2 of 2 convolutions converted
+    >>> triton_conv.nn.Conv1d(4, 8, 3, padding=((2, 0),), padding_mode="replicate")
+    Conv1d(4, 8, kernel_size=(3,), stride=(1,), padding=((2, 0),), padding_mode=replicate)
+
+Each class derives from torch's class of the same name: constructor, parameters, initialisation, state_dict and repr
+are torch's, and `isinstance(module, torch.nn.Conv2d)` holds. Beyond torch, `padding` takes (lower, upper) pairs,
+one per axis; `padding_mode` takes one name per axis, and builds no padded copy in the kernels; `precision` is that
+of `triton_conv.functional`. Tuples must have one entry per axis, or one entry for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
+
+from . import functional, ops
+from .functional import Ints, Modes, Padding
+from .geometry import PADDING_MODES
+
+__all__ = [
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
+    "ConvTranspose3d",
+    "Conversion",
+    "convert",
+]
+
+
+class _Ours:
+    """What all six classes add to torch's. `convert` swaps classes alone, so every attribute here has a default."""
+
+    _function: ClassVar[Callable[..., Tensor]]
+    precision: str | None = None
+    kernel_size: tuple[int, ...]
+    padding: Any
+
+    def _construct(self, padding: Any, precision: str | None, **arguments: Any) -> None:
+        """torch's constructor, then the pairs and the precision it does not know."""
+        ops.check_precision(precision)
+        pairs = _is_sequence(padding) and any(_is_sequence(p) for p in padding)
+        super().__init__(padding=0 if pairs else padding, **arguments)  # type: ignore[call-arg]
+        if pairs:
+            self.padding = _padding_entries(padding, len(self.kernel_size))
+            self._reversed_padding_repeated_twice = [p for pair in self.padding[::-1] for p in _pair(pair)]
+        if precision is not None:
+            self.precision = precision
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()  # type: ignore[misc]
+        return text if self.precision is None else f"{text}, precision={self.precision}"
+
+
+class _Conv(_Ours):
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: Modes
+    _reversed_padding_repeated_twice: list[int]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Ints,
+        stride: Ints = 1,
+        padding: Padding = 0,
+        dilation: Ints = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: Modes = "zeros",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        precision: str | None = None,
+    ) -> None:
+        modes = _is_sequence(padding_mode)
+        self._construct(
+            padding,
+            precision,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            kernel_size=kernel_size,
+            stride=stride,
+            dilation=dilation,
+            groups=groups,
+            bias=bias,
+            padding_mode="zeros" if modes else padding_mode,
+            device=device,
+            dtype=dtype,
+        )
+        if modes:
+            self.padding_mode = _mode_entries(padding_mode, len(self.kernel_size))
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            # What torch hands to F.pad in these modes; code that patches torch's modules sets this one attribute.
+            border = self._reversed_padding_repeated_twice
+            padding = [(border[i], border[i + 1]) for i in range(len(border) - 2, -1, -2)]
+        return self._function(
+            input,
+            weight,
+            bias,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+            padding_mode=self.padding_mode,
+            precision=self.precision,
+        )
+
+
+class _ConvTranspose(_Ours):
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: str
+    weight: Tensor
+    bias: Tensor | None
+    _output_padding: Callable[..., Sequence[int]]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Ints,
+        stride: Ints = 1,
+        padding: Ints | Sequence[int | tuple[int, int]] = 0,
+        output_padding: Ints = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: Ints = 1,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        precision: str | None = None,
+    ) -> None:
+        self._check_mode(padding_mode)
+        self._construct(
+            padding,
+            precision,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            kernel_size=kernel_size,
+            stride=stride,
+            output_padding=output_padding,
+            groups=groups,
+            bias=bias,
+            dilation=dilation,
+            padding_mode=padding_mode,
+            device=device,
+            dtype=dtype,
+        )
+
+    def _check_mode(self, padding_mode: Any) -> None:
+        if padding_mode != "zeros":
+            raise ValueError(
+                f'Only "zeros" padding mode is supported for {type(self).__name__}; '
+                f"triton_conv.{self._function.__name__} has them all"
+            )
+
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """The transposed convolution of `input`, with spatial extents `output_size` where it is given.
+
+        A stride above 1 leaves several output extents possible; `output_size` (spatial extents alone, or a full
+        shape) picks one, and overrides `output_padding`. Raises ValueError for an extent that is not possible.
+        """
+        self._check_mode(self.padding_mode)
+        output_padding = self._output_padding(
+            input,
+            output_size,
+            self.stride,
+            # torch's formula doubles the padding of an axis: hand it half of lower + upper.
+            [sum(p) / 2 if _is_sequence(p) else p for p in self.padding],
+            self.kernel_size,
+            len(self.kernel_size),
+            self.dilation,
+        )
+        return self._function(
+            input,
+            self.weight,
+            self.bias,
+            self.stride,
+            self.padding,
+            [int(p) for p in output_padding],
+            self.groups,
+            self.dilation,
+            precision=self.precision,
+        )
+
+
+class Conv1d(_Conv, torch.nn.Conv1d):  # type: ignore[misc]
+    """`torch.nn.Conv1d`, with `padding` pairs, per-axis `padding_mode` and `precision`.
+
+        >>> triton_conv.nn.Conv1d(4, 8, 3, padding=((2, 0),))(torch.randn(2, 4, 100)).shape
+        torch.Size([2, 8, 100])
+
+    Shapes: (N, C, W) or (C, W) to (N, K, Q) or (K, Q). See `Conv2d` for errors.
+    """
+
+    _function = staticmethod(functional.conv1d)
+
+
+class Conv2d(_Conv, torch.nn.Conv2d):  # type: ignore[misc]
+    """`torch.nn.Conv2d`, with `padding` pairs, per-axis `padding_mode` and `precision`.
+
+        >>> panorama = triton_conv.nn.Conv2d(3, 8, 3, padding=1, padding_mode=("replicate", "circular"))
+        >>> panorama(torch.randn(1, 3, 16, 64)).shape
+        torch.Size([1, 8, 16, 64])
+
+    Shapes: (N, C, H, W) or (C, H, W) to (N, K, P, Q) or (K, P, Q); dtypes as in `triton_conv.conv2d`.
+
+    Raises ValueError, in the constructor, for groups that do not divide the channels, an unknown padding string,
+    mode or precision, "same" with a stride, and padding pairs or modes whose number is not that of the axes.
+    """
+
+    _function = staticmethod(functional.conv2d)
+
+
+class Conv3d(_Conv, torch.nn.Conv3d):  # type: ignore[misc]
+    """`torch.nn.Conv3d`, with `padding` pairs, per-axis `padding_mode` and `precision`.
+
+        >>> modes = ("replicate", "zeros", "zeros")
+        >>> causal = triton_conv.nn.Conv3d(3, 8, 3, padding=((2, 0), 1, 1), padding_mode=modes)
+        >>> causal(torch.randn(1, 3, 9, 16, 16)).shape
+        torch.Size([1, 8, 9, 16, 16])
+
+    Shapes: (N, C, D, H, W) or (C, D, H, W) to (N, K, Z, P, Q) or (K, Z, P, Q). See `Conv2d` for errors.
+    """
+
+    _function = staticmethod(functional.conv3d)
+
+
+class ConvTranspose1d(_ConvTranspose, torch.nn.ConvTranspose1d):  # type: ignore[misc]
+    """`torch.nn.ConvTranspose1d`, with `padding` pairs and `precision`.
+
+        >>> triton_conv.nn.ConvTranspose1d(4, 8, 4, stride=2, padding=1)(torch.randn(2, 4, 50)).shape
+        torch.Size([2, 8, 100])
+
+    Shapes: (N, K, Q) or (K, Q) to (N, C, W) or (C, W). See `ConvTranspose2d` for errors.
+    """
+
+    _function = staticmethod(functional.conv_transpose1d)
+
+
+class ConvTranspose2d(_ConvTranspose, torch.nn.ConvTranspose2d):  # type: ignore[misc]
+    """`torch.nn.ConvTranspose2d`, with `padding` pairs and `precision`.
+
+        >>> up = triton_conv.nn.ConvTranspose2d(8, 4, 3, stride=2, padding=1)
+        >>> up(torch.randn(1, 8, 14, 14), output_size=(28, 28)).shape
+        torch.Size([1, 4, 28, 28])
+
+    Shapes: (N, K, P, Q) or (K, P, Q) to (N, C, H, W) or (C, H, W); dtypes as in `triton_conv.conv2d`.
+
+    Raises ValueError, in the constructor, for groups that do not divide the channels, for padding pairs whose number
+    is not that of the axes, and for any `padding_mode` but "zeros", as torch does
+    (`triton_conv.conv_transpose2d` has them all).
+    """
+
+    _function = staticmethod(functional.conv_transpose2d)
+
+
+class ConvTranspose3d(_ConvTranspose, torch.nn.ConvTranspose3d):  # type: ignore[misc]
+    """`torch.nn.ConvTranspose3d`, with `padding` pairs and `precision`.
+
+        >>> triton_conv.nn.ConvTranspose3d(4, 2, 2, stride=2)(torch.randn(1, 4, 4, 8, 8)).shape
+        torch.Size([1, 2, 8, 16, 16])
+
+    Shapes: (N, K, Z, P, Q) or (K, Z, P, Q) to (N, C, D, H, W) or (C, D, H, W). See `ConvTranspose2d` for errors.
+    """
+
+    _function = staticmethod(functional.conv_transpose3d)
+
+
+_OURS: dict[type, type] = {
+    torch.nn.Conv1d: Conv1d,
+    torch.nn.Conv2d: Conv2d,
+    torch.nn.Conv3d: Conv3d,
+    torch.nn.ConvTranspose1d: ConvTranspose1d,
+    torch.nn.ConvTranspose2d: ConvTranspose2d,
+    torch.nn.ConvTranspose3d: ConvTranspose3d,
+}
+
+
+def _own_constructor(cls: Any) -> None:
+    """Copies the inherited constructor into `cls`: Python's errors about arguments name the class it belongs to."""
+    shared: Any = cls.__init__
+    copy = FunctionType(shared.__code__, shared.__globals__, shared.__name__, shared.__defaults__, shared.__closure__)
+    copy.__kwdefaults__, copy.__annotations__ = shared.__kwdefaults__, shared.__annotations__
+    copy.__module__, copy.__qualname__ = cls.__module__, f"{cls.__qualname__}.__init__"
+    cls.__init__ = copy
+
+
+for _cls in _OURS.values():
+    _own_constructor(_cls)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert` did; its length is the number of modules converted, printing it lists those that were not.
+
+    converted: names of the modules, as in `model.named_modules()`; "" is the model itself.
+    skipped: (name, reason) of every other convolution.
+    """
+
+    converted: tuple[str, ...]
+    skipped: tuple[tuple[str, str], ...]
+
+    def __len__(self) -> int:
+        return len(self.converted)
+
+    def __str__(self) -> str:
+        total = len(self.converted) + len(self.skipped)
+        lines = [f"{len(self)} of {total} convolution{'s' * (total != 1)} converted"]
+        lines += [f"  skipped {name or 'the model itself'}: {reason}" for name, reason in self.skipped]
+        return "\n".join(lines)
+
+
+def convert(model: torch.nn.Module) -> Conversion:
+    """Make the convolutions of `model` ours, in place, and report which.
+
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.LazyConv2d(8, 1))
+        >>> print(triton_conv.convert(model))
+        1 of 2 convolutions converted
+          skipped 1: LazyConv2d has no parameters yet; convert after the first forward
+
+    Only the class of a module changes. The module stays the same object with the same parameters, buffers, hooks,
+    training mode and state_dict, so optimizers, weight_norm, pruning and parametrizations keep working. Modules
+    reached by two names are converted once, under the first.
+
+    Skipped, each with its reason: subclasses of torch's classes, whose own code may call torch's convolution (derive
+    them from `triton_conv.nn` instead, or run them under `triton_conv.override()`), lazy modules before their first
+    forward, and modules whose forward was replaced on the instance. Wrappers that change the class of a module, such
+    as `fully_shard`, come after `convert`.
+
+    Raises TypeError if `model` is not a `torch.nn.Module`.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"convert(): argument 'model' must be torch.nn.Module, not {type(model).__name__}")
+    converted, skipped = [], []
+    for name, module in model.named_modules():
+        if not isinstance(module, _ConvNd):
+            continue
+        reason = _reason_to_skip(module)
+        if reason:
+            skipped.append((name, reason))
+        else:
+            module.__class__ = _our_class(module)
+            converted.append(name)
+    return Conversion(tuple(converted), tuple(skipped))
+
+
+def _reason_to_skip(module: _ConvNd) -> str:
+    """Why `convert` leaves a module alone; "" if it need not."""
+    cls = parametrize.type_before_parametrizations(module)
+    if isinstance(module, _Ours):
+        return "already converted"
+    if isinstance(module, LazyModuleMixin):
+        return f"{cls.__name__} has no parameters yet; convert after the first forward"
+    if cls not in _OURS:
+        base = next((c for c in cls.__mro__ if c in _OURS), _ConvNd)
+        ours = f"; derive it from triton_conv.nn.{base.__name__}" if base in _OURS else ""
+        return f"{cls.__module__}.{cls.__qualname__} is a subclass of torch.nn.{base.__name__}{ours}"
+    patched = sorted({"forward", "_conv_forward"} & vars(module).keys())
+    return f"{patched[0]} was replaced on the instance; convert before that" if patched else ""
+
+
+def _our_class(module: _ConvNd) -> type:
+    cls = type(module)
+    if not parametrize.is_parametrized(module):
+        return _OURS[cls]
+    # register_parametrization gave the module a class of its own, with a property per tensor: the same over our class.
+    return type(cls.__name__, (_OURS[cls.__bases__[0]],), dict(vars(cls)))
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _pair(entry: Any) -> tuple[Any, ...]:
+    return tuple(entry) if _is_sequence(entry) else (entry, entry)
+
+
+def _padding_entries(padding: Iterable[Any], rank: int) -> tuple[Any, ...]:
+    """One entry per axis, an int or a (lower, upper) tuple."""
+    entries = tuple(tuple(p) if _is_sequence(p) else p for p in padding)
+    entries = entries * rank if len(entries) == 1 else entries
+    if len(entries) != rank or any(len(_pair(p)) != 2 for p in entries):
+        raise ValueError(f"padding must have one int or (lower, upper) pair for each of {rank} axes, but got {padding}")
+    return entries
+
+
+def _mode_entries(modes: Iterable[Any], rank: int) -> tuple[str, ...]:
+    entries = tuple(modes)
+    entries = entries * rank if len(entries) == 1 else entries
+    if len(entries) != rank or any(m not in PADDING_MODES for m in entries):
+        raise ValueError(
+            f"padding_mode must be one of {set(PADDING_MODES)} or one of them for each of {rank} axes, "
+            f"but got padding_mode={modes}"
+        )
+    return entries

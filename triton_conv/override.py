@@ -1,0 +1,81 @@
+"""`override()`: the convolutions of code that cannot be changed, sent to `triton_conv.functional`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from . import functional
+
+__all__ = ["override"]
+
+
+def _convolution(
+    input: Tensor, weight: Tensor, bias, stride, padding, dilation, transposed, output_padding, groups
+) -> Tensor:
+    """`torch.convolution`: every rank, forward and transposed, in one signature."""
+    rank = weight.dim() - 2
+    if not 1 <= rank <= 3:  # for torch's error
+        return torch.convolution(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
+    if transposed:
+        function = getattr(functional, f"conv_transpose{rank}d")
+        return function(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    return getattr(functional, f"conv{rank}d")(input, weight, bias, stride, padding, dilation, groups)
+
+
+def _targets() -> dict[Any, Callable[..., Tensor]]:
+    names = [f"{kind}{rank}d" for kind in ("conv", "conv_transpose") for rank in (1, 2, 3)]
+    targets = {name: getattr(functional, name) for name in names} | {"convolution": _convolution}
+    result: dict[Any, Callable[..., Tensor]] = {}
+    for name, target in targets.items():
+        packet = getattr(torch.ops.aten, name)
+        # torch.nn.functional's functions are torch's own; exported graphs call the aten operators by name.
+        result[getattr(torch, name)] = result[packet] = target
+        result |= {getattr(packet, overload): target for overload in packet.overloads() if overload != "out"}
+    return result
+
+
+_TARGETS = _targets()
+
+
+class override(contextlib.ContextDecorator, TorchFunctionMode):
+    """Send every convolution of the code inside to `triton_conv`, gradients included.
+
+        >>> model, images = torch.nn.Conv2d(3, 8, 3), torch.randn(1, 3, 32, 32)
+        >>> with triton_conv.override():
+        ...     loss = model(images).square().mean()
+        >>> loss.backward()  # ours too: the graph was recorded inside
+
+    Covers `torch.nn.functional.conv{1,2,3}d` and `conv_transpose{1,2,3}d` however they are reached (`torch.nn`
+    modules, `torch.conv2d`, `torch.convolution`, `torch.ops.aten`), with torch's arguments and errors; everything
+    else runs as it did. May be nested, entered again and used as a decorator; leaves nothing behind, whether the code
+    inside returns or raises.
+
+    It holds for the thread that enters it: threads started inside (`torch.nn.DataParallel`'s) do not see it. Nor
+    does what runs during a backward pass, a checkpoint's second forward for instance; the gradients themselves
+    belong to the convolution that was recorded. Arguments that bring their own `__torch_function__` keep it.
+
+    It costs a few microseconds per torch call, whichever function that is, and `torch.nn.Conv2d` with a
+    `padding_mode` still makes its padded copy first. `triton_conv.convert(model)` has neither cost.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        target = _TARGETS.get(func)
+        if target is None or any(_is_custom(t) for t in types):
+            return func(*args, **kwargs)
+        # torch's argument parser takes NumPy's names of the first argument too.
+        return target(*args, **{"input" if name in ("x", "a", "x1") else name: v for name, v in kwargs.items()})
+
+
+def _is_custom(cls: Any) -> bool:
+    """Whether a class answers torch's functions itself: a traced proxy, a tensor of another representation."""
+    default: Any = Tensor.__torch_function__
+    return getattr(cls.__torch_function__, "__func__", None) is not default.__func__

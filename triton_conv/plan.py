@@ -1,0 +1,306 @@
+"""Every dispatch decision, as a pure function of numbers: geometry, role, dtype, strides and device in, plan out.
+
+A plan prints itself (`str(plan)`); `triton-conv explain` shows it without a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+from . import config as configs
+from .config import BoxConfig, Config, Device, Numerics
+from .geometry import ConvGeometry, Role, Strides, canonical, describable, tap_step
+
+# Accumulators by dtype; a dtype that is not here has no kernel. Complex runs as real convolutions.
+ACCUMULATORS = {
+    "float16": "float32",
+    "bfloat16": "float32",
+    "float32": "float32",
+    "float64": "float64",
+    "uint8": "int32",
+    "int8": "int32",
+    "int16": "int32",
+    "int32": "int32",
+    "int64": "int64",
+}
+ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "int32": 4, "int64": 8}
+
+
+class Problem(NamedTuple):
+    """What a plan depends on, and the key it is cached under.
+
+    `precision` says how float32 is multiplied ("ieee", "tf32", "tf32x3") and is "ieee" for every other dtype;
+    `aligned` says that every tensor starts at a multiple of 16 bytes.
+    """
+
+    role: Role
+    geometry: ConvGeometry
+    dtype: str
+    strides: Strides
+    precision: str
+    has_bias: bool
+    aligned: bool
+    device: Device
+
+
+@dataclass(frozen=True)
+class Fold:
+    """The second step of an input gradient whose padding is not zeros: border positions add up onto dx."""
+
+    geometry: ConvGeometry
+    padded_shape: tuple[int, ...]
+    padded_strides: tuple[int, ...]
+    dx_strides: tuple[int, ...]
+    numerics: Numerics
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A kernel and everything it is launched with, for tensors of any address.
+
+    `geometry` and `strides` are canonical: they describe the same memory as the caller's tensors, in fewer axes.
+    """
+
+    kernel: str
+    role: Role
+    dtype: str
+    geometry: ConvGeometry
+    strides: Strides
+    config: Config | BoxConfig
+    numerics: Numerics
+    device: Device
+    packs_filter: bool
+    steps: tuple[str, ...]
+    fold: Fold | None
+    workspace_shape: tuple[int, ...]
+    workspace_dtype: str
+    reason: str
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Device memory beyond inputs and output, in bytes."""
+        packed = _product((self.geometry.K, self.geometry.C // self.geometry.groups, *self.geometry.filter))
+        filters = packed * ITEM_BYTES[self.dtype] if self.packs_filter else 0
+        return filters + (
+            _product(self.workspace_shape) * ITEM_BYTES[self.workspace_dtype] if self.workspace_shape else 0
+        )
+
+    def __str__(self) -> str:
+        numerics = self.numerics
+        lines = [
+            f"kernel     {self.kernel} ({self.role.value})",
+            f"geometry   {self.geometry}",
+            f"config     {self.config}",
+            f"numbers    {self._products()}, {numerics.accumulator} accumulator, {numerics.index_bits}-bit offsets",
+            f"layout     {'; '.join(self.steps) if self.steps else 'as given, no copies'}",
+            f"workspace  {self.workspace_bytes} bytes{self._workspace_use()}",
+            f"reason     {self.reason}",
+        ]
+        return "\n".join(lines)
+
+    def _products(self) -> str:
+        dot = self.dtype == "float32" and (isinstance(self.config, BoxConfig) or self.config.dot)
+        return f"float32 products as {self.numerics.precision}" if dot else f"{self.dtype} products"
+
+    def _workspace_use(self) -> str:
+        uses = ["a copy of the filters"] if self.packs_filter else []
+        if self.fold is not None:
+            uses.append("the gradient of the padded input, folded onto dx")
+        elif isinstance(self.config, Config) and self.workspace_shape:
+            uses.append(f"{self.config.splits} slabs of dw, summed in order")
+        return f" ({'; '.join(uses)})" if uses else ""
+
+
+def make(problem: Problem) -> Plan:
+    """The plan of a problem; the second time it is a look-up."""
+    return _make(problem, configs.chosen(problem.role))
+
+
+@lru_cache(maxsize=4096)
+def _make(problem: Problem, explicit: Config | BoxConfig | None) -> Plan:
+    role, geometry, strides = problem.role, problem.geometry, problem.strides
+    accumulator = ACCUMULATORS[problem.dtype]
+    folds = role is Role.DGRAD and any(mode != "zeros" for mode in geometry.modes)
+    original = geometry.padded() if folds else geometry
+    if folds:
+        padded_shape = (original.N, original.C, *original.input)
+        padded_strides = dense_strides(padded_shape, channels_last=strides.x[1] == 1)
+        strides = strides._replace(x=padded_strides)
+    bias_on_c = problem.has_bias and role is Role.DGRAD and not folds
+
+    packed = strides._replace(w=dense_strides((geometry.K, geometry.C // geometry.groups, *geometry.filter), True))
+    packs = strides.w[1] != 1 and geometry.C // geometry.groups > 1
+    inner, inner_strides, steps = canonical(original, packed if packs else strides, role, keep_channels=bias_on_c)
+    obstacle = _box_obstacle(problem, inner, inner_strides)
+    config: Config | BoxConfig
+    if isinstance(explicit, Config) or (obstacle and explicit is None):
+        packs = False
+        inner, inner_strides, steps = canonical(original, strides, role, keep_channels=bias_on_c)
+        config, why = _gather_config(problem, inner, inner_strides, explicit, obstacle)
+        kernel = "wgrad" if role is Role.WGRAD else "gather"
+    else:
+        config = explicit or _box_config(problem, inner)
+        misfit = obstacle or _box_misfit(config, role, inner)
+        if misfit:
+            raise RuntimeError(f"a box config was given for {geometry}, but {misfit}")
+        why = "channels-last on a device with the bulk tensor copy engine"
+        kernel = "box"
+        if packs:
+            steps = ("copy the filters to channels-last", *steps)
+    if explicit is not None:
+        why += "; config given explicitly"
+
+    bits = 64 if _reach(inner, inner_strides, role, config) >= 2**31 else 32
+    numerics = Numerics(bits, accumulator, problem.precision, problem.has_bias and not folds)
+    fold: Fold | None = None
+    workspace: tuple[int, ...] = ()
+    if folds:
+        dx_shape = (geometry.N, geometry.C, *geometry.input)
+        span = max(_span(padded_shape, padded_strides), _span(dx_shape, problem.strides.x))
+        fold_numerics = Numerics(64 if span >= 2**31 else 32, accumulator, "ieee", problem.has_bias)
+        fold = Fold(geometry, padded_shape, padded_strides, problem.strides.x, fold_numerics)
+        workspace = padded_shape
+        steps = ("compute dx on the padded extents, then fold the border", *steps)
+    elif isinstance(config, Config) and config.splits > 1:
+        workspace = (config.splits, geometry.K, geometry.C // geometry.groups, *geometry.filter)
+    return Plan(
+        kernel,
+        role,
+        problem.dtype,
+        inner,
+        inner_strides,
+        config,
+        numerics,
+        problem.device,
+        packs,
+        steps,
+        fold,
+        workspace,
+        accumulator,
+        why,
+    )
+
+
+def _gather_config(problem: Problem, g: ConvGeometry, strides: Strides, explicit, obstacle) -> tuple[Config, str]:
+    why = f"pointer gather, since {obstacle}" if obstacle else "pointer gather"
+    if explicit is not None:
+        return explicit, why
+    vectorised = _vectorised(g, strides)
+    config = configs.default(g, problem.role, problem.dtype, problem.precision, vectorised, problem.device)
+    if not config.dot:
+        integer = "int" in problem.dtype
+        why += "; " + ("integers have no matrix instruction here" if integer else "groups are too narrow for a dot")
+        why += ", so products are summed in registers"
+    return config, f"{why}; tiles by rule for {problem.device.name}"
+
+
+def _needs_whole_blocks(role: Role, g: ConvGeometry) -> bool:
+    """Whether a reduction block past a group's last channel would read another group's, or another column's."""
+    return g.groups > 1 or g.axes(role)[2].src_step > 1
+
+
+def _box_misfit(config: BoxConfig, role: Role, g: ConvGeometry) -> str | None:
+    """What is wrong with a box config for a geometry that has box plans, in words."""
+    src, _, extents = _sides(role, g)
+    if _needs_whole_blocks(role, g) and (src // g.groups) % config.BLOCK_K:
+        return f"its BLOCK_K {config.BLOCK_K} does not divide the {src // g.groups} channels of a group"
+    rows = g.axes(role)[1]
+    if config.box[1] > 1 and (rows.src_step > 1 or (rows.phases > 1 and extents[0] == 1)):
+        return "rows in steps take the place of depth, so its box must have a depth of 1"
+    return None
+
+
+def _box_config(problem: Problem, g: ConvGeometry) -> BoxConfig:
+    src, dst, extents = _sides(problem.role, g)
+    axes = g.axes(problem.role)
+    counts = (g.N, *(-(-extent // axis.phases) for extent, axis in zip(extents, axes, strict=True)))
+    whole_blocks = _needs_whole_blocks(problem.role, g)
+    return configs.default_box(counts, src // g.groups, dst // g.groups, whole_blocks, ITEM_BYTES[problem.dtype])
+
+
+def _sides(role: Role, g: ConvGeometry) -> tuple[int, int, tuple[int, ...]]:
+    """(source channels, destination channels, destination extents) of fprop or dgrad."""
+    return (g.C, g.K, g.output) if role is Role.FPROP else (g.K, g.C, g.input)
+
+
+def _box_obstacle(problem: Problem, g: ConvGeometry, strides: Strides) -> str | None:
+    """What keeps a canonical problem from the box kernel, in words; None if nothing does."""
+    role = problem.role
+    if role is Role.WGRAD:
+        return "weight gradients have no box kernel"
+    if problem.device.capability < 90:
+        return f"{problem.device.name} has no bulk tensor copy engine"
+    tf32 = problem.dtype == "float32" and problem.precision == "tf32"
+    if problem.dtype not in ("float16", "bfloat16") and not tf32:
+        return f"{problem.dtype} as {problem.precision} has no box kernel"
+    if any(mode != "zeros" for mode in g.modes):
+        return "only zeros lie outside a box"
+    if strides.x[1] != 1 or strides.y[1] != 1:
+        return "activations are not channels-last"
+    if not problem.aligned:
+        return "a tensor does not start at a multiple of 16 bytes"
+    src, _, _ = _sides(role, g)
+    vector = 16 // ITEM_BYTES[problem.dtype]
+    per_group = (g.C // g.groups, g.K // g.groups)
+    if g.C % vector or g.K % vector or (g.groups > 1 and any(c % 16 for c in per_group)):
+        return "channels are not whole vectors"
+    if src // g.groups < 16:
+        return "there are few channels to reduce over"
+    source = (strides.x, g.input) if role is Role.FPROP else (strides.y, g.output)
+    row_strides = [s for s, n in zip((source[0][0], *source[0][2:]), (g.N, *source[1]), strict=True) if n > 1]
+    if any(s % vector for s in (*row_strides, strides.w[0])):
+        return "rows are not multiples of 16 bytes apart"
+    tap = tap_step(g, strides)
+    if tap is None or tap % vector or strides.w[1] != 1:
+        return "filter taps are not evenly spaced"
+    axes = g.axes(role)
+    steps = [axis.src_step for axis in axes]
+    if not describable(source[1], steps) or (steps[1] > 1 and (g.filter[0] > 1 or g.padding[0] != (0, 0))):
+        return "the input is not whole strides"
+    if steps[2] > 1 and (src // g.groups) % 16:
+        return "the stride of W folds into channels, which are no multiple of 16"
+    if max(map(sum, g.padding)) + max(d * f for d, f in zip(g.dilation, g.filter, strict=True)) >= 2**16:
+        return "filters reach too far"
+    return None
+
+
+def _vectorised(g: ConvGeometry, strides: Strides) -> bool:
+    """Whether eight neighbouring channels of both activations lie side by side."""
+    channels_last = strides.x[1] == 1 and strides.y[1] == 1
+    return channels_last and (g.C // g.groups) % 8 == 0 and (g.K // g.groups) % 8 == 0
+
+
+def dense_strides(shape: tuple[int, ...], channels_last: bool) -> tuple[int, ...]:
+    """Element strides of a dense (N, C, D, H, W) tensor."""
+    order = (0, 2, 3, 4, 1) if channels_last else range(5)
+    strides, step = [0] * 5, 1
+    for dim in reversed(order):
+        strides[dim] = step
+        step *= max(shape[dim], 1)
+    return tuple(strides)
+
+
+def _reach(g: ConvGeometry, strides: Strides, role: Role, config: Config | BoxConfig) -> int:
+    """The largest offset or index that a launch computes; tails of tiles and of residue classes included."""
+    phases = [axis.phases for axis in g.axes(role)]
+    splits = config.splits if isinstance(config, Config) else 1
+    spans = [
+        _span((g.N, g.C, *(i + p for i, p in zip(g.input, phases, strict=True))), strides.x),
+        _span((g.N, g.K, *g.output), strides.y),
+        _span((g.K, g.C // g.groups, *g.filter), strides.w) * splits,
+    ]
+    positions = g.N * _product(i + p for i, p in zip(g.input if role is Role.DGRAD else g.output, phases, strict=True))
+    return max(*spans, positions + config.BLOCK_M * splits)
+
+
+def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    return 1 + sum((n - 1) * abs(s) for n, s in zip(shape, strides, strict=True))
+
+
+def _product(values) -> int:
+    result = 1
+    for v in values:
+        result *= v
+    return result

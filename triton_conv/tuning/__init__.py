@@ -1,0 +1,1 @@
+"""Tools for finding and proving configs; loaded on request, never by a convolution."""
