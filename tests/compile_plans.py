@@ -100,17 +100,17 @@ def classes(arch: int) -> list[str]:
         signature = re.search(rf"tt.func public @{name}_kernel\((.*?)\) attributes", kernel.asm["ttgir"], re.DOTALL)[1]
         body = kernel.asm["ttgir"].split(signature, 1)[1]
         for axis in "dhw"[3 - rank :]:
-            fields = re.findall(rf"(%axis_{axis}\w*): i32", signature)
+            fields = re.findall(rf"(%axis_{axis}[\w.]*): i32", signature)
             common = fields[list(Axis._fields).index("common")]
             in_llvm = _argument_used(kernel.asm["llir"], signature, common)
-            if not in_llvm or len(re.findall(rf"{common}\b", body)) == 0:
+            if not in_llvm or len(re.findall(rf"{re.escape(common)}\b", body)) == 0:
                 forgot.append(f"rank {rank} K {K} {dtype} axis {axis}")
     return forgot
 
 
 def _argument_used(llir: str, signature: str, argument: str) -> bool:
     """Whether the body of the kernel mentions an argument, by its number among the kernel's arguments."""
-    number = list(re.findall(r"(%[\w]+): ", signature)).index(argument)
+    number = list(re.findall(r"(%[\w.]+): ", signature)).index(argument)
     return re.search(rf"%{number}\b", llir.split("{\n", 1)[1]) is not None
 
 
