@@ -49,11 +49,10 @@ def code(arch: int) -> list[dict]:
     device = next(d for d in config.DEVICES.values() if d.capability == arch)
     rows = []
     for layer, (x, w, options) in LAYERS.items():
-        dtype = str(options["dtype"]).removeprefix("torch.")
         for role, plan in explain.plans(x, w, bias=True, device=device, **options).items():
             rows += [
                 {"layer": layer, "role": role, "kernel": kernel, "arch": arch, **vars(c)}
-                for kernel, c in audit.compile_plan(plan, dtype, arch)
+                for kernel, c in audit.compile_plan(plan, arch)
             ]
     return rows
 
@@ -76,7 +75,7 @@ def sizes() -> dict[str, int]:
             for size in range(40, 90):
                 options = {**BFLOAT16, "channels_last": channels_last, "padding_mode": "circular"}
                 for plan in explain.plans((8, 64, size, size + 3), (64, 64, 3, 3), **options).values():
-                    list(audit.compiled_kernels(plan, "bfloat16"))
+                    list(audit.compiled_kernels(plan))
             for name, kernel in kernels.items():
                 layout = "channels_last" if channels_last else "contiguous"
                 counts[f"{name} {layout}"] = sum(len(cache[0]) for cache in kernel.device_caches.values())
@@ -96,7 +95,7 @@ def classes(arch: int) -> list[str]:
         shapes = ((8, 64, *(21,) * rank), (K, 64, *(3,) * rank))
         plan = explain.plans(*shapes, device=device, **options)["input gradient"]
         with audit.compiling_for(arch):
-            ((name, kernel),) = audit.compiled_kernels(plan, str(dtype).removeprefix("torch."))
+            ((name, kernel),) = audit.compiled_kernels(plan)
         signature = re.search(rf"tt.func public @{name}_kernel\((.*?)\) attributes", kernel.asm["ttgir"], re.DOTALL)[1]
         body = kernel.asm["ttgir"].split(signature, 1)[1]
         for axis in "dhw"[3 - rank :]:

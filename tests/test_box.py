@@ -173,7 +173,7 @@ def test_contiguous_filters_are_copied_and_explain_says_so():
         torch.ops.triton_conv.conv(x, w, None, [1, 1], [0] * 4, [1, 1], 1, "zeros", None)
     p = plan.make(execute.problem_of(calls[0], config.DEVICES["H200"]))
     assert p.kernel == "box"
-    assert p.packs_filter
+    assert p.packs == ("w",)
     assert p.workspace_bytes == w.numel() * 2
     assert "copy the filters" in str(p)
 

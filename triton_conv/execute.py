@@ -158,29 +158,19 @@ def _strides(t: Tensor) -> tuple[int, ...]:
 
 def _kernels(call: Call, device: Device, output: Tensor) -> Tensor:
     p = plan.make(problem_of(call, device, output))
-    workspace = None
-    if p.workspace_shape:
-        workspace = torch.empty(p.workspace_shape, dtype=getattr(torch, p.workspace_dtype), device=output.device)
+    names = {Role.FPROP: ("x", "w", "y"), Role.DGRAD: ("y", "w", "x"), Role.WGRAD: ("y", "x", "w")}[call.role]
+    tensors = dict(zip(names, (call.a, call.b, output), strict=True))
+    if call.bias is not None:
+        tensors["bias"] = call.bias
     with _on_device(output.device):
-        _launch(p, call, output, workspace)
+        for name in p.packs:
+            tensors[name] = _five(tensors[name]).permute(0, 2, 3, 4, 1).contiguous()
+        if p.workspace_shape:
+            dtype = getattr(torch, p.workspace_dtype)
+            tensors["workspace"] = torch.empty(p.workspace_shape, dtype=dtype, device=output.device)
+        for launch in p.launches:
+            launch.run(tensors)
     return output
-
-
-def _launch(p: plan.Plan, call: Call, output: Tensor, workspace: Tensor | None) -> None:
-    from .kernels import box, fold, gather, wgrad  # at the first launch: TRITON_INTERPRET may be set until then
-
-    if call.role is Role.WGRAD:
-        wgrad.launch(p.geometry, p.strides, p.config, p.numerics, call.b, call.a, output, workspace)
-        return
-    dst, bias = (output, call.bias) if p.fold is None else (workspace, None)
-    filters = _five(call.b).permute(0, 2, 3, 4, 1).contiguous() if p.packs_filter else call.b
-    if p.kernel == "box":
-        box.launch(p.role, p.geometry, p.strides, p.config, p.numerics, p.device, call.a, filters, bias, dst)
-    else:
-        gather.launch(p.role, p.geometry, p.strides, p.config, p.numerics, call.a, filters, bias, dst)
-    if p.fold is not None:
-        f = p.fold
-        fold.launch(f.geometry, f.numerics, workspace, f.padded_strides, call.bias, output, f.dx_strides)
 
 
 def _on_device(device: torch.device):

@@ -255,6 +255,15 @@ class ConvGeometry:
         pixels = self.N * self.output[0] * self.output[1] * self.output[2]
         return 2 * pixels * self.K * (self.C // self.groups) * self.taps
 
+    def shape(self, tensor: str) -> tuple[int, ...]:
+        """The five extents of "x", "w" or "y"."""
+        shapes = {
+            "x": (self.N, self.C, *self.input),
+            "w": (self.K, self.C // self.groups, *self.filter),
+            "y": (self.N, self.K, *self.output),
+        }
+        return shapes[tensor]
+
     def axes(self, role: Role) -> tuple[Axis, Axis, Axis]:
         """The index maps of fprop and wgrad (one class of positions) or of dgrad (one per stride residue)."""
         make = _dgrad_axis if role is Role.DGRAD else _fprop_axis

@@ -6,12 +6,15 @@ A plan prints itself (`str(plan)`); `triton-conv explain` shows it without a GPU
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import NamedTuple
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, NamedTuple
 
 from . import config as configs
 from .config import BoxConfig, Config, Device, Numerics
 from .geometry import ConvGeometry, Role, Strides, canonical, describable, tap_step
+
+if TYPE_CHECKING:
+    from .kernels.launch import Launch
 
 # Accumulators by dtype; a dtype that is not here has no kernel. Complex runs as real convolutions.
 ACCUMULATORS = {
@@ -61,6 +64,7 @@ class Plan:
     """A kernel and everything it is launched with, for tensors of any address.
 
     `geometry` and `strides` are canonical: they describe the same memory as the caller's tensors, in fewer axes.
+    `packs` names the tensors that are copied to channels-last first.
     """
 
     kernel: str
@@ -71,7 +75,7 @@ class Plan:
     config: Config | BoxConfig
     numerics: Numerics
     device: Device
-    packs_filter: bool
+    packs: tuple[str, ...]
     steps: tuple[str, ...]
     fold: Fold | None
     workspace_shape: tuple[int, ...]
@@ -81,11 +85,27 @@ class Plan:
     @property
     def workspace_bytes(self) -> int:
         """Device memory beyond inputs and output, in bytes."""
-        packed = _product((self.geometry.K, self.geometry.C // self.geometry.groups, *self.geometry.filter))
-        filters = packed * ITEM_BYTES[self.dtype] if self.packs_filter else 0
-        return filters + (
-            _product(self.workspace_shape) * ITEM_BYTES[self.workspace_dtype] if self.workspace_shape else 0
-        )
+        copies = sum(_product(self.geometry.shape(name)) for name in self.packs) * ITEM_BYTES[self.dtype]
+        workspace = _product(self.workspace_shape) if self.workspace_shape else 0
+        return copies + workspace * ITEM_BYTES[self.workspace_dtype]
+
+    @cached_property
+    def launches(self) -> tuple[Launch, ...]:
+        """What runs, in order; needs Triton."""
+        from .kernels import box, fold, gather, wgrad  # not before they are needed: TRITON_INTERPRET may yet be set
+
+        what = (self.geometry, self.strides, self.config, self.numerics)
+        if self.role is Role.WGRAD:
+            return tuple(wgrad.launches(*what))
+        into = "workspace" if self.fold else ""
+        if self.kernel == "box":
+            first = box.launch(self.role, *what, self.device, into)
+        else:
+            first = gather.launch(self.role, *what, into)
+        if self.fold is None:
+            return (first,)
+        f = self.fold
+        return first, fold.launch(f.geometry, f.numerics, f.padded_strides, f.dx_strides)
 
     def __str__(self) -> str:
         numerics = self.numerics
@@ -105,7 +125,7 @@ class Plan:
         return f"float32 products as {self.numerics.precision}" if dot else f"{self.dtype} products"
 
     def _workspace_use(self) -> str:
-        uses = ["a copy of the filters"] if self.packs_filter else []
+        uses = [f"a copy of {name}" for name in self.packs]
         if self.fold is not None:
             uses.append("the gradient of the padded input, folded onto dx")
         elif isinstance(self.config, Config) and self.workspace_shape:
@@ -125,12 +145,12 @@ def _make(problem: Problem, explicit: Config | BoxConfig | None) -> Plan:
     folds = role is Role.DGRAD and any(mode != "zeros" for mode in geometry.modes)
     original = geometry.padded() if folds else geometry
     if folds:
-        padded_shape = (original.N, original.C, *original.input)
+        padded_shape = original.shape("x")
         padded_strides = dense_strides(padded_shape, channels_last=strides.x[1] == 1)
         strides = strides._replace(x=padded_strides)
     bias_on_c = problem.has_bias and role is Role.DGRAD and not folds
 
-    packed = strides._replace(w=dense_strides((geometry.K, geometry.C // geometry.groups, *geometry.filter), True))
+    packed = strides._replace(w=dense_strides(geometry.shape("w"), True))
     packs = strides.w[1] != 1 and geometry.C // geometry.groups > 1
     inner, inner_strides, steps = canonical(original, packed if packs else strides, role, keep_channels=bias_on_c)
     obstacle = _box_obstacle(problem, inner, inner_strides)
@@ -157,14 +177,13 @@ def _make(problem: Problem, explicit: Config | BoxConfig | None) -> Plan:
     fold: Fold | None = None
     workspace: tuple[int, ...] = ()
     if folds:
-        dx_shape = (geometry.N, geometry.C, *geometry.input)
-        span = max(_span(padded_shape, padded_strides), _span(dx_shape, problem.strides.x))
+        span = max(_span(padded_shape, padded_strides), _span(geometry.shape("x"), problem.strides.x))
         fold_numerics = Numerics(64 if span >= 2**31 else 32, accumulator, "ieee", problem.has_bias)
         fold = Fold(geometry, padded_shape, padded_strides, problem.strides.x, fold_numerics)
         workspace = padded_shape
         steps = ("compute dx on the padded extents, then fold the border", *steps)
     elif isinstance(config, Config) and config.splits > 1:
-        workspace = (config.splits, geometry.K, geometry.C // geometry.groups, *geometry.filter)
+        workspace = (config.splits, *geometry.shape("w"))
     return Plan(
         kernel,
         role,
@@ -174,7 +193,7 @@ def _make(problem: Problem, explicit: Config | BoxConfig | None) -> Plan:
         config,
         numerics,
         problem.device,
-        packs,
+        ("w",) if packs else (),
         steps,
         fold,
         workspace,

@@ -18,11 +18,11 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..geometry import ConvGeometry, Role, Strides, describable, tap_step
 from .epilogue import finish
 from .indexing import WIDEN_BFLOAT16, residue_class, tap_of
+from .launch import Box, Launch
 
 # What changes with the image must not be specialised, or every image size would be compiled anew.
 IMAGE_SIZED = ["N", "dst_d", "dst_h", "dst_w", "dst_sn", "dst_sd", "dst_sh", "tiles_n", "tiles_m", "tiles"]
@@ -155,16 +155,8 @@ def box_kernel(
             tl.store(target, out, mask=channel_valid[:, None] & valid[None, :])
 
 
-def launch(role: Role, geometry: ConvGeometry, strides: Strides, config, numerics, device, src, flt, bias, dst) -> None:
-    """Fills dst: `role` is FPROP (src = x, dst = y) or DGRAD (src = dy, dst = dx); flt is w."""
-    args, tiles = arguments(role, geometry, strides, config, numerics)
-    boxes = descriptors(role, geometry, strides, config, src, flt, dst)
-    programs = min(tiles, device.multiprocessors * config.programs)
-    box_kernel[(programs,)](*boxes, bias, dst, **args)
-
-
-def arguments(role: Role, geometry: ConvGeometry, strides: Strides, config, numerics) -> tuple[dict, int]:
-    """Every argument of the kernel but descriptors and pointers, and the number of tiles."""
+def launch(role: Role, geometry: ConvGeometry, strides: Strides, config, numerics, device, into: str = "") -> Launch:
+    """FPROP: y from x and w; DGRAD: x from y and w. The output may be written `into` another tensor instead."""
     g = geometry
     forward = role is Role.FPROP
     src_c, dst_c = (g.C, g.K) if forward else (g.K, g.C)
@@ -178,7 +170,8 @@ def arguments(role: Role, geometry: ConvGeometry, strides: Strides, config, nume
     tiles_n = -(-(dst_c // g.groups) // config.BLOCK_N)
     parts = g.groups * axes[0].phases * axes[1].phases * axes[2].phases
     bn, bz, bp, bq = config.box
-    args = {
+    tiles = tiles_n * tiles_m * parts
+    arguments = {
         "N": g.N,
         "SRC_C": src_c // g.groups,
         "DST_C": dst_c // g.groups,
@@ -195,7 +188,7 @@ def arguments(role: Role, geometry: ConvGeometry, strides: Strides, config, nume
         "axis_w": axes[2],
         "tiles_n": tiles_n,
         "tiles_m": tiles_m,
-        "tiles": tiles_n * tiles_m * parts,
+        "tiles": tiles,
         "FORWARD": forward,
         "SRC_ROWS": axes[1].src_step > 1,
         "DST_ROWS": axes[1].phases > 1,
@@ -215,10 +208,13 @@ def arguments(role: Role, geometry: ConvGeometry, strides: Strides, config, nume
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
-    return args, args["tiles"]
+    src, dst = ("x", into or "y") if forward else ("y", into or "x")
+    boxes = _boxes(role, g, strides, config, src, dst)
+    programs = min(tiles, device.multiprocessors * config.programs)
+    return Launch("box", box_kernel, programs, (*boxes, "bias" if numerics.has_bias else None, dst), arguments)
 
 
-def descriptors(role: Role, geometry: ConvGeometry, strides: Strides, config, src, flt, dst) -> tuple:
+def _boxes(role: Role, geometry: ConvGeometry, strides: Strides, config, src: str, dst: str) -> tuple:
     """(source, filters, destination or None) as the kernel's tensor descriptors."""
     g = geometry
     forward = role is Role.FPROP
@@ -226,7 +222,7 @@ def descriptors(role: Role, geometry: ConvGeometry, strides: Strides, config, sr
     taps = g.taps
     tap_stride = tap_step(g, strides) or strides.w[0]
     filter_box = (config.BLOCK_N, config.BLOCK_K) if forward else (config.BLOCK_K, config.BLOCK_N)
-    filters = TensorDescriptor(flt, [taps, g.K, g.C // g.groups], [tap_stride, strides.w[0], 1], [1, *filter_box])
+    filters = Box("w", (taps, g.K, g.C // g.groups), (tap_stride, strides.w[0], 1), (1, *filter_box))
     src_sides = ((g.N, *g.input), g.C, strides.x) if forward else ((g.N, *g.output), g.K, strides.y)
     dst_sides = ((g.N, *g.output), g.K, strides.y) if forward else ((g.N, *g.input), g.C, strides.x)
     source = _stepped(src, *src_sides, [a.src_step for a in axes], config.box, config.BLOCK_K)
@@ -245,7 +241,7 @@ def stores_box(role: Role, geometry: ConvGeometry, block_n: int) -> bool:
     return whole_groups and whole_channels and describable(extents, phases)
 
 
-def _stepped(tensor, sizes, channels, strides, steps, box, block) -> TensorDescriptor:
+def _stepped(operand, sizes, channels, strides, steps, box, block) -> Box:
     n, d, h, w = sizes
     sn, _, sd, sh, sw = strides
     _, step_h, step_w = steps
@@ -259,4 +255,4 @@ def _stepped(tensor, sizes, channels, strides, steps, box, block) -> TensorDescr
         sides = [bn, bp, 1, bq]
     else:
         shape, stride, sides = [n, d, h, w // step_w], [sn, sd, sh, step_w * sw], [bn, bz, bp, bq]
-    return TensorDescriptor(tensor, [*shape, step_w * channels], [*stride, 1], [*sides, block])
+    return Box(operand, (*shape, step_w * channels), (*stride, 1), (*sides, block))

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from ..geometry import ConvGeometry
 from .indexing import CIRCULAR, MODE_CODES, REFLECT, REPLICATE
+from .launch import Launch
 
 BLOCK = 256
 
@@ -125,20 +126,15 @@ def fold_kernel(
     tl.store(dx + offset, acc.to(dx.dtype.element_ty), mask=valid)
 
 
-def launch(geometry: ConvGeometry, numerics, padded, padded_strides, bias, dx, dx_strides) -> None:
-    """dx (N, C, D, H, W) from its padded form, plus a bias (C) where numerics says so."""
-    args = arguments(geometry, numerics, padded_strides, dx_strides)
-    fold_kernel[(triton.cdiv(args["total"], BLOCK),)](padded, bias, dx, **args)
-
-
-def arguments(geometry: ConvGeometry, numerics, padded_strides, dx_strides) -> dict:
-    """Every argument of the kernel but the pointers."""
+def launch(geometry: ConvGeometry, numerics, padded_strides, dx_strides) -> Launch:
+    """x (N, C, D, H, W) from its padded form in the workspace, plus a bias (C) where numerics says so."""
     g = geometry
     borders = [pad if mode != "zeros" else (0, 0) for pad, mode in zip(g.padding, g.modes, strict=True)]
     strides = (*padded_strides, *dx_strides)
     names = ["padded_sn", "padded_sc", "padded_sd", "padded_sh", "padded_sw", "x_sn", "x_sc", "x_sd", "x_sh", "x_sw"]
-    return dict(
-        total=g.N * g.C * g.input[0] * g.input[1] * g.input[2],
+    total = g.N * g.C * g.input[0] * g.input[1] * g.input[2]
+    arguments = dict(
+        total=total,
         C=g.C,
         x_d=g.input[0],
         x_h=g.input[1],
@@ -155,3 +151,5 @@ def arguments(geometry: ConvGeometry, numerics, padded_strides, dx_strides) -> d
         CHANNELS_LAST=dx_strides[1] == 1,
         BLOCK=BLOCK,
     )
+    operands = ("workspace", "bias" if numerics.has_bias else None, "x")
+    return Launch("fold", fold_kernel, triton.cdiv(total, BLOCK), operands, arguments)

@@ -32,6 +32,7 @@ from .indexing import (
     residue_class,
     tap_of,
 )
+from .launch import Launch
 
 # What changes with the image must not be specialised, or every image size would be compiled anew.
 IMAGE_SIZED = [
@@ -198,15 +199,8 @@ def gather_kernel(
     tl.store(dst + dst_row[None, :] + dst_channel[:, None], out, mask=channel_valid[:, None] & pixel_valid_row)
 
 
-def launch(role: Role, geometry: ConvGeometry, strides: Strides, config, numerics, src, flt, bias, dst) -> None:
-    """Fills dst: `role` is FPROP (src = x, dst = y) or DGRAD (src = dy, dst = dx); flt is always w."""
-    args, grid = arguments(role, geometry, strides, config, numerics)
-    if grid:
-        gather_kernel[(launchable(grid, geometry),)](src, flt, bias, dst, **args)
-
-
-def arguments(role: Role, geometry: ConvGeometry, strides: Strides, config, numerics) -> tuple[dict, int]:
-    """Every argument of the kernel but the pointers, and the number of programs."""
+def launch(role: Role, geometry: ConvGeometry, strides: Strides, config, numerics, into: str = "") -> Launch:
+    """FPROP: y from x and w; DGRAD: x from y and w. The output may be written `into` another tensor instead."""
     g, groups = geometry, geometry.groups
     forward = role is Role.FPROP
     src_c, dst_c = (g.C, g.K) if forward else (g.K, g.C)
@@ -223,7 +217,7 @@ def arguments(role: Role, geometry: ConvGeometry, strides: Strides, config, nume
         parts *= axis.phases
     tiles_m, tiles_n = -(-positions // config.BLOCK_M), -(-(dst_c // groups) // config.BLOCK_N)
     names = dict(zip(("dst_d", "dst_h", "dst_w", "src_d", "src_h", "src_w"), (*dst_extents, *src_extents), strict=True))
-    args = dict(
+    arguments = dict(
         N=g.N,
         SRC_C=src_c // groups,
         DST_C=dst_c // groups,
@@ -246,4 +240,7 @@ def arguments(role: Role, geometry: ConvGeometry, strides: Strides, config, nume
         FILTERS_FIRST=config.filters_first,
         **constants(g, config, numerics),
     )
-    return args, tiles_m * tiles_n * parts
+    src, dst = ("x", into or "y") if forward else ("y", into or "x")
+    programs = launchable(tiles_m * tiles_n * parts, g)
+    bias = "bias" if numerics.has_bias else None
+    return Launch("gather", gather_kernel, programs, (src, "w", bias, dst), arguments)

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from ..geometry import ConvGeometry, Role, Strides
 from .indexing import channel_block, constants, in_vectors, launchable, multiply, power_of_two_in, read_position, tap_of
+from .launch import Launch
 
 # What changes with the image must not be specialised, or every image size would be compiled anew.
 IMAGE_SIZED = [
@@ -165,19 +166,8 @@ def sum_slabs(src, dst, count, slabs, INDEX: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(dst + i, acc.to(dst.dtype.element_ty), mask=valid)
 
 
-def launch(geometry: ConvGeometry, strides: Strides, config, numerics, x, dy, dw, slabs) -> None:
-    """Fills dw. `slabs` is the workspace of config.splits copies of dw, or None for one split."""
-    args, grid = arguments(geometry, strides, config, numerics, dw.numel())
-    if not grid:
-        return
-    wgrad_kernel[(launchable(grid, geometry),)](x, dy, dw if slabs is None else slabs, **args)
-    if slabs is not None:
-        programs = triton.cdiv(dw.numel(), SUM_BLOCK)
-        sum_slabs[(programs,)](slabs, dw, dw.numel(), config.splits, INDEX=args["INDEX"], BLOCK=SUM_BLOCK)
-
-
-def arguments(geometry: ConvGeometry, strides: Strides, config, numerics, slab_stride: int) -> tuple[dict, int]:
-    """Every argument of the kernel but the pointers, and the number of programs."""
+def launches(geometry: ConvGeometry, strides: Strides, config, numerics) -> list[Launch]:
+    """w from x and y, by way of slabs in the workspace where config.splits is more than 1."""
     g, groups = geometry, geometry.groups
     C, K = g.C // groups, g.K // groups
     axes = g.axes(Role.WGRAD)
@@ -188,7 +178,8 @@ def arguments(geometry: ConvGeometry, strides: Strides, config, numerics, slab_s
     steps = -(-pixels // config.BLOCK_M)
     columns = -(-g.taps * C // config.BLOCK_K) if config.flatten else g.taps * -(-C // config.BLOCK_K)
     names = dict(zip(("x_d", "x_h", "x_w", "y_d", "y_h", "y_w"), (*g.input, *g.output), strict=True))
-    args = dict(
+    numel = g.K * C * g.taps
+    arguments = dict(
         N=g.N,
         C=C,
         K=K,
@@ -201,7 +192,7 @@ def arguments(geometry: ConvGeometry, strides: Strides, config, numerics, slab_s
         axis_w=axes[2],
         slabs=config.splits,
         steps_per_slab=-(-steps // config.splits),
-        slab_stride=slab_stride // flt_vec,  # whole: dw is dense
+        slab_stride=numel // flt_vec,  # whole: dw is dense
         X_VEC=x_vec,
         Y_VEC=y_vec,
         FLT_VEC=flt_vec,
@@ -209,4 +200,16 @@ def arguments(geometry: ConvGeometry, strides: Strides, config, numerics, slab_s
         K_VEC=min(power_of_two_in(K), config.BLOCK_N),
         **constants(g, config, numerics),
     )
-    return args, config.splits * groups * columns * -(-K // config.BLOCK_N)
+    programs = launchable(config.splits * groups * columns * -(-K // config.BLOCK_N), g)
+    if config.splits == 1:
+        return [Launch("wgrad", wgrad_kernel, programs, ("x", "y", "w"), arguments)]
+    return [
+        Launch("wgrad", wgrad_kernel, programs, ("x", "y", "workspace"), arguments),
+        sum_launch(numel, config.splits, arguments["INDEX"]),
+    ]
+
+
+def sum_launch(count: int, slabs: int, index) -> Launch:
+    """w of `count` elements from the slabs in the workspace."""
+    arguments = {"count": count, "slabs": slabs, "INDEX": index, "BLOCK": SUM_BLOCK}
+    return Launch("sum_slabs", sum_slabs, triton.cdiv(count, SUM_BLOCK), ("workspace", "w"), arguments)

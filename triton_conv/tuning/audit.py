@@ -18,10 +18,8 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import MockTensor
 
 from .. import plan
-from ..geometry import Role
 
 INSTRUCTIONS = ("HMMA", "HGMMA", "DMMA", "IMMA", "UTCHMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDG", "STG", "LDSM")
 SPILLS = ("LDL", "STL")
@@ -83,43 +81,18 @@ def compiling_for(arch: int) -> Iterator[None]:
         driver._active = before
 
 
-def compile_plan(p: plan.Plan, dtype: str, arch: int) -> list[tuple[str, Code]]:
+def compile_plan(p: plan.Plan, arch: int) -> list[tuple[str, Code]]:
     """(kernel name, code) of every kernel that the plan launches."""
     with compiling_for(arch):
-        return [(name, _read(kernel)) for name, kernel in compiled_kernels(p, dtype)]
+        return [(name, _read(kernel)) for name, kernel in compiled_kernels(p)]
 
 
-def compiled_kernels(p: plan.Plan, dtype: str) -> Iterator[tuple[str, Any]]:
+def compiled_kernels(p: plan.Plan) -> Iterator[tuple[str, Any]]:
     """(kernel name, compiled kernel) of every kernel that the plan launches; within `compiling_for`."""
-    from ..kernels import box, fold, gather, wgrad
-
-    tensor, wide = MockTensor(getattr(torch, dtype)), MockTensor(getattr(torch, p.numerics.accumulator))
-    if p.role is Role.WGRAD:
-        numel = p.geometry.K * (p.geometry.C // p.geometry.groups) * p.geometry.taps
-        args, _ = wgrad.arguments(p.geometry, p.strides, p.config, p.numerics, numel)
-        splits = p.workspace_shape[0] if p.workspace_shape else 1
-        split = splits > 1
-        yield "wgrad", wgrad.wgrad_kernel.warmup(tensor, tensor, wide if split else tensor, **args, grid=(1,))
-        if split:
-            block = wgrad.SUM_BLOCK
-            yield (
-                "sum_slabs",
-                wgrad.sum_slabs.warmup(wide, tensor, numel, splits, INDEX=args["INDEX"], BLOCK=block, grid=(1,)),
-            )
-        return
-    bias, dst = tensor if p.numerics.has_bias else None, wide if p.fold else tensor
-    if p.kernel == "box":
-        args, _ = box.arguments(p.role, p.geometry, p.strides, p.config, p.numerics)
-        boxes = box.descriptors(p.role, p.geometry, p.strides, p.config, tensor, tensor, dst)
-        yield "box", box.box_kernel.warmup(*boxes, bias, dst, **args, grid=(1,))
-    else:
-        args, _ = gather.arguments(p.role, p.geometry, p.strides, p.config, p.numerics)
-        yield "gather", gather.gather_kernel.warmup(tensor, tensor, bias, dst, **args, grid=(1,))
-    if p.fold is not None:
-        f = p.fold
-        bias = tensor if f.numerics.has_bias else None
-        args = fold.arguments(f.geometry, f.numerics, f.padded_strides, f.dx_strides)
-        yield "fold", fold.fold_kernel.warmup(wide, bias, tensor, **args, grid=(1,))
+    dtypes = dict.fromkeys(("x", "w", "y", "bias"), getattr(torch, p.dtype))
+    dtypes["workspace"] = getattr(torch, p.workspace_dtype)
+    for launch in p.launches:
+        yield launch.name, launch.compile(dtypes)
 
 
 def _read(kernel) -> Code:
