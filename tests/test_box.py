@@ -1,6 +1,7 @@
 """The box kernel: right wherever a plan picks it, and picked exactly where its conditions hold."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -125,6 +126,13 @@ def test_box_configs_that_do_not_fit_are_refused(tiles, options, why):
         explain.plans(*shapes, dtype=torch.bfloat16, channels_last=True, padding=1, **options)
 
 
+@pytest.mark.parametrize("case", [case for case, expected in CASES if expected == BOTH][::3], ids=lambda case: case.id)
+def test_contiguous_tensors_are_right_once_copied(case, kernels):
+    contiguous = replace(case, memory_format="contiguous")
+    with config.explicit(dict.fromkeys(ACTIVATIONS, BoxConfig((1, 1, 2, 8), 32, 16))):
+        assert kernels_of(contiguous, kernels) == BOTH
+
+
 def test_unaligned_tensors_are_gathered(kernels):
     case = _of((6, 7), 3, padding=1)
     operands = case.operands(0, kernels)
@@ -160,9 +168,9 @@ def test_plans_say_what_keeps_them_from_it(change, why):
 def test_a_box_config_where_none_can_run_is_refused():
     with (
         config.explicit({Role.FPROP: BoxConfig((1, 1, 8, 16), 64, 64)}),
-        pytest.raises(RuntimeError, match="not channels-last"),
+        pytest.raises(RuntimeError, match="only zeros"),
     ):
-        explain.plans((8, 64, 28, 28), (64, 64, 3, 3), dtype=torch.bfloat16)
+        explain.plans((8, 64, 28, 28), (64, 64, 3, 3), padding=1, padding_mode="circular", dtype=torch.bfloat16)
 
 
 def test_contiguous_filters_are_copied_and_explain_says_so():

@@ -150,25 +150,25 @@ def _make(problem: Problem, explicit: Config | BoxConfig | None) -> Plan:
         strides = strides._replace(x=padded_strides)
     bias_on_c = problem.has_bias and role is Role.DGRAD and not folds
 
-    packed = strides._replace(w=dense_strides(geometry.shape("w"), True))
-    packs = strides.w[1] != 1 and geometry.C // geometry.groups > 1
-    inner, inner_strides, steps = canonical(original, packed if packs else strides, role, keep_channels=bias_on_c)
-    obstacle = _box_obstacle(problem, inner, inner_strides)
+    given = _laid_out(original, strides, role, (), bias_on_c)
+    copied = _laid_out(original, strides, role, _not_channels_last(original, strides, role), bias_on_c)
+    obstacle = _box_obstacle(problem, copied)
+    if explicit is None and not obstacle and set(copied.packs) - {"w"}:
+        obstacle = _costly_copies(problem, given, copied)
     config: Config | BoxConfig
     if isinstance(explicit, Config) or (obstacle and explicit is None):
-        packs = False
-        inner, inner_strides, steps = canonical(original, strides, role, keep_channels=bias_on_c)
-        config, why = _gather_config(problem, inner, inner_strides, explicit, obstacle)
+        layout = given
+        config, why = _gather_config(problem, layout, explicit, obstacle)
         kernel = "wgrad" if role is Role.WGRAD else "gather"
     else:
-        config = explicit or _box_config(problem, inner)
-        misfit = obstacle or _box_misfit(config, role, inner)
+        layout = copied
+        config = explicit or _box_config(problem, layout.geometry)
+        misfit = obstacle or _box_misfit(config, role, layout.geometry)
         if misfit:
             raise RuntimeError(f"a box config was given for {geometry}, but {misfit}")
         why = "channels-last on a device with the bulk tensor copy engine"
         kernel = "box"
-        if packs:
-            steps = ("copy the filters to channels-last", *steps)
+    packs, inner, inner_strides, steps = layout
     if explicit is not None:
         why += "; config given explicitly"
 
@@ -193,7 +193,7 @@ def _make(problem: Problem, explicit: Config | BoxConfig | None) -> Plan:
         config,
         numerics,
         problem.device,
-        ("w",) if packs else (),
+        packs,
         steps,
         fold,
         workspace,
@@ -202,7 +202,38 @@ def _make(problem: Problem, explicit: Config | BoxConfig | None) -> Plan:
     )
 
 
-def _gather_config(problem: Problem, g: ConvGeometry, strides: Strides, explicit, obstacle) -> tuple[Config, str]:
+class _Layout(NamedTuple):
+    """A canonical problem, once the tensors in `packs` have been copied to channels-last."""
+
+    packs: tuple[str, ...]
+    geometry: ConvGeometry
+    strides: Strides
+    steps: tuple[str, ...]
+
+
+_WORDS = {"x": "the input", "w": "the filters", "y": "the output's gradient"}
+
+
+def _laid_out(g: ConvGeometry, strides: Strides, role: Role, packs: tuple[str, ...], keep_channels: bool) -> _Layout:
+    strides = strides._replace(**{name: dense_strides(g.shape(name), True) for name in packs})
+    copies = tuple(f"copy {_WORDS[name]} to channels-last" for name in packs)
+    inner, inner_strides, steps = canonical(g, strides, role, keep_channels)
+    return _Layout(packs, inner, inner_strides, copies + steps)
+
+
+def _not_channels_last(g: ConvGeometry, strides: Strides, role: Role) -> tuple[str, ...]:
+    """The operands that a box kernel could not fetch as they lie."""
+    operands = {Role.FPROP: ("x", "w"), Role.DGRAD: ("y", "w"), Role.WGRAD: ("x", "y")}[role]
+    return tuple(name for name in operands if getattr(strides, name)[1] != 1 and g.shape(name)[1] > 1)
+
+
+def _costly_copies(problem: Problem, given: _Layout, copied: _Layout) -> str | None:
+    """Why activations are gathered as they lie rather than copied to channels-last; None where the copy pays."""
+    return "activations are not channels-last"
+
+
+def _gather_config(problem: Problem, layout: _Layout, explicit, obstacle) -> tuple[Config, str]:
+    _, g, strides, _ = layout
     why = f"pointer gather, since {obstacle}" if obstacle else "pointer gather"
     if explicit is not None:
         return explicit, why
@@ -244,9 +275,9 @@ def _sides(role: Role, g: ConvGeometry) -> tuple[int, int, tuple[int, ...]]:
     return (g.C, g.K, g.output) if role is Role.FPROP else (g.K, g.C, g.input)
 
 
-def _box_obstacle(problem: Problem, g: ConvGeometry, strides: Strides) -> str | None:
+def _box_obstacle(problem: Problem, layout: _Layout) -> str | None:
     """What keeps a canonical problem from the box kernel, in words; None if nothing does."""
-    role = problem.role
+    role, (_, g, strides, _) = problem.role, layout
     if role is Role.WGRAD:
         return "weight gradients have no box kernel"
     if problem.device.capability < 90:
@@ -256,8 +287,6 @@ def _box_obstacle(problem: Problem, g: ConvGeometry, strides: Strides) -> str | 
         return f"{problem.dtype} as {problem.precision} has no box kernel"
     if any(mode != "zeros" for mode in g.modes):
         return "only zeros lie outside a box"
-    if strides.x[1] != 1 or strides.y[1] != 1:
-        return "activations are not channels-last"
     if not problem.aligned:
         return "a tensor does not start at a multiple of 16 bytes"
     src, _, _ = _sides(role, g)

@@ -37,7 +37,7 @@ def in_steps(position, step):
     return shifted // step - BIAS, shifted % step
 
 
-@triton.jit(do_not_specialize=IMAGE_SIZED)
+@triton.jit(do_not_specialize=IMAGE_SIZED, do_not_specialize_on_alignment=["dst_sc"])
 def box_kernel(
     src,  # (N, D, H, W, channels), or (N, H / s, s, W / s, s * channels)
     flt,  # (taps, K, C / groups)
@@ -52,6 +52,7 @@ def box_kernel(
     dst_h,
     dst_w,
     dst_sn,
+    dst_sc,
     dst_sd,
     dst_sh,
     dst_sw,
@@ -151,7 +152,8 @@ def box_kernel(
             n = n0 + pixel // (BQ * BP * BZ)
             valid = (n < N) & (od < dst_d) & (oh < dst_h) & (ow < dst_w)
             offset = n.to(INDEX) * dst_sn + od.to(INDEX) * dst_sd + oh.to(INDEX) * dst_sh + ow.to(INDEX) * dst_sw
-            target = dst_pointer + offset[None, :] + (group * DST_C + channels)[:, None]
+            channel_offset = (group * DST_C + channels).to(INDEX) * dst_sc
+            target = dst_pointer + offset[None, :] + channel_offset[:, None]
             tl.store(target, out, mask=channel_valid[:, None] & valid[None, :])
 
 
@@ -180,6 +182,7 @@ def launch(role: Role, geometry: ConvGeometry, strides: Strides, config, numeric
         "dst_h": extents[1],
         "dst_w": extents[2],
         "dst_sn": dst_strides[0],
+        "dst_sc": dst_strides[1],
         "dst_sd": dst_strides[2],
         "dst_sh": dst_strides[3],
         "dst_sw": dst_strides[4],
@@ -192,7 +195,7 @@ def launch(role: Role, geometry: ConvGeometry, strides: Strides, config, numeric
         "FORWARD": forward,
         "SRC_ROWS": axes[1].src_step > 1,
         "DST_ROWS": axes[1].phases > 1,
-        "STORE_BOX": stores_box(role, g, config.BLOCK_N),
+        "STORE_BOX": stores_box(role, g, strides, config.BLOCK_N),
         "HAS_BIAS": numerics.has_bias,
         "INDEX": getattr(tl, f"int{numerics.index_bits}"),
         "PRECISION": numerics.precision,
@@ -226,19 +229,20 @@ def _boxes(role: Role, geometry: ConvGeometry, strides: Strides, config, src: st
     src_sides = ((g.N, *g.input), g.C, strides.x) if forward else ((g.N, *g.output), g.K, strides.y)
     dst_sides = ((g.N, *g.output), g.K, strides.y) if forward else ((g.N, *g.input), g.C, strides.x)
     source = _stepped(src, *src_sides, [a.src_step for a in axes], config.box, config.BLOCK_K)
-    if not stores_box(role, g, config.BLOCK_N):
+    if not stores_box(role, g, strides, config.BLOCK_N):
         return source, filters, None
     return source, filters, _stepped(dst, *dst_sides, [a.phases for a in axes], config.box, config.BLOCK_N)
 
 
-def stores_box(role: Role, geometry: ConvGeometry, block_n: int) -> bool:
-    """Whether tiles of the destination are boxes of it: its extents are whole steps, and blocks whole groups."""
+def stores_box(role: Role, geometry: ConvGeometry, strides: Strides, block_n: int) -> bool:
+    """Whether tiles of the destination are boxes of it: channels-last, extents whole steps, blocks whole groups."""
     g = geometry
-    extents, channels = (g.output, g.K) if role is Role.FPROP else (g.input, g.C)
+    forward = role is Role.FPROP
+    extents, channels, dst = (g.output, g.K, strides.y) if forward else (g.input, g.C, strides.x)
     phases = [axis.phases for axis in g.axes(role)]
     whole_groups = g.groups == 1 or (channels // g.groups) % block_n == 0
     whole_channels = phases[2] == 1 or channels % block_n == 0
-    return whole_groups and whole_channels and describable(extents, phases)
+    return dst[1] == 1 and whole_groups and whole_channels and describable(extents, phases)
 
 
 def _stepped(operand, sizes, channels, strides, steps, box, block) -> Box:
