@@ -15,8 +15,10 @@ PACKAGE = Path(triton_conv.__file__).parent
 
 # A module may import those of earlier lines, not of its own: `tuning` and the commands see everything.
 LAYERS = [
-    {"version", "geometry"},
-    {"reference", "config", "kernels"},
+    {"version", "geometry", "devices"},
+    {"tiles", "reference"},
+    {"config", "kernels"},
+    {"cost"},
     {"plan"},
     {"execute"},
     {"ops"},
@@ -27,7 +29,14 @@ LAYERS = [
     {"__main__"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
-NARROW = {"kernels": {"geometry", "kernels"}, "reference": {"geometry"}, "config": {"geometry"}, "geometry": set()}
+NARROW = {
+    "kernels": {"geometry", "tiles", "kernels"},
+    "reference": {"geometry"},
+    "config": {"geometry", "tiles", "devices"},
+    "tiles": {"geometry"},
+    "geometry": set(),
+    "devices": set(),
+}
 
 
 def room(path):

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from .devices import DEVICES
 from .version import VERSION
 
 
@@ -249,7 +250,7 @@ def _add_explain(sub: Any) -> None:
         "--device",
         type=_known_device,
         default="H200",
-        help="A100, H200, B200, or cuda for this GPU (default: H200)",
+        help=f"{', '.join(DEVICES)}, or cuda for this GPU (default: H200)",
     )
     parser.set_defaults(command=explain)
 
@@ -427,7 +428,6 @@ def _modes(text: str) -> tuple[str, ...]:
 def _known_device(text: str) -> Any:
     import torch
 
-    from .config import DEVICES
     from .execute import device_of
 
     if text == "cuda" and torch.cuda.is_available():

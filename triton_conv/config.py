@@ -7,11 +7,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
+from math import prod
 from typing import NamedTuple
 
+from . import tiles
+from .devices import DEVICES as DEVICES
+from .devices import INTERPRETER as INTERPRETER
+from .devices import Device as Device
 from .geometry import ConvGeometry, Role
+from .tiles import ceil_div
 
 PRECISIONS = ("ieee", "tf32", "tf32x3")  # ways to multiply float32
+ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+ITEM_BYTES |= {"int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1}
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,7 @@ class BoxConfig:
     @property
     def BLOCK_M(self) -> int:
         """Pixels of a box."""
-        return _product(self.box)
+        return prod(self.box)
 
     def __str__(self) -> str:
         box = "x".join(map(str, self.box))
@@ -78,22 +86,6 @@ class Numerics(NamedTuple):
     precision: str
     has_bias: bool
 
-
-class Device(NamedTuple):
-    """What a plan needs to know of a device."""
-
-    name: str
-    multiprocessors: int
-    capability: int
-
-
-INTERPRETER = Device("Triton interpreter on the CPU", 4, 90)
-# Multiprocessors as in NVIDIA's data sheets of A100 SXM (2020), H200 SXM (2023) and B200 (2024).
-DEVICES = {
-    "A100": Device("NVIDIA A100", 108, 80),
-    "H200": Device("NVIDIA H200", 132, 90),
-    "B200": Device("NVIDIA B200", 148, 100),
-}
 
 # A program is worth splitting off when it still has this many steps of its main loop.
 _STEPS_PER_SPLIT = 8
@@ -135,7 +127,7 @@ def default(geometry: ConvGeometry, role: Role, dtype: str, precision: str, vect
     """
     g = geometry
     C, K = g.C // g.groups, g.K // g.groups
-    pixels = g.N * _product(g.input if role is Role.DGRAD else g.output)
+    pixels = g.N * prod(g.input if role is Role.DGRAD else g.output)
     if "int" in dtype or C * K <= 8:
         return _without_dot(g, role, C, K, pixels, "int" in dtype, device)
     wide_rows = vectorised and dtype in ("float16", "bfloat16")
@@ -167,7 +159,7 @@ def default(geometry: ConvGeometry, role: Role, dtype: str, precision: str, vect
         )
         if config.BLOCK_N * config.BLOCK_K > _LARGEST_TILE:
             config = replace(config, BLOCK_K=_LARGEST_TILE // config.BLOCK_N)
-        return replace(config, splits=_splits(g, C, K, pixels, config, device))
+        return replace(config, splits=_splits(g, config, device))
     block_n = _tile(K if role is Role.FPROP else C, 16, largest)
     most = 32 if costly or (through_registers and flatten) else 128 if vectorised and not three_products else 64
     block_m = min(_tile(pixels, 16, most), (_LARGEST_TILE // 2 if through_registers else _LARGEST_TILE) // block_n)
@@ -203,7 +195,7 @@ def little_waste(counts: tuple[int, ...], size: int) -> tuple[int, int, int, int
     boxes = [(n, z, p, size // (n * z * p)) for n, z, p in product(sides, repeat=3) if size % (n * z * p) == 0]
 
     def covered(box: tuple[int, ...]) -> int:
-        return _product(-(-count // side) * side for count, side in zip(counts, box, strict=True))
+        return prod(-(-count // side) * side for count, side in zip(counts, box, strict=True))
 
     least = min(map(covered, boxes))
     good = [box for box in boxes if covered(box) <= _EQUAL_WASTE * least]
@@ -222,19 +214,17 @@ def _without_dot(g, role, C, K, pixels, integer, device) -> Config:
             dot=False,
             flatten=C < 16,
         )
-        return replace(config, splits=_splits(g, C, K, pixels, config, device))
+        return replace(config, splits=_splits(g, config, device))
     src, dst = (C, K) if role is Role.FPROP else (K, C)
     return Config(_tile(pixels, 16, 256), _tile(dst, 1, 4), _tile(src, 1, 4), num_stages=2, dot=False)
 
 
-def _splits(g, C, K, pixels, config, device) -> int:
+def _splits(g, config, device) -> int:
     """Slabs so that every multiprocessor has two programs, while slabs stay long and the workspace bounded."""
-    columns = -(-g.taps * C // config.BLOCK_K) if config.flatten else g.taps * -(-C // config.BLOCK_K)
-    tiles = max(g.groups * columns * -(-K // config.BLOCK_N), 1)
-    wanted = -(-2 * device.multiprocessors // tiles)
-    steps = -(-pixels // config.BLOCK_M)
-    affordable = _WORKSPACE_LIMIT // max(8 * g.K * C * g.taps, 1)
-    return max(1, min(wanted, steps // _STEPS_PER_SPLIT, affordable))
+    whole = tiles.wgrad(g, config)  # in one slab
+    wanted = ceil_div(2 * device.multiprocessors, max(whole.total, 1))
+    affordable = _WORKSPACE_LIMIT // max(8 * prod(g.shape("w")), 1)
+    return max(1, min(wanted, whole.longest // _STEPS_PER_SPLIT, affordable))
 
 
 def _tile(extent: int, least: int, most: int) -> int:
@@ -243,10 +233,3 @@ def _tile(extent: int, least: int, most: int) -> int:
     while tile < min(extent, most):
         tile *= 2
     return tile
-
-
-def _product(values) -> int:
-    result = 1
-    for v in values:
-        result *= v
-    return result

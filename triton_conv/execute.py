@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from . import plan, reference
-from .config import INTERPRETER, Device
+from . import devices, plan, reference
+from .devices import INTERPRETER, Device
 from .geometry import ConvGeometry, Role, Strides
 
 
@@ -120,7 +120,14 @@ def interpreting() -> bool:
 def _cuda_device(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
     capability = 10 * properties.major + properties.minor
-    return Device(properties.name, properties.multi_processor_count, capability)
+    return devices.of(
+        properties.name,
+        properties.multi_processor_count,
+        capability,
+        clock=properties.clock_rate * 1e3,
+        bandwidth=2 * properties.memory_clock_rate * 1e3 * properties.memory_bus_width / 8,  # two transfers a clock
+        l2_bytes=properties.L2_cache_size,
+    )
 
 
 def problem_of(call: Call, device: Device, output: Tensor | None = None) -> plan.Problem:

@@ -10,7 +10,8 @@ from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from . import config as configs
-from .config import BoxConfig, Config, Device, Numerics
+from . import tiles
+from .config import ITEM_BYTES, BoxConfig, Config, Device, Numerics
 from .geometry import ConvGeometry, Role, Strides, canonical, describable, tap_step
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ ACCUMULATORS = {
     "int32": "int32",
     "int64": "int64",
 }
-ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "int32": 4, "int64": 8}
 
 
 class Problem(NamedTuple):
@@ -263,9 +263,8 @@ def _box_misfit(config: BoxConfig, role: Role, g: ConvGeometry) -> str | None:
 
 
 def _box_config(problem: Problem, g: ConvGeometry) -> BoxConfig:
-    src, dst, extents = _sides(problem.role, g)
-    axes = g.axes(problem.role)
-    counts = (g.N, *(-(-extent // axis.phases) for extent, axis in zip(extents, axes, strict=True)))
+    src, dst, _ = _sides(problem.role, g)
+    counts = tiles.positions(problem.role, g)
     whole_blocks = _needs_whole_blocks(problem.role, g)
     return configs.default_box(counts, src // g.groups, dst // g.groups, whole_blocks, ITEM_BYTES[problem.dtype])
 
@@ -317,7 +316,7 @@ def _box_obstacle(problem: Problem, layout: _Layout) -> str | None:
 def _vectorised(g: ConvGeometry, strides: Strides) -> bool:
     """Whether eight neighbouring channels of both activations lie side by side."""
     channels_last = strides.x[1] == 1 and strides.y[1] == 1
-    return channels_last and (g.C // g.groups) % 8 == 0 and (g.K // g.groups) % 8 == 0
+    return channels_last and tiles.whole_vectors(g)
 
 
 def dense_strides(shape: tuple[int, ...], channels_last: bool) -> tuple[int, ...]:

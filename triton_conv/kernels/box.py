@@ -19,6 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .. import tiles
 from ..geometry import ConvGeometry, Role, Strides, describable, tap_step
 from .epilogue import finish
 from .indexing import WIDEN_BFLOAT16, residue_class, tap_of
@@ -165,14 +166,8 @@ def launch(role: Role, geometry: ConvGeometry, strides: Strides, config, numeric
     extents = g.output if forward else g.input
     dst_strides = strides.y if forward else strides.x
     axes = g.axes(role)
-    counts = (g.N, *(-(-extent // axis.phases) for extent, axis in zip(extents, axes, strict=True)))
-    tiles_m = 1
-    for count, side in zip(counts, config.box, strict=True):
-        tiles_m *= -(-count // side)
-    tiles_n = -(-(dst_c // g.groups) // config.BLOCK_N)
-    parts = g.groups * axes[0].phases * axes[1].phases * axes[2].phases
+    counted = tiles.box(role, g, config)
     bn, bz, bp, bq = config.box
-    tiles = tiles_n * tiles_m * parts
     arguments = {
         "N": g.N,
         "SRC_C": src_c // g.groups,
@@ -189,9 +184,9 @@ def launch(role: Role, geometry: ConvGeometry, strides: Strides, config, numeric
         "axis_d": axes[0],
         "axis_h": axes[1],
         "axis_w": axes[2],
-        "tiles_n": tiles_n,
-        "tiles_m": tiles_m,
-        "tiles": tiles,
+        "tiles_n": counted.tiles_n,
+        "tiles_m": counted.tiles_m,
+        "tiles": counted.total,
         "FORWARD": forward,
         "SRC_ROWS": axes[1].src_step > 1,
         "DST_ROWS": axes[1].phases > 1,
@@ -213,7 +208,7 @@ def launch(role: Role, geometry: ConvGeometry, strides: Strides, config, numeric
     }
     src, dst = ("x", into or "y") if forward else ("y", into or "x")
     boxes = _boxes(role, g, strides, config, src, dst)
-    programs = min(tiles, device.multiprocessors * config.programs)
+    programs = min(counted.total, device.multiprocessors * config.programs)
     return Launch("box", box_kernel, programs, (*boxes, "bias" if numerics.has_bias else None, dst), arguments)
 
 

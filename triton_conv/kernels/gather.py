@@ -19,6 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .. import tiles
 from ..geometry import ConvGeometry, Role, Strides
 from .epilogue import finish
 from .indexing import (
@@ -210,12 +211,7 @@ def launch(role: Role, geometry: ConvGeometry, strides: Strides, config, numeric
     src_vec, src_strides = in_vectors(src_strides)
     dst_vec, dst_strides = in_vectors(dst_strides)
     flt_vec, flt_strides = in_vectors((strides.w[0] * (g.K // groups), *strides.w), channel=2)
-    positions = g.N
-    parts = groups
-    for extent, axis in zip(dst_extents, axes, strict=True):
-        positions *= -(-extent // axis.phases)
-        parts *= axis.phases
-    tiles_m, tiles_n = -(-positions // config.BLOCK_M), -(-(dst_c // groups) // config.BLOCK_N)
+    counted = tiles.gather(role, g, config)
     names = dict(zip(("dst_d", "dst_h", "dst_w", "src_d", "src_h", "src_w"), (*dst_extents, *src_extents), strict=True))
     arguments = dict(
         N=g.N,
@@ -228,8 +224,8 @@ def launch(role: Role, geometry: ConvGeometry, strides: Strides, config, numeric
         axis_d=axes[0],
         axis_h=axes[1],
         axis_w=axes[2],
-        tiles_m=tiles_m,
-        tiles_n=tiles_n,
+        tiles_m=counted.tiles_m,
+        tiles_n=counted.tiles_n,
         FORWARD=forward,
         HAS_BIAS=numerics.has_bias,
         SRC_VEC=src_vec,
@@ -241,6 +237,6 @@ def launch(role: Role, geometry: ConvGeometry, strides: Strides, config, numeric
         **constants(g, config, numerics),
     )
     src, dst = ("x", into or "y") if forward else ("y", into or "x")
-    programs = launchable(tiles_m * tiles_n * parts, g)
+    programs = launchable(counted.total, g)
     bias = "bias" if numerics.has_bias else None
     return Launch("gather", gather_kernel, programs, (src, "w", bias, dst), arguments)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .. import tiles
 from ..geometry import ConvGeometry, Role, Strides
 from .indexing import channel_block, constants, in_vectors, launchable, multiply, power_of_two_in, read_position, tap_of
 from .launch import Launch
@@ -174,9 +175,7 @@ def launches(geometry: ConvGeometry, strides: Strides, config, numerics) -> list
     x_vec, x_strides = in_vectors(strides.x)
     y_vec, y_strides = in_vectors(strides.y)
     flt_vec, flt_strides = in_vectors((strides.w[0] * K, *strides.w), channel=2)
-    pixels = g.N * g.output[0] * g.output[1] * g.output[2]
-    steps = -(-pixels // config.BLOCK_M)
-    columns = -(-g.taps * C // config.BLOCK_K) if config.flatten else g.taps * -(-C // config.BLOCK_K)
+    counted = tiles.wgrad(g, config)
     names = dict(zip(("x_d", "x_h", "x_w", "y_d", "y_h", "y_w"), (*g.input, *g.output), strict=True))
     numel = g.K * C * g.taps
     arguments = dict(
@@ -191,7 +190,7 @@ def launches(geometry: ConvGeometry, strides: Strides, config, numerics) -> list
         axis_h=axes[1],
         axis_w=axes[2],
         slabs=config.splits,
-        steps_per_slab=-(-steps // config.splits),
+        steps_per_slab=counted.longest,
         slab_stride=numel // flt_vec,  # whole: dw is dense
         X_VEC=x_vec,
         Y_VEC=y_vec,
@@ -200,7 +199,7 @@ def launches(geometry: ConvGeometry, strides: Strides, config, numerics) -> list
         K_VEC=min(power_of_two_in(K), config.BLOCK_N),
         **constants(g, config, numerics),
     )
-    programs = launchable(config.splits * groups * columns * -(-K // config.BLOCK_N), g)
+    programs = launchable(counted.total, g)
     if config.splits == 1:
         return [Launch("wgrad", wgrad_kernel, programs, ("x", "y", "w"), arguments)]
     return [

@@ -1,0 +1,338 @@
+"""Predicted times: counts against enumeration, and properties that a wrong model would break."""
+
+import itertools
+import json
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from triton_conv import config, cost, devices, execute, tiles
+from triton_conv.config import BoxConfig, Config
+from triton_conv.devices import DEVICES
+from triton_conv.geometry import Axis, ConvGeometry, Role
+
+H200 = DEVICES["H200"]
+ACTIVATIONS = (Role.FPROP, Role.DGRAD)
+
+
+def conv(N, C, K, size, taps=3, groups=1, padding=None, **options) -> ConvGeometry:
+    rank = len(size)
+    filters = (taps,) * rank if isinstance(taps, int) else taps
+    padding = [(t // 2, t // 2) for t in filters] if padding is None else padding
+    return ConvGeometry.forward((N, C, *size), (K, C // groups, *filters), padding=padding, groups=groups, **options)
+
+
+def seconds(g, kernel, tiling, role=Role.FPROP, dtype="bfloat16", device=H200, **options) -> float:
+    return cost.predict(g, role, kernel, tiling, dtype, "tf32", device, **options).seconds
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Devices
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_devices_are_plausible(name):
+    d = DEVICES[name]
+    assert name.removeprefix("RTX") in d.name
+    assert "20" in d.source  # documents are named with their year
+    assert d.matrix_16 > d.matrix_tf32 >= d.vector_32 >= d.vector_int32 > d.vector_64 / 2
+    assert d.matrix_int8 >= 2 * d.matrix_16 - 1e12
+    assert d.matrix_fp8 == 0 or 1.9 < d.matrix_fp8 / d.matrix_16 < 2.1
+    assert d.matrix_64 >= d.vector_64
+    assert d.l2_bandwidth > d.bandwidth
+    assert d.shared_per_block < d.shared_per_multiprocessor < 4 * d.registers
+    # one multiplication and one addition a clock of 64 or 128 units, and of 512 to 4096 in matrix units: no sparse rate
+    assert d.vector_32 / (2 * d.multiprocessors * d.clock) == pytest.approx(64 if d.capability == 80 else 128, rel=0.02)
+    assert 250 < d.matrix_16 / (2 * d.multiprocessors * d.clock) < 4100
+    assert d.measured_copy < d.bandwidth
+    assert d.measured_matrix < d.matrix_16
+
+
+@pytest.mark.parametrize(
+    ("name", "multiprocessors", "capability", "expected"),
+    [
+        ("NVIDIA H200", 132, 90, "H200"),
+        ("NVIDIA H100 80GB HBM3", 132, 90, "H100"),
+        ("NVIDIA A100-SXM4-80GB", 108, 80, "A100"),
+        ("NVIDIA GeForce RTX 4090", 128, 89, "RTX4090"),
+    ],
+)
+def test_known_gpus_are_known_by_what_they_call_themselves(name, multiprocessors, capability, expected):
+    assert devices.of(name, multiprocessors, capability) == DEVICES[expected]._replace(name=name)
+
+
+@pytest.mark.parametrize(
+    ("name", "multiprocessors", "capability", "kin"),
+    [
+        ("NVIDIA H100 PCIe", 114, 90, "H100"),
+        ("NVIDIA GH200 480GB", 132, 90, "H100"),
+        ("NVIDIA GeForce RTX 5090 Laptop GPU", 82, 120, "RTX5090"),
+        ("NVIDIA RTX A6000", 84, 86, "A100"),
+        ("NVIDIA B300", 160, 103, "B200"),
+        ("Tesla V100-SXM2-16GB", 80, 70, "A100"),
+    ],
+)
+def test_other_gpus_are_scaled_from_their_kin_and_say_so(name, multiprocessors, capability, kin):
+    found = devices.of(name, multiprocessors, capability, clock=1e9, bandwidth=5e11)
+    assert found.source == f"scaled from {DEVICES[kin].name}"
+    assert (found.name, found.capability, found.bandwidth) == (name, capability, 5e11)
+    share = multiprocessors / DEVICES[kin].multiprocessors * 1e9 / DEVICES[kin].clock
+    assert found.matrix_16 == pytest.approx(DEVICES[kin].matrix_16 * share)
+    assert found.measured_copy == found.measured_matrix == 0
+
+
+def test_a_gpu_is_described_by_what_pytorch_says_of_it(monkeypatch):
+    properties = SimpleNamespace(
+        name="NVIDIA H100 PCIe",
+        major=9,
+        minor=0,
+        multi_processor_count=114,
+        clock_rate=1_755_000,
+        memory_clock_rate=1_593_000,
+        memory_bus_width=5120,
+        L2_cache_size=50 * 2**20,
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    found = execute._cuda_device.__wrapped__(0)
+    assert (found.name, found.capability, found.multiprocessors) == ("NVIDIA H100 PCIe", 90, 114)
+    assert found.bandwidth == pytest.approx(2.04e12, rel=0.01)  # NVIDIA's data sheet: 2 TB/s
+    assert found.l2_bytes == 50 * 2**20
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Counts
+
+
+def random_geometry(rng) -> ConvGeometry:
+    rank = rng.randint(1, 2)
+    groups = rng.choice((1, 1, 2, 3))
+    taps = tuple(rng.randint(1, 4) for _ in range(rank))
+    dilation = tuple(rng.randint(1, 3) for _ in range(rank))
+    size = [rng.randint(1, 7) + d * (t - 1) for t, d in zip(taps, dilation, strict=True)]
+    return conv(
+        rng.randint(1, 2),
+        groups * rng.randint(1, 3),
+        groups * rng.randint(1, 3),
+        size,
+        taps,
+        groups,
+        padding=[(rng.randint(0, 3), rng.randint(0, 3)) for _ in range(rank)],
+        stride=tuple(rng.randint(1, 4) for _ in range(rank)),
+        dilation=dilation,
+    )
+
+
+def multiplications(g: ConvGeometry) -> tuple[int, int]:
+    """(products, elements of x that take part in one), one by one."""
+    products, read = 0, set()
+    for n, k, *out in itertools.product(range(g.N), range(g.K), *map(range, g.output)):
+        for c, *tap in itertools.product(range(g.C // g.groups), *map(range, g.filter)):
+            at = [o * s - p[0] + t * d for o, s, p, t, d in zip(out, g.stride, g.padding, tap, g.dilation, strict=True)]
+            if all(0 <= i < extent for i, extent in zip(at, g.input, strict=True)):
+                products += 1
+                read.add((n, k // (g.K // g.groups) * (g.C // g.groups) + c, *at))
+    return products, len(read)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_roofline_counts_what_enumeration_counts(seed):
+    g = random_geometry(random.Random(seed))
+    products, read = multiplications(g)
+    w, y = (torch.Size(g.shape(name)).numel() for name in "wy")
+    for role in Role:
+        roof = cost.roofline(g, role, "float32", "ieee", H200)
+        assert roof.flops == 2 * products, g
+        x = torch.Size(g.shape("x")).numel()
+        if role is Role.DGRAD:
+            assert roof.bytes == 4 * (x + w + y)  # every element of dx is written
+        else:
+            assert 4 * (read + w + y) <= roof.bytes <= 4 * (x + w + y), g
+
+
+def test_every_tap_of_a_padding_mode_meets_the_input():
+    zeros, circular = (conv(2, 4, 4, (5, 6), modes=(mode, mode)) for mode in ("zeros", "circular"))
+    roofs = [cost.roofline(g, Role.FPROP, "float32", "ieee", H200) for g in (zeros, circular, circular.padded())]
+    assert roofs[0].flops < roofs[1].flops == roofs[2].flops == circular.flops
+
+
+def test_transposed_convolutions_count_as_the_gradients_they_are():
+    g = ConvGeometry.transposed((2, 3, 4, 5), (3, 2, 3, 3), stride=(2, 2), padding=((1, 1), (1, 1)))
+    assert cost.roofline(g, Role.DGRAD, "float32", "ieee", H200).flops == 2 * multiplications(g)[0]
+
+
+def classes_of(axis: Axis) -> list[int]:
+    """Taps of each residue class, as `Axis` defines them."""
+    found = []
+    for t in range(axis.offset, axis.offset + axis.phases):
+        first = t // axis.common * axis.inverse % axis.tap_step
+        taps = max(-(-(axis.filter - first) // axis.tap_step), 0)
+        found.append(0 if t % axis.common else taps)
+    return found
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_steps_are_those_of_every_tile(seed):
+    rng = random.Random(seed)
+    g = random_geometry(rng)
+    tiling = Config(rng.choice((16, 32)), 16, 16, flatten=rng.random() < 0.5)
+    boxes = BoxConfig((1, 1, 4, 8), 16, 16)
+    for role in ACTIVATIONS:
+        src, extents = (g.C, g.output) if role is Role.FPROP else (g.K, g.input)
+        per_tile, axes = [], g.axes(role)
+        for taps in itertools.product(*map(classes_of, axes)):
+            depth = torch.Size(taps).numel()
+            flat, apart = -(-depth * (src // g.groups) // 16), depth * -(-(src // g.groups) // 16)
+            per_tile.append((flat if tiling.flatten else apart, apart))
+        pixels = [-(-extent // axis.phases) for extent, axis in zip(extents, axes, strict=True)]
+        found = tiles.gather(role, g, tiling)
+        tiles_m = -(-g.N * torch.Size(pixels).numel() // tiling.BLOCK_M)
+        assert found.total == tiles_m * found.tiles_n * g.groups * len(per_tile)
+        assert found.steps == tiles_m * found.tiles_n * g.groups * sum(flat for flat, _ in per_tile)
+        assert found.longest == max(flat for flat, _ in per_tile)
+        found = tiles.box(role, g, boxes)
+        tiles_m = g.N * pixels[0] * -(-pixels[1] // 4) * -(-pixels[2] // 8)
+        assert found.steps == tiles_m * found.tiles_n * g.groups * sum(apart for _, apart in per_tile)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Predictions
+
+BIG = conv(32, 256, 256, (56, 56))
+TILES = {
+    Role.FPROP: [("gather", Config(128, 64, 64)), ("gather", Config(32, 16, 16, flatten=True))],
+    Role.DGRAD: [("gather", Config(64, 64, 32, filters_first=True)), ("gather", Config(64, 1, 4, dot=False))],
+    Role.WGRAD: [("wgrad", Config(64, 64, 64, splits=3)), ("wgrad", Config(16, 16, 16))],
+}
+BOXES = [("box", BoxConfig((1, 1, 8, 16), 128, 64)), ("box", BoxConfig((4, 1, 2, 8), 64, 32, programs=2))]
+
+
+@pytest.mark.parametrize("device", [*DEVICES.values(), devices.INTERPRETER], ids=lambda d: d.name)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64", "int8", "int64"])
+def test_nothing_is_predicted_below_the_roofline(device, dtype):
+    rng = random.Random(7)
+    shapes = [random_geometry(rng) for _ in range(10)] + [
+        BIG,
+        conv(8, 64, 64, (56, 56), groups=64),
+        conv(1, 8, 8, (9,)),
+    ]
+    shapes += [conv(4, 96, 96, (33, 20), stride=(2, 3)), conv(2, 64, 1, (40,)), conv(2, 64, 512, (40,), groups=64)]
+    for g, role, precision in itertools.product(shapes, Role, config.PRECISIONS):
+        least = cost.roofline(g, role, dtype, precision, device)
+        for kernel, tiling in TILES[role] + (BOXES if role in ACTIVATIONS else []):
+            found = cost.predict(g, role, kernel, tiling, dtype, precision, device)
+            assert found.seconds >= least.seconds + cost.LAUNCH, (g, role, kernel, tiling)
+            assert 0 <= found.useful <= 1
+
+
+@pytest.mark.parametrize("role", Role, ids=lambda role: role.value)
+def test_more_pixels_never_cost_less(role):
+    for kernel, tiling in TILES[role] + (BOXES if role in ACTIVATIONS else []):
+        for sizes in (
+            [conv(n, 64, 64, (28, 28)) for n in range(1, 40)],
+            [conv(2, 32, 48, (9, w)) for w in range(8, 99)],
+        ):
+            times = [seconds(g, kernel, tiling, role) for g in sizes]
+            assert times == sorted(times), (kernel, tiling)
+
+
+@pytest.mark.parametrize("role", Role, ids=lambda role: role.value)
+def test_tiles_larger_than_the_problem_lose(role):
+    tiny = conv(1, 16, 16, (8, 8))
+    if role is Role.WGRAD:
+        kernel, small, large = "wgrad", Config(64, 16, 16), Config(64, 128, 128)
+    else:
+        kernel, small, large = "gather", Config(16, 16, 16), Config(128, 128, 64)
+    assert seconds(tiny, kernel, small, role) < seconds(tiny, kernel, large, role)
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=lambda d: d.name)
+def test_large_tiles_win_where_they_fill_the_gpu(device):
+    sizes = (Config(32, 16, 32), Config(32, 32, 32), Config(64, 32, 32), Config(64, 64, 32, filters_first=True))
+    times = [seconds(BIG, "gather", tiling, device=device) for tiling in sizes]
+    assert times == sorted(times, reverse=True)
+    if device.capability in (90, 100):
+        boxes = [BoxConfig((1, 1, 4, 8), 64, 64), BoxConfig((1, 1, 8, 8), 64, 64), BoxConfig((1, 1, 8, 16), 128, 64)]
+        times = [seconds(BIG, "box", box, device=device) for box in boxes]
+        assert times == sorted(times, reverse=True)
+        assert times[-1] < seconds(BIG, "gather", sizes[-1], device=device)
+
+
+def test_splits_win_for_few_weights_and_many_pixels_and_lose_for_many_weights():
+    few, many = conv(32, 64, 64, (56, 56), 1), conv(1, 1024, 1024, (14, 14))
+    one, eight = Config(64, 64, 64), Config(64, 64, 64, splits=8)
+    assert seconds(few, "wgrad", eight, Role.WGRAD) < 0.5 * seconds(few, "wgrad", one, Role.WGRAD)
+    assert seconds(many, "wgrad", one, Role.WGRAD) < seconds(many, "wgrad", eight, Role.WGRAD)
+
+
+def test_configs_that_do_not_fit_are_never_chosen():
+    assert seconds(BIG, "box", BOXES[0][1], device=DEVICES["RTX5090"]) == float("inf")
+    assert seconds(BIG, "gather", Config(128, 256, 128, 8, 4)) == float("inf")
+
+
+def test_spilled_accumulators_cost_more():
+    assert seconds(BIG, "gather", Config(128, 256, 32, 4)) > seconds(BIG, "gather", Config(128, 256, 32, 8))
+
+
+@pytest.mark.parametrize(
+    ("g", "dtype", "limit"),
+    [
+        (BIG, "bfloat16", "matrix rate"),
+        (BIG, "float32", "matrix rate"),
+        (BIG, "int64", "vector rate"),
+        (conv(32, 256, 256, (56, 56), groups=256), "bfloat16", "memory bandwidth"),
+        (conv(8, 512, 512, (4096,), 7, groups=512), "bfloat16", "memory bandwidth"),
+        (conv(32, 256, 64, (56, 56), 1), "bfloat16", "memory bandwidth"),
+    ],
+)
+def test_the_limit_that_binds(g, dtype, limit):
+    for role in Role:
+        assert cost.roofline(g, role, dtype, "tf32", H200).limit == limit
+
+
+def test_float32_without_tf32_is_bound_by_the_vector_rate():
+    assert cost.roofline(BIG, Role.FPROP, "float32", "ieee", H200).limit == "vector rate"
+    ieee, tf32 = (
+        cost.predict(BIG, Role.FPROP, "gather", Config(64, 64, 32), "float32", p, H200) for p in ("ieee", "tf32")
+    )
+    assert ieee.seconds > 3 * tf32.seconds
+
+
+def test_what_a_layout_costs():
+    """Scalar loads of contiguous activations cost more than copying them to channels-last, for busy layers."""
+    contiguous = seconds(BIG, "gather", Config(64, 64, 32, filters_first=True), channels_last=False)
+    boxed = seconds(BIG, "box", BOXES[0][1]) + 2 * cost.copy_seconds(2 * 32 * 256 * 56 * 56, H200)
+    assert boxed < contiguous
+    assert cost.copy_seconds(2**30, H200) == pytest.approx(2**31 / H200.measured_copy + cost.LAUNCH)
+
+
+def test_groups_that_share_sectors_of_channels_last_images_are_fetched_together():
+    g = conv(32, 256, 256, (56, 56), groups=256)
+    tiling = Config(256, 1, 1, dot=False)
+    last, first = (seconds(g, "gather", tiling, channels_last=last) for last in (True, False))
+    assert last > 1.5 * first
+
+
+def test_a_padded_gradient_is_folded_at_the_speed_of_memory():
+    g = conv(32, 256, 256, (56, 56), modes=("circular", "circular"))
+    padded, image = 32 * 256 * 58 * 58, 32 * 256 * 56 * 56
+    moved = padded * (4 + 2) + image * 2  # written as float32 in place of bfloat16, read, written as bfloat16
+    assert cost.fold_seconds(g, "bfloat16", H200) == pytest.approx(moved / H200.measured_copy + cost.LAUNCH)
+
+
+def ranks(values) -> list[float]:
+    order = sorted(range(len(values)), key=values.__getitem__)
+    return [float(order.index(i)) for i in range(len(values))]
+
+
+def test_predictions_rank_kernels_as_measurements_do():
+    """Spearman's rank correlation over every measured plan of a GPU's committed results."""
+    results = sorted((Path(__file__).parents[1] / "bench" / "results").glob("*/predicted.json"))
+    if not results:
+        pytest.skip("no GPU measurements are committed under bench/results")
+    for path in results:
+        rows = json.loads(path.read_text())
+        correlation = torch.corrcoef(torch.tensor([ranks([r[k] for r in rows]) for k in ("predicted", "measured")]))
+        assert correlation[0, 1] > 0.7, path

@@ -1,0 +1,274 @@
+"""The predicted time of a convolution: what no kernel can beat (`roofline`), and what ours may take (`predict`).
+
+Predictions order configs and kernels; they are no measurements. Data-sheet numbers come from `devices`, counts of
+tiles and steps from `tiles`.
+
+A multiprocessor works on its resident tiles together. A step of their main loops takes as long as the busiest of its
+units, which multiply, issue loads or fetch through L2; where too few steps are ahead it waits for their data. Tiles
+run in waves, and memory is read and written beside all that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import inf, prod
+from typing import Any, NamedTuple
+
+from . import tiles as counting
+from .config import ITEM_BYTES, BoxConfig, Config
+from .devices import H200, Device
+from .geometry import ConvGeometry, Role
+from .tiles import Tiles, ceil_div
+
+# Shares of the data sheet's rates that an ideal loop reaches: measured on the H200, assumed of every other GPU.
+MATRIX_SHARE = H200.measured_matrix / H200.matrix_16
+MEMORY_SHARE = H200.measured_copy / H200.bandwidth
+
+# Assumed: nobody has measured these.
+VECTOR_SHARE = 0.5  # without a dot, as many instructions widen operands and fold sums as multiply
+FEW_ROWS = 0.6  # on sm_90 and sm_100, dots of fewer than 64 rows get the older instruction, fed from registers
+LAUNCH = 3e-6  # seconds from the end of one kernel to the start of the next
+TILE = 1e-6  # seconds before a tile's first step and after its last: about two trips to memory
+LATENCY = 0.5e-6  # seconds that a load takes in a busy loop: twice what is published for a lone one
+ADDRESS = 16  # instructions of a thread for the address and the mask of one load by pointer
+SPILLED = 4  # how many times longer a step takes whose accumulator does not fit into registers
+
+REGISTERS = 64  # of a thread, beside its accumulator: as compiled default configs have them
+LANES = 128  # instructions that a multiprocessor issues in a clock, counted by thread: four schedulers of 32
+SECTOR = 32  # bytes that memory and L2 hand out at least
+
+
+class Roofline(NamedTuple):
+    """What any kernel needs: flops of the taps that meet the input; each operand and the output moved once, uncached.
+
+    `limit` is what `seconds`, the least time on this device, are spent on: "matrix rate", "vector rate" or "memory
+    bandwidth". Groups narrower than a matrix instruction leave the rest of it idle.
+    """
+
+    flops: int
+    bytes: int
+    limit: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Predicted, not measured: `seconds` = max(loop, memory) + split + launch; infinite where a config cannot run.
+
+    tiles            tiles of the launch
+    waves            rounds in which the multiprocessors get through them
+    resident         tiles that a multiprocessor works on at a time
+    useful           share of the multiplied flops that count; the others are tails of tiles and padding
+    loop_seconds     the waves, and what they wait for
+    compute_seconds  the multiplications, were every multiprocessor always at them
+    l2_seconds       what main loops load, through L2
+    memory_seconds   what memory moves: the least bytes, and those that L2 has lost before they are read again
+    split_seconds    slabs of a weight gradient written, read and summed
+    launch_seconds   starts of kernels
+    """
+
+    seconds: float
+    tiles: int
+    waves: int
+    resident: int
+    useful: float
+    loop_seconds: float
+    compute_seconds: float
+    l2_seconds: float
+    memory_seconds: float
+    split_seconds: float = 0.0
+    launch_seconds: float = LAUNCH
+
+
+def roofline(geometry: ConvGeometry, role: Role, dtype: str, precision: str, device: Device) -> Roofline:
+    """The least time of a convolution on a device.
+
+    >>> g = ConvGeometry.forward((32, 256, 56, 56), (256, 256, 3, 3), padding=((1, 1), (1, 1)))
+    >>> roofline(g, Role.FPROP, "bfloat16", "ieee", H200).limit
+    'matrix rate'
+    """
+    g = geometry
+    C, K = g.C // g.groups, g.K // g.groups
+    pairs = [_pairs(g, axis) for axis in range(3)]
+    flops = 2 * g.N * g.K * C * prod(pairs)
+    touched = g.input if role is Role.DGRAD else [min(i, n) for i, n in zip(g.input, pairs, strict=True)]
+    elements = g.N * g.C * prod(touched) + prod(g.shape("w")) + prod(g.shape("y"))
+    moved = elements * ITEM_BYTES[dtype]
+    sides = (C, K * g.taps) if role is Role.DGRAD else (K, C * g.taps)
+    fill = prod(side / (8 * ceil_div(side, 8)) for side in sides if side)  # 8: the least side of a matrix instruction
+    matrix, vector = _matrix_rate(dtype, precision, device) * fill, _vector_rate(dtype, device)
+    computing, moving = flops / max(matrix, vector), moved / device.bandwidth
+    limit = "memory bandwidth" if moving >= computing else "matrix rate" if matrix > vector else "vector rate"
+    return Roofline(flops, moved, limit, max(computing, moving))
+
+
+def predict(
+    geometry: ConvGeometry,
+    role: Role,
+    kernel: str,
+    config: Config | BoxConfig,
+    dtype: str,
+    precision: str,
+    device: Device,
+    channels_last: bool = True,
+) -> Prediction:
+    """The predicted time of `kernel` ("gather", "wgrad" or "box") on a canonical geometry.
+
+    `channels_last` is the layout of both activations.
+    """
+    g, item = geometry, ITEM_BYTES[dtype]
+    tiles, step = _TILES[kernel](role, g, config), _step(role, g, config, item, channels_last)
+    resident, spilled = _residents(config, step, dtype, device)
+    matrix = step.dot and _matrix_rate(dtype, precision, device)
+    share = MATRIX_SHARE * (FEW_ROWS if step.rows < 64 and device.capability in (90, 100) else 1)
+    rate = matrix * share if matrix else _vector_rate(dtype, device) * VECTOR_SHARE
+    multiplying, issuing = step.flops / rate, step.loads * ADDRESS / (LANES * device.clock * device.multiprocessors)
+    busy = max(max(multiplying, issuing) if matrix else multiplying + issuing, step.bytes / device.l2_bandwidth)
+    busy *= device.multiprocessors * (SPILLED if spilled else 1)
+    waves, loop = _waves(tiles, busy, step, resident, device) if resident else (0, inf)
+
+    least, bandwidth = roofline(g, role, dtype, precision, device), device.bandwidth * MEMORY_SHARE
+    splits = config.splits if isinstance(config, Config) else 1
+    passes = ceil_div(tiles.tiles_m * tiles.tiles_n, max(resident, 1) * device.multiprocessors)
+    memory = (least.bytes + _read_again(role, g, step, item, splits, passes, device)) / bandwidth
+    split = prod(g.shape("w")) * 2 * splits * max(item, 4) / bandwidth if splits > 1 else 0.0
+    launch = LAUNCH * (2 if splits > 1 else 1)
+    return Prediction(
+        seconds=max(loop, memory) + split + launch,
+        tiles=tiles.total,
+        waves=waves,
+        resident=resident,
+        useful=least.flops / max(tiles.steps * step.flops, 1),
+        loop_seconds=loop,
+        compute_seconds=tiles.steps * multiplying,
+        l2_seconds=tiles.steps * step.bytes / device.l2_bandwidth,
+        memory_seconds=memory,
+        split_seconds=split,
+        launch_seconds=launch,
+    )
+
+
+def fold_seconds(geometry: ConvGeometry, dtype: str, device: Device) -> float:
+    """Of folding a padded gradient onto dx; it is written and read as wide as accumulators are."""
+    item = ITEM_BYTES[dtype]
+    moved = prod(geometry.padded().shape("x")) * (2 * max(item, 4) - item) + prod(geometry.shape("x")) * item
+    return moved / (device.bandwidth * MEMORY_SHARE) + LAUNCH
+
+
+def copy_seconds(size: int, device: Device) -> float:
+    """Of copying `size` bytes into another layout: read once, written once."""
+    return 2 * size / (device.bandwidth * MEMORY_SHARE) + LAUNCH
+
+
+_TILES: dict[str, Callable[[Role, ConvGeometry, Any], Tiles]] = {
+    "gather": counting.gather,
+    "box": counting.box,
+    "wgrad": lambda role, geometry, config: counting.wgrad(geometry, config),
+}
+
+
+class _Step(NamedTuple):
+    """What a step of a main loop asks for, and what its block holds meanwhile."""
+
+    rows: int  # of the dot's first operand
+    columns: int
+    flops: int
+    bytes: float  # fetched through L2
+    loads: int  # by pointer: each has an address of its own
+    ahead: int  # steps whose data are on the way
+    shared: int  # bytes of shared memory
+    dot: bool
+    joined: bool  # a tile's first loads are on the way before the tile before it is stored
+    waste: float  # bytes fetched for each that a group needs of a pixel
+
+
+def _step(role: Role, g: ConvGeometry, config: Any, item: int, channels_last: bool) -> _Step:
+    C, K = g.C // g.groups, g.K // g.groups
+    boxed = isinstance(config, BoxConfig)
+    dot, flatten = boxed or config.dot, not boxed and config.flatten
+    narrow = max(min(C, K) * item, 1)
+    waste = max(min(SECTOR, g.groups * narrow) / narrow, 1.0) if channels_last else 1.0
+    block_k = config.BLOCK_K if flatten else min(config.BLOCK_K, K if role is Role.DGRAD else C)
+    if role is Role.WGRAD:
+        rows, columns, depth = config.BLOCK_N, config.BLOCK_K, config.BLOCK_M
+        fetched = config.BLOCK_M * (min(config.BLOCK_N, K) + block_k) * waste
+    else:
+        rows, columns, depth = config.BLOCK_N, config.BLOCK_M, config.BLOCK_K
+        fetched = block_k * (config.BLOCK_M * waste + config.BLOCK_N)
+        if not boxed and not config.filters_first:
+            rows, columns = columns, rows
+    elements = (rows + columns) * depth
+    whole_vectors = channels_last and counting.whole_vectors(g)
+    # only whole vectors are copied asynchronously, and only for a dot
+    stages = config.num_stages if boxed or (dot and whole_vectors) else 1
+    loads = 0 if boxed else elements * item // 16 if whole_vectors else elements
+    shared = (stages * elements + (rows * columns if boxed else 0)) * item if dot else 0
+    joined = boxed and all(axis.phases == 1 for axis in g.axes(role))
+    flops = 2 * rows * columns * depth
+    return _Step(rows, columns, flops, fetched * item, loads, max(stages - 1, 1), shared, dot, joined, waste)
+
+
+def _residents(config: Any, step: _Step, dtype: str, device: Device) -> tuple[int, bool]:
+    """(tiles that a multiprocessor holds at a time, 0 if none fits; whether their accumulators spill)."""
+    threads = 32 * config.num_warps
+    registers = REGISTERS + step.rows * step.columns * max(ITEM_BYTES[dtype], 4) // (4 * threads)
+    if step.shared > device.shared_per_block:
+        return 0, False
+    limits = [device.registers // (min(registers, 255) * threads)]
+    if step.shared:
+        limits.append(device.shared_per_multiprocessor // (step.shared + 1024))  # 1024 are the driver's
+    if isinstance(config, BoxConfig):
+        limits.append(config.programs)
+    return max(min(limits), 1), registers > 255
+
+
+def _waves(tiles: Tiles, busy: float, step: _Step, resident: int, device: Device) -> tuple[int, float]:
+    """(waves, their seconds), where a step keeps a multiprocessor `busy`; the last wave may leave some idle."""
+    steps, waiting = tiles.steps / max(tiles.total, 1), LATENCY / step.ahead
+    full, rest = divmod(tiles.total, device.multiprocessors * resident)
+    last = max(ceil_div(rest, device.multiprocessors) * busy, waiting) if rest else 0.0
+    seconds = max(steps * (full * max(resident * busy, waiting) + last), tiles.longest * max(busy, waiting))
+    waves = full + (rest > 0)
+    return waves, seconds + TILE * (1 if step.joined else waves)
+
+
+def _read_again(role: Role, g: ConvGeometry, step: _Step, item: int, slabs: int, passes: int, device: Device) -> float:
+    """Bytes that memory moves again: over what lies between two readings, L2 has lost the share it cannot hold.
+
+    Groups that share sectors, residue classes that share a source and waves of one slab's tiles each pass over it all.
+    """
+    x, y = prod(g.shape("x")) * item, prod(g.shape("y")) * item
+    if role is Role.WGRAD:
+        again, between = (x + y) * (step.waste * passes - 1), (x + y) / slabs
+    else:
+        src, dst = (x, y) if role is Role.FPROP else (y, x)
+        classes = prod(axis.tap_step for axis in g.axes(role))
+        again, between = src * (step.waste * classes - 1) + dst * (step.waste - 1), x + y
+    return again * max(0.0, 1 - device.l2_bytes / max(between, 1))
+
+
+def _matrix_rate(dtype: str, precision: str, device: Device) -> float:
+    """Flops a second of a dot of these; 0 where it has no matrix instruction."""
+    if dtype == "float32":
+        return {"tf32": device.matrix_tf32, "tf32x3": device.matrix_tf32 / 3, "ieee": 0.0}[precision]
+    rates = {"float16": device.matrix_16, "bfloat16": device.matrix_16, "float64": device.matrix_64}
+    return rates.get(dtype, device.matrix_int8 if dtype in ("int8", "uint8") else 0.0)
+
+
+def _vector_rate(dtype: str, device: Device) -> float:
+    if "int" in dtype:
+        return device.vector_int32 / (3 if dtype == "int64" else 1)  # a product of int64 is three of int32
+    return device.vector_64 if dtype == "float64" else device.vector_32
+
+
+def _pairs(g: ConvGeometry, axis: int) -> int:
+    """Pairs of an output position and a tap that meet a position of the input, along one axis."""
+    extent, taps, outputs, stride = g.input[axis], g.filter[axis], g.output[axis], g.stride[axis]
+    if g.modes[axis] != "zeros":
+        return outputs * taps  # every padded position shows one of the input's
+    pairs = 0
+    for offset in range(-g.padding[axis][0], taps * g.dilation[axis] - g.padding[axis][0], g.dilation[axis]):
+        first, end = max(0, ceil_div(-offset, stride)), min(outputs, ceil_div(extent - offset, stride))
+        pairs += max(0, end - first)
+    return pairs

@@ -1,0 +1,94 @@
+"""How many tiles a launch has and how many steps their main loops take: for kernels, configs and predictions alike.
+
+Configs are those of `config`: boxes have a `box`, slabs of a weight gradient `splits`. Roles are geometry's.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from math import prod
+from typing import Any, NamedTuple
+
+from .geometry import Axis, ConvGeometry, Role
+
+
+class Tiles(NamedTuple):
+    """tiles_m x tiles_n tiles in each of `parts`: groups, residue classes of the stride, slabs.
+
+    `steps` are those of the main loops of all tiles together, `longest` those of the longest. tiles_m counts pixels
+    and tiles_n destination channels; in a weight gradient, columns of taps and input channels, and output channels.
+    """
+
+    tiles_m: int
+    tiles_n: int
+    parts: int
+    steps: int
+    longest: int
+
+    @property
+    def total(self) -> int:
+        return self.tiles_m * self.tiles_n * self.parts
+
+
+def positions(role: Role, geometry: ConvGeometry) -> tuple[int, ...]:
+    """(images, depths, rows, columns) of destination positions in the largest residue class, for FPROP or DGRAD."""
+    extents = geometry.output if role is Role.FPROP else geometry.input
+    axes = geometry.axes(role)
+    return geometry.N, *(ceil_div(extent, axis.phases) for extent, axis in zip(extents, axes, strict=True))
+
+
+def gather(role: Role, geometry: ConvGeometry, config: Any) -> Tiles:
+    """FPROP or DGRAD by `kernels.gather`."""
+    tiles_m = ceil_div(prod(positions(role, geometry)), config.BLOCK_M)
+    return _activations(role, geometry, config, tiles_m, config.flatten)
+
+
+def box(role: Role, geometry: ConvGeometry, config: Any) -> Tiles:
+    """FPROP or DGRAD by `kernels.box`, whose tiles do not run on from one image row into the next."""
+    sides = zip(positions(role, geometry), config.box, strict=True)
+    return _activations(role, geometry, config, prod(ceil_div(count, side) for count, side in sides), False)
+
+
+def wgrad(geometry: ConvGeometry, config: Any) -> Tiles:
+    """WGRAD by `kernels.wgrad`: every slab has the steps of the longest, some of them perhaps past the last pixel."""
+    g = geometry
+    C, K = g.C // g.groups, g.K // g.groups
+    columns = ceil_div(g.taps * C, config.BLOCK_K) if config.flatten else g.taps * ceil_div(C, config.BLOCK_K)
+    steps = ceil_div(ceil_div(g.N * prod(g.output), config.BLOCK_M), config.splits)
+    tiles = Tiles(columns, ceil_div(K, config.BLOCK_N), g.groups * config.splits, 0, steps)
+    return tiles._replace(steps=tiles.total * steps)
+
+
+def class_taps(axis: Axis) -> tuple[tuple[int, int], ...]:
+    """(taps, residue classes that have so many) of an axis.
+
+    The classes that `common` lets reach the filter start at its taps 0 to tap_step - 1, one at each.
+    """
+    taps, more = divmod(axis.filter, axis.tap_step)
+    unreached = axis.phases - axis.tap_step
+    counts = ((taps + 1, more), (taps, axis.tap_step - more), (0, unreached))
+    return tuple((taps, classes) for taps, classes in counts if classes)
+
+
+def whole_vectors(geometry: ConvGeometry) -> bool:
+    """Whether the channels of a group are, in x and in y, whole vectors of eight."""
+    return (geometry.C // geometry.groups) % 8 == 0 and (geometry.K // geometry.groups) % 8 == 0
+
+
+def _activations(role: Role, g: ConvGeometry, config: Any, tiles_m: int, flatten: bool) -> Tiles:
+    src, dst = (g.C, g.K) if role is Role.FPROP else (g.K, g.C)
+    axes = g.axes(role)
+    tiles_n = ceil_div(dst // g.groups, config.BLOCK_N)
+    steps = longest = 0
+    for combination in product(*map(class_taps, axes)):
+        taps = prod(taps for taps, _ in combination)
+        reduction = src // g.groups
+        each = ceil_div(taps * reduction, config.BLOCK_K) if flatten else taps * ceil_div(reduction, config.BLOCK_K)
+        steps += each * prod(classes for _, classes in combination)
+        longest = max(longest, each)
+    parts = g.groups * prod(axis.phases for axis in axes)
+    return Tiles(tiles_m, tiles_n, parts, steps * g.groups * tiles_m * tiles_n, longest)
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
