@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import triton_conv
-from triton_conv import cli, functional
+from triton_conv import cli, explain, functional
 from triton_conv.check import CASES, DTYPES
 
 
@@ -151,6 +151,27 @@ def test_explain_says_what_the_plans_of_a_transposed_convolution_are(capsys):
         ("input gradient (the convolution itself)", "(fprop)"),
         ("weight gradient (weight gradient of the convolution)", "(wgrad)"),
     ]
+
+
+def test_explain_predicts_times_and_says_that_nobody_measured_them(capsys):
+    argv = "explain 32x256x56x56 256x256x3x3 --padding 1 --dtype bfloat16 --channels-last"
+    assert cli.main(argv.split()) == 0
+    printed = capsys.readouterr().out
+    limits = re.findall(r"^roofline   116 GFLOP, 104 MB: at least 117 us, by matrix rate$", printed, re.MULTILINE)
+    assert len(limits) == 3
+    times = re.findall(
+        r"^time       (\S+) us predicted, not measured: (\d+)% of that limit; tiles", printed, re.MULTILINE
+    )
+    assert len(times) == 3
+    for predicted, share in times:
+        assert round(100 * 117 / float(predicted)) == pytest.approx(int(share), abs=1)
+
+
+def test_explain_adds_the_time_of_the_fold(capsys):
+    shapes, options = ((8, 64, 28, 28), (64, 64, 3, 3)), {"padding": 1, "padding_mode": "circular"}
+    p = explain.plans(*shapes, **options)["input gradient"]
+    assert p.seconds > p.prediction.seconds > p.roofline.seconds
+    assert p.roofline.bytes == 4 * (2 * 8 * 64 * 28 * 28 + 64 * 64 * 9)  # dx counts without its border
 
 
 def test_explain_says_that_a_complex_convolution_is_four(capsys):

@@ -59,7 +59,10 @@ def text(
     device: Device = config.DEVICES["H200"],
     **parameters: Any,
 ) -> str:
-    """The call in one line, then its `plans`, each under a title that says what it computes."""
+    """The call in one line, then its `plans`, each under a title that says what it computes, and what time they take.
+
+    That time is predicted by `triton_conv.cost`, and compared with the least that the device's data sheet allows.
+    """
     name = _name(weight_shape, transposed)
     output_shape, calls = _traced(input_shape, weight_shape, transposed, dtype, channels_last, bias, parameters)
     shapes = {"input": input_shape, "weight": weight_shape, "output": output_shape}
@@ -77,8 +80,28 @@ def text(
         lines.append("Each plan is one of four real convolutions, which make a complex one.")
 
     for (title, p), meaning in zip(_plans(calls, device).items(), _OF_THE_CONVOLUTION, strict=False):
-        lines.append(f"\n{title} ({meaning})\n{p}" if transposed else f"\n{title}\n{p}")
+        lines += [f"\n{title} ({meaning})" if transposed else f"\n{title}", str(p), _times(p)]
     return "\n".join(lines)
+
+
+def _times(p: plan.Plan) -> str:
+    least, kernel = p.roofline, p.prediction
+    scaled = f", numbers {p.device.source}" if p.device.source.startswith("scaled") else ""
+    moved = f"{_with_prefix(least.flops)}FLOP, {_with_prefix(least.bytes)}B"
+    share = f"{least.seconds / p.seconds:.0%} of that limit"
+    tiles = f"tiles {kernel.tiles}, waves {kernel.waves}, {kernel.useful:.0%} of the products useful"
+    return (
+        f"roofline   {moved}: at least {_with_prefix(least.seconds)}s, by {least.limit}{scaled}\n"
+        f"time       {_with_prefix(p.seconds)}s predicted, not measured: {share}; {tiles}"
+    )
+
+
+def _with_prefix(value: float) -> str:
+    """Three digits, a space and the unit's prefix: "59.2 G"."""
+    for scale, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""), (1e-3, "m"), (1e-6, "u")):
+        if value >= scale:
+            return f"{value / scale:.3g} {prefix}"
+    return f"{value / 1e-9:.3g} n"
 
 
 def _plans(calls: Sequence[execute.Call], device: Device) -> dict[str, plan.Plan]:

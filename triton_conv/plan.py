@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
 from . import config as configs
-from . import tiles
+from . import cost, tiles
 from .config import ITEM_BYTES, BoxConfig, Config, Device, Numerics
+from .cost import Prediction, Roofline
 from .geometry import ConvGeometry, Role, Strides, canonical, describable, tap_step
 
 if TYPE_CHECKING:
@@ -85,8 +87,8 @@ class Plan:
     @property
     def workspace_bytes(self) -> int:
         """Device memory beyond inputs and output, in bytes."""
-        copies = sum(_product(self.geometry.shape(name)) for name in self.packs) * ITEM_BYTES[self.dtype]
-        workspace = _product(self.workspace_shape) if self.workspace_shape else 0
+        copies = sum(prod(self.geometry.shape(name)) for name in self.packs) * ITEM_BYTES[self.dtype]
+        workspace = prod(self.workspace_shape) if self.workspace_shape else 0
         return copies + workspace * ITEM_BYTES[self.workspace_dtype]
 
     @cached_property
@@ -106,6 +108,26 @@ class Plan:
             return (first,)
         f = self.fold
         return first, fold.launch(f.geometry, f.numerics, f.padded_strides, f.dx_strides)
+
+    @cached_property
+    def roofline(self) -> Roofline:
+        """The least time of what the plan computes, by whatever kernel."""
+        whole = self.fold.geometry if self.fold else self.geometry
+        return cost.roofline(whole, self.role, self.dtype, self.numerics.precision, self.device)
+
+    @cached_property
+    def prediction(self) -> Prediction:
+        """The predicted time of the kernel."""
+        channels_last = _channels_last(self.strides)
+        what = (self.geometry, self.role, self.kernel, self.config, self.dtype, self.numerics.precision, self.device)
+        return cost.predict(*what, channels_last)
+
+    @cached_property
+    def seconds(self) -> float:
+        """The predicted time of everything: copies, kernel and fold."""
+        sizes = [prod(self.geometry.shape(name)) * ITEM_BYTES[self.dtype] for name in self.packs]
+        folding = cost.fold_seconds(self.fold.geometry, self.dtype, self.device) if self.fold else 0.0
+        return sum(cost.copy_seconds(size, self.device) for size in sizes) + self.prediction.seconds + folding
 
     def __str__(self) -> str:
         numerics = self.numerics
@@ -315,8 +337,11 @@ def _box_obstacle(problem: Problem, layout: _Layout) -> str | None:
 
 def _vectorised(g: ConvGeometry, strides: Strides) -> bool:
     """Whether eight neighbouring channels of both activations lie side by side."""
-    channels_last = strides.x[1] == 1 and strides.y[1] == 1
-    return channels_last and tiles.whole_vectors(g)
+    return _channels_last(strides) and tiles.whole_vectors(g)
+
+
+def _channels_last(strides: Strides) -> bool:
+    return strides.x[1] == 1 and strides.y[1] == 1
 
 
 def dense_strides(shape: tuple[int, ...], channels_last: bool) -> tuple[int, ...]:
@@ -338,16 +363,9 @@ def _reach(g: ConvGeometry, strides: Strides, role: Role, config: Config | BoxCo
         _span((g.N, g.K, *g.output), strides.y),
         _span((g.K, g.C // g.groups, *g.filter), strides.w) * splits,
     ]
-    positions = g.N * _product(i + p for i, p in zip(g.input if role is Role.DGRAD else g.output, phases, strict=True))
+    positions = g.N * prod(i + p for i, p in zip(g.input if role is Role.DGRAD else g.output, phases, strict=True))
     return max(*spans, positions + config.BLOCK_M * splits)
 
 
 def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
     return 1 + sum((n - 1) * abs(s) for n, s in zip(shape, strides, strict=True))
-
-
-def _product(values) -> int:
-    result = 1
-    for v in values:
-        result *= v
-    return result
