@@ -19,7 +19,7 @@ from .tiles import ceil_div
 
 PRECISIONS = ("ieee", "tf32", "tf32x3")  # ways to multiply float32
 ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
-ITEM_BYTES |= {"int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1}
+ITEM_BYTES |= {"int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "float8_e4m3fn": 1}
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,9 @@ class Config:
 class BoxConfig:
     """One way to run a box kernel: a box of (images, depths, rows, columns) of pixels, times BLOCK_N destination
     channels, reducing BLOCK_K source channels a step; `programs` persistent programs per multiprocessor.
+
+    In wgrad a step reduces the box, which is a run of pixels along one axis; BLOCK_N counts output channels, BLOCK_K
+    input channels, and `splits` cuts the runs into that many slabs. A program there is one tile.
     """
 
     box: tuple[int, int, int, int]
@@ -67,6 +70,14 @@ class BoxConfig:
     num_warps: int = 4
     num_stages: int = 4
     programs: int = 1
+    splits: int = 1
+
+    def __post_init__(self) -> None:
+        sides = (*self.box, self.BLOCK_N, self.BLOCK_K)
+        if any(s < 1 or s & (s - 1) for s in sides) or self.splits < 1:
+            raise ValueError(f"sides and blocks must be powers of two and splits positive, but got {self}")
+        if min(self.BLOCK_M, self.BLOCK_N, self.BLOCK_K) < 16 or max(sides) > 256:
+            raise ValueError(f"blocks of a dot must be 16 or more and sides of a box 256 or less, but got {self}")
 
     @property
     def BLOCK_M(self) -> int:
@@ -75,7 +86,8 @@ class BoxConfig:
 
     def __str__(self) -> str:
         box = "x".join(map(str, self.box))
-        return f"box {box} x {self.BLOCK_N} x {self.BLOCK_K} warps {self.num_warps} stages {self.num_stages}"
+        text = f"box {box} x {self.BLOCK_N} x {self.BLOCK_K} warps {self.num_warps} stages {self.num_stages}"
+        return f"{text} splits {self.splits}" if self.splits > 1 else text
 
 
 class Numerics(NamedTuple):
@@ -85,6 +97,13 @@ class Numerics(NamedTuple):
     accumulator: str
     precision: str
     has_bias: bool
+    has_scale: bool = False
+
+    @property
+    def epilogue(self) -> tuple[str | None, ...]:
+        """The operands that an accumulator meets before it is stored, None for those that are not there."""
+        scales = ("scale_a", "scale_b") if self.has_scale else (None, None)
+        return (*scales, "bias" if self.has_bias else None)
 
 
 # A program is worth splitting off when it still has this many steps of its main loop.
@@ -119,6 +138,16 @@ def chosen(role: Role) -> Config | BoxConfig | None:
     return _explicit.get(role)
 
 
+def multiplies_matrices(dtype: str, role: Role) -> bool:
+    """Whether the kernels of a role multiply a dtype on matrix units: floats, and int8 but for weight gradients."""
+    return "int" not in dtype or (dtype == "int8" and role is not Role.WGRAD)
+
+
+def least_reduction(dtype: str) -> int:
+    """The smallest BLOCK_K of a dot."""
+    return 32 if ITEM_BYTES[dtype] == 1 else 16
+
+
 def default(geometry: ConvGeometry, role: Role, dtype: str, precision: str, vectorised: bool, device: Device) -> Config:
     """Sane tiles by rule: as large as the problem fills, small enough not to spill.
 
@@ -128,9 +157,9 @@ def default(geometry: ConvGeometry, role: Role, dtype: str, precision: str, vect
     g = geometry
     C, K = g.C // g.groups, g.K // g.groups
     pixels = g.N * prod(g.input if role is Role.DGRAD else g.output)
-    if "int" in dtype or C * K <= 8:
+    if not multiplies_matrices(dtype, role) or C * K <= 8:
         return _without_dot(g, role, C, K, pixels, "int" in dtype, device)
-    wide_rows = vectorised and dtype in ("float16", "bfloat16")
+    wide_rows = vectorised and ITEM_BYTES[dtype] <= 2
     # float64, and float32 without TF32, hold or multiply more than the matrix units' own tiles
     costly = dtype == "float64" or (dtype == "float32" and precision == "ieee")
     three_products = dtype == "float32" and precision == "tf32x3"
@@ -164,7 +193,7 @@ def default(geometry: ConvGeometry, role: Role, dtype: str, precision: str, vect
     most = 32 if costly or (through_registers and flatten) else 128 if vectorised and not three_products else 64
     block_m = min(_tile(pixels, 16, most), (_LARGEST_TILE // 2 if through_registers else _LARGEST_TILE) // block_n)
     deepest = 16 if costly or three_products else 64 if wide_rows and not (flatten or through_registers) else 32
-    block_k = _tile(reduction * g.taps if flatten else reduction, 16, deepest)
+    block_k = _tile(reduction * g.taps if flatten else reduction, least_reduction(dtype), deepest)
     return Config(block_m, block_n, block_k, 4, 3, True, flatten, filters_first=block_n >= 64)
 
 
@@ -174,7 +203,7 @@ def default_box(counts: tuple[int, ...], src: int, dst: int, whole_blocks: bool,
     `src` and `dst` are channels per group; with `whole_blocks` the reduction's block must divide `src`.
     """
     deepest = 128 // item_bytes  # 128 bytes of channels fill a row of shared memory as the copy engine swizzles it
-    block_k = _tile(src, 16, deepest)
+    block_k = _tile(src, max(16, 32 // item_bytes), deepest)
     while whole_blocks and src % block_k:
         block_k //= 2
     return BoxConfig(little_waste(counts, 128), _tile(dst, 64, 128), block_k)
@@ -200,6 +229,51 @@ def little_waste(counts: tuple[int, ...], size: int) -> tuple[int, int, int, int
     least = min(map(covered, boxes))
     good = [box for box in boxes if covered(box) <= _EQUAL_WASTE * least]
     return min(good, key=lambda box: (box[0] * box[1], max(2 * box[2], box[3]) / min(2 * box[2], box[3]), box))
+
+
+def default_run(geometry: ConvGeometry, device: Device) -> BoxConfig:
+    """Sane runs and tiles of a weight gradient of 16-bit types by rule.
+
+    128 x 128 accumulators are the most that four warps hold: with 158 registers a thread at most, none spilled. Up to
+    96 KiB of stages let two programs share a multiprocessor of Hopper's.
+    """
+    g = geometry
+    run = run_of_little_waste((g.N, *g.output))
+    block_n, block_k = _tile(g.K // g.groups, 64, 128), _tile(g.C // g.groups, 16, 128)
+    stages = 96 * 2**10 // (2 * max(run) * (block_n + block_k))
+    config = BoxConfig(run, block_n, block_k, num_stages=max(2, min(stages, 6)))
+    whole = tiles.box_wgrad(g, config)
+    places = 2 * device.multiprocessors
+
+    def pixels(splits: int) -> int:
+        slab = ceil_div(whole.longest, splits) * (config.BLOCK_M + _PIXELS_OF_A_STEP) + _PIXELS_OF_A_SLAB
+        return ceil_div(whole.total * splits, places) * slab
+
+    affordable = _WORKSPACE_LIMIT // max(8 * prod(g.shape("w")), 1)
+    most = max(1, min(places, whole.longest // _STEPS_PER_SPLIT, affordable))
+    return replace(config, splits=min(range(1, most + 1), key=pixels))
+
+
+# What a program does beside multiplying, in pixels that it could multiply meanwhile. A tile of 128 x 128 is written to
+# its slab and read again in the time of about 1000, at an H200's 4.3 TB/s and 800 TFLOP/s.
+_PIXELS_OF_A_STEP = 8
+_PIXELS_OF_A_SLAB = 1024
+
+
+@lru_cache(maxsize=4096)
+def run_of_little_waste(counts: tuple[int, ...]) -> tuple[int, int, int, int]:
+    """A run of 16, 32 or 64 pixels along one axis that covers counts (images, depths, rows, columns) well.
+
+    Of those that idle little, the longest; of these the one along the innermost axis, which lies closest in memory.
+    """
+    runs = [tuple(length if a == axis else 1 for a in range(4)) for length in (64, 32, 16) for axis in (3, 2, 1, 0)]
+
+    def pixels(run: tuple[int, ...]) -> int:
+        return prod(tiles.blocks(counts, run)) * (max(run) + _PIXELS_OF_A_STEP)
+
+    least = min(map(pixels, runs))
+    n, z, p, q = next(run for run in runs if pixels(run) <= _EQUAL_WASTE * least)
+    return n, z, p, q
 
 
 def _without_dot(g, role, C, K, pixels, integer, device) -> Config:

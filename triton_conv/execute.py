@@ -24,7 +24,9 @@ from .geometry import ConvGeometry, Role, Strides
 class Call:
     """One primitive with its operands.
 
-    a, b are (x, w) for fprop, (dy, w) for dgrad, (dy, x) for wgrad; bias goes with the first two.
+    a, b are (x, w) for fprop, (dy, w) for dgrad, (dy, x) for wgrad; bias goes with the first two. With `scales`, one
+    element of float32 each, the sum is multiplied by both before bias is added. The output and bias have `out_dtype`,
+    which is the operands' own where it is None.
     """
 
     role: Role
@@ -34,6 +36,8 @@ class Call:
     bias: Tensor | None
     precision: str | None
     weight_stride: tuple[int, ...] = ()
+    scales: tuple[Tensor, Tensor] | None = None
+    out_dtype: torch.dtype | None = None
 
     @property
     def output_shape(self) -> list[int]:
@@ -69,6 +73,7 @@ def empty_output(call: Call) -> Tensor:
 
 
 def _empty_like_output(call: Call) -> Tensor:
+    dtype = call.out_dtype or call.a.dtype
     if call.role is Role.WGRAD:
         return call.a.new_empty_strided(call.output_shape, call.weight_stride)
     memory_format = torch.contiguous_format
@@ -76,7 +81,7 @@ def _empty_like_output(call: Call) -> Tensor:
         wanted = torch.channels_last if call.a.dim() == 4 else torch.channels_last_3d
         if wanted in (suggest_memory_format(call.a), suggest_memory_format(call.b)):
             memory_format = wanted
-    return torch.empty(call.output_shape, dtype=call.a.dtype, device=call.a.device, memory_format=memory_format)
+    return torch.empty(call.output_shape, dtype=dtype, device=call.a.device, memory_format=memory_format)
 
 
 def execute(call: Call) -> Tensor:
@@ -133,9 +138,9 @@ def _cuda_device(index: int) -> Device:
 def problem_of(call: Call, device: Device, output: Tensor | None = None) -> plan.Problem:
     """The numbers a plan is made from. Raises NotImplementedError for a dtype without kernels."""
     output = _empty_like_output(replace(call, a=call.a.to("meta"), b=call.b.to("meta"))) if output is None else output
-    dtype = str(call.a.dtype).removeprefix("torch.")
-    if dtype not in plan.ACCUMULATORS:
-        raise NotImplementedError(f"triton_conv has no kernel for {call.a.dtype}")
+    dtype, out_dtype = (str(t.dtype).removeprefix("torch.") for t in (call.a, output))
+    if dtype not in plan.ACCUMULATORS or out_dtype == "float8_e4m3fn":
+        raise NotImplementedError(f"triton_conv has no kernel for {call.a.dtype} that writes {output.dtype}")
     a, b, out = (_strides(t) for t in (call.a, call.b, output))
     strides = {
         Role.FPROP: Strides(x=a, w=b, y=out),
@@ -144,7 +149,10 @@ def problem_of(call: Call, device: Device, output: Tensor | None = None) -> plan
     }[call.role]
     precision = (call.precision or default_precision()) if dtype == "float32" else "ieee"
     aligned = all(t.device.type == "meta" or t.data_ptr() % 16 == 0 for t in (call.a, call.b, output))
-    return plan.Problem(call.role, call.geometry, dtype, strides, precision, call.bias is not None, aligned, device)
+    has_bias, has_scale = call.bias is not None, call.scales is not None
+    return plan.Problem(
+        call.role, call.geometry, dtype, out_dtype, strides, precision, has_bias, has_scale, aligned, device
+    )
 
 
 def default_precision() -> str:
@@ -169,6 +177,8 @@ def _kernels(call: Call, device: Device, output: Tensor) -> Tensor:
     tensors = dict(zip(names, (call.a, call.b, output), strict=True))
     if call.bias is not None:
         tensors["bias"] = call.bias
+    if call.scales is not None:
+        tensors["scale_a"], tensors["scale_b"] = call.scales
     with _on_device(output.device):
         for name in p.packs:
             tensors[name] = _five(tensors[name]).permute(0, 2, 3, 4, 1).contiguous()
@@ -193,8 +203,12 @@ def _five(t: Tensor) -> Tensor:
 
 def _reference(call: Call, output: Tensor) -> Tensor:
     a, b, g = _five(call.a), _five(call.b), call.geometry
+    if call.out_dtype is None:
+        fprop = partial(reference.fprop, a, b, call.bias, g)
+    else:
+        fprop = partial(reference.low_precision_fprop, a, b, call.scales, call.bias, g, call.out_dtype)
     primitive: Callable[[], Tensor] = {
-        Role.FPROP: partial(reference.fprop, a, b, call.bias, g),
+        Role.FPROP: fprop,
         Role.DGRAD: partial(reference.dgrad, a, b, call.bias, g),
         Role.WGRAD: partial(reference.wgrad, a, b, g),
     }[call.role]

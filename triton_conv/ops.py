@@ -5,18 +5,21 @@
     triton_conv::conv_transpose  transposed convolution
     triton_conv::conv_dgrad      input gradient
     triton_conv::conv_wgrad      weight gradient
+    triton_conv::conv_scaled     forward convolution of 8-bit floats, to wider ones
+    triton_conv::conv_int        forward convolution of int8, to int32
 
-All five are one of three bilinear primitives, fprop(x, w), dgrad(dy, w) and wgrad(dy, x), and the derivative of
-each is made of the other two, so gradients of any order exist. Arguments: `padding` holds (lower, upper) of each
-axis in turn, `padding_mode` is one name for all axes, or one per axis joined by commas (torch.jit.trace and ONNX
-cannot record lists of strings), `precision` is one of `config.PRECISIONS` or None (PyTorch's settings, read at each
-call). Inputs are batched; `triton_conv.functional` takes everything else.
+The first five are one of three bilinear primitives, fprop(x, w), dgrad(dy, w) and wgrad(dy, x), and the derivative of
+each is made of the other two, so gradients of any order exist; the last two have none. Arguments: `padding` holds
+(lower, upper) of each axis in turn, `padding_mode` is one name for all axes, or one per axis joined by commas
+(torch.jit.trace and ONNX cannot record lists of strings), `precision` is one of `config.PRECISIONS` or None (PyTorch's
+settings, read at each call). Inputs are batched; `triton_conv.functional` takes everything else.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from importlib.abc import MetaPathFinder
 from importlib.machinery import PathFinder
@@ -32,7 +35,8 @@ from .config import PRECISIONS
 from .execute import Call, empty_output, execute
 from .geometry import ConvGeometry, Role
 
-_PARAMS = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, str padding_mode, str? precision"
+_PLAIN = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, str padding_mode"
+_PARAMS = f"{_PLAIN}, str? precision"
 _TRANSPOSED = (
     "SymInt[] stride, SymInt[] padding, SymInt[] output_padding, SymInt groups, SymInt[] dilation, "
     "str padding_mode, str? precision"
@@ -45,7 +49,14 @@ _SCHEMAS = {
     "conv_wgrad": (
         f"(Tensor grad_output, Tensor input, SymInt[] weight_size, SymInt[] weight_stride, {_PARAMS}) -> Tensor"
     ),
+    "conv_scaled": (
+        f"(Tensor input, Tensor weight, Tensor? bias, {_PLAIN}, Tensor scale_a, Tensor scale_b, ScalarType out_dtype)"
+        " -> Tensor"
+    ),
+    "conv_int": f"(Tensor input, Tensor weight, Tensor? bias, {_PLAIN}) -> Tensor",
 }
+
+OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # what 8-bit floats may become
 
 _lib = torch.library.Library("triton_conv", "DEF")
 for _name, _schema in _SCHEMAS.items():
@@ -56,10 +67,12 @@ conv_dilated = torch.ops.triton_conv.conv_dilated.default
 conv_transpose = torch.ops.triton_conv.conv_transpose.default
 conv_dgrad = torch.ops.triton_conv.conv_dgrad.default
 conv_wgrad = torch.ops.triton_conv.conv_wgrad.default
+conv_scaled = torch.ops.triton_conv.conv_scaled.default
+conv_int = torch.ops.triton_conv.conv_int.default
 
 # torch.jit.trace records no list of SymInts: while it runs, calls go to an overload with plain ones.
 _TRACED: dict[Any, Any] = {}
-for _op in (conv, conv_dilated, conv_transpose):
+for _op in (conv, conv_dilated, conv_transpose, conv_scaled, conv_int):
     _name = _op._schema.name.split("::")[1]
     _lib.define(f"{_name}.traced{_SCHEMAS[_name].replace('SymInt', 'int')}")
     _lib.impl(f"{_name}.traced", _op, "CompositeImplicitAutograd")
@@ -183,6 +196,37 @@ def _conv_wgrad_call(
     return Call(Role.WGRAD, geometry, grad_output, input, None, precision, tuple(weight_stride))
 
 
+def _conv_scaled_call(
+    input, weight, bias, stride, padding, dilation, groups, padding_mode, scale_a, scale_b, out_dtype
+) -> Call:
+    if out_dtype not in OUT_DTYPES:
+        raise RuntimeError(f"expected out_dtype to be one of {OUT_DTYPES}, but got {out_dtype}")
+    scales = (scale_a, scale_b)
+    for name, scale in zip(("scale_a", "scale_b"), scales, strict=True):
+        if scale.dtype != torch.float32 or scale.numel() != 1:
+            raise RuntimeError(f"expected {name} to be one float32, but got {scale.dtype} {list(scale.shape)}")
+        _check_device("input", input, name, scale)
+    params = (stride, padding, dilation, groups, padding_mode, None)
+    return _low_precision_call(torch.float8_e4m3fn, out_dtype, scales, input, weight, bias, params)
+
+
+def _conv_int_call(input, weight, bias, stride, padding, dilation, groups, padding_mode) -> Call:
+    params = (stride, padding, dilation, groups, padding_mode, None)
+    return _low_precision_call(torch.int8, torch.int32, None, input, weight, bias, params)
+
+
+def _low_precision_call(dtype, out_dtype, scales, input, weight, bias, params) -> Call:
+    for name, t, expected in (("input", input, dtype), ("weight", weight, dtype), ("bias", bias, out_dtype)):
+        if t is None:
+            continue
+        if t.dtype != expected:
+            raise RuntimeError(f"expected {name} of {expected}, but got {t.dtype} {list(t.shape)}")
+        _check_device("input", input, name, t)
+    call = _conv_call(input, weight, None, *params)
+    _check_bias(bias, call.geometry.K, weight)
+    return replace(call, bias=bias, scales=scales, out_dtype=out_dtype)
+
+
 def _dense(size: Sequence[int], stride: Sequence[int]) -> bool:
     """Whether elements of these strides fill one block of memory, in whatever order of dimensions."""
     expected = 1
@@ -202,11 +246,7 @@ def check_precision(precision: Any) -> None:
 
 def _check_operands(bias: Tensor | None, channels: int, precision: str | None, **tensors: Tensor) -> None:
     (first_name, first), (second_name, second) = tensors.items()
-    if bias is not None and (bias.dim() != 1 or bias.shape[0] != channels):
-        raise RuntimeError(
-            f"Given weight of size {list(second.shape)}, expected bias to be 1-dimensional with {channels} elements, "
-            f"but got bias of size {list(bias.shape)} instead"
-        )
+    _check_bias(bias, channels, second)
     check_precision(precision)
     for name, t in ((second_name, second), ("bias", bias)):
         if t is None:
@@ -216,11 +256,23 @@ def _check_operands(bias: Tensor | None, channels: int, precision: str | None, *
                 f"{first_name.capitalize()} type ({first.dtype}) and {name} type ({t.dtype}) should be the same "
                 f"({first_name} {list(first.shape)}, {name} {list(t.shape)})"
             )
-        if t.device != first.device:
-            raise RuntimeError(
-                f"Expected all tensors to be on the same device, but {first_name} {list(first.shape)} is on "
-                f"{first.device} and {name} {list(t.shape)} is on {t.device}"
-            )
+        _check_device(first_name, first, name, t)
+
+
+def _check_bias(bias: Tensor | None, channels: int, weight: Tensor) -> None:
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != channels):
+        raise RuntimeError(
+            f"Given weight of size {list(weight.shape)}, expected bias to be 1-dimensional with {channels} elements, "
+            f"but got bias of size {list(bias.shape)} instead"
+        )
+
+
+def _check_device(first_name: str, first: Tensor, name: str, t: Tensor) -> None:
+    if t.device != first.device:
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but {first_name} {list(first.shape)} is on "
+            f"{first.device} and {name} {list(t.shape)} is on {t.device}"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -394,6 +446,26 @@ def _sum_of(parts: Sequence[Tensor | None], bias: Tensor | None, shape: Sequence
     return total
 
 
+class _NoGradient(_SingleLevelFunction):
+    """An operator that has no derivative, and says so where one is asked for."""
+
+    @staticmethod
+    def forward(op, *args):
+        return _below_autograd(op, *args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.name = inputs[0]._schema.name
+
+    @staticmethod
+    def backward(ctx, dy):
+        raise RuntimeError(f"{ctx.name} has no gradient: it is for inference")
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise RuntimeError(f"{ctx.name} has no derivative: it is for inference")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # vmap. A batch of one operand folds into an axis that no other operand has: inputs into N, weights and gradients into
 # their channels of the output. A batch of both folds into groups.
@@ -446,6 +518,12 @@ def _activation_vmap(op, output_channels: int):
         return _with_bias(_unfolded(y, size, 1), bias, bias_dim), 0
 
     return rule
+
+
+def _scaled_vmap(info, in_dims, a, w, bias, *params):
+    if any(dim is not None for dim in in_dims[-3:-1]):
+        raise NotImplementedError("vmap over the scales of triton_conv::conv_scaled is not supported")
+    return _activation_vmap(conv_scaled, 0)(info, in_dims, a, w, bias, *params)
 
 
 def _wgrad_vmap(info, in_dims, dy, x, weight_size, weight_stride, *params):
@@ -519,6 +597,8 @@ _register(conv_dilated, _conv_call, _Fprop, _activation_vmap(conv_dilated, 0), T
 _register(conv_transpose, _conv_transpose_call, _Transpose, _activation_vmap(conv_transpose, 1), True)
 _register(conv_dgrad, _conv_dgrad_call, _Dgrad, _activation_vmap(conv_dgrad, 1), False)
 _register(conv_wgrad, _conv_wgrad_call, _Wgrad, _wgrad_vmap, False)
+_register(conv_scaled, _conv_scaled_call, _NoGradient, _scaled_vmap, False)
+_register(conv_int, _conv_int_call, _NoGradient, _activation_vmap(conv_int, 0), False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

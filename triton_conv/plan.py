@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # Accumulators by dtype; a dtype that is not here has no kernel. Complex runs as real convolutions.
 ACCUMULATORS = {
+    "float8_e4m3fn": "float32",
     "float16": "float32",
     "bfloat16": "float32",
     "float32": "float32",
@@ -36,16 +37,19 @@ ACCUMULATORS = {
 class Problem(NamedTuple):
     """What a plan depends on, and the key it is cached under.
 
-    `precision` says how float32 is multiplied ("ieee", "tf32", "tf32x3") and is "ieee" for every other dtype;
-    `aligned` says that every tensor starts at a multiple of 16 bytes.
+    `dtype` is that of both operands, `out_dtype` that of output and bias. `precision` says how float32 is multiplied
+    ("ieee", "tf32", "tf32x3") and is "ieee" for every other dtype; `aligned` says that every tensor starts at a
+    multiple of 16 bytes; `has_scale` that the sum is multiplied by two scales.
     """
 
     role: Role
     geometry: ConvGeometry
     dtype: str
+    out_dtype: str
     strides: Strides
     precision: str
     has_bias: bool
+    has_scale: bool
     aligned: bool
     device: Device
 
@@ -72,6 +76,7 @@ class Plan:
     kernel: str
     role: Role
     dtype: str
+    out_dtype: str
     geometry: ConvGeometry
     strides: Strides
     config: Config | BoxConfig
@@ -83,6 +88,13 @@ class Plan:
     workspace_shape: tuple[int, ...]
     workspace_dtype: str
     reason: str
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """The dtype of every operand that a launch may name."""
+        output = {Role.FPROP: "y", Role.DGRAD: "x", Role.WGRAD: "w"}[self.role]
+        operands = dict.fromkeys(("x", "w", "y"), self.dtype) | {output: self.out_dtype, "bias": self.out_dtype}
+        return operands | {"scale_a": "float32", "scale_b": "float32", "workspace": self.workspace_dtype}
 
     @property
     def workspace_bytes(self) -> int:
@@ -144,7 +156,8 @@ class Plan:
 
     def _products(self) -> str:
         dot = self.dtype == "float32" and (isinstance(self.config, BoxConfig) or self.config.dot)
-        return f"float32 products as {self.numerics.precision}" if dot else f"{self.dtype} products"
+        products = f"float32 products as {self.numerics.precision}" if dot else f"{self.dtype} products"
+        return products if self.out_dtype == self.dtype else f"{products} to {self.out_dtype}"
 
     def _workspace_use(self) -> str:
         uses = [f"a copy of {name}" for name in self.packs]
@@ -163,6 +176,10 @@ def make(problem: Problem) -> Plan:
 @lru_cache(maxsize=4096)
 def _make(problem: Problem, explicit: Config | BoxConfig | None) -> Plan:
     role, geometry, strides = problem.role, problem.geometry, problem.strides
+    if problem.dtype == "float8_e4m3fn" and problem.device.capability < 89:
+        raise NotImplementedError(
+            f"{problem.device.name} has no float8_e4m3fn arithmetic, which came with compute capability 8.9: {geometry}"
+        )
     accumulator = ACCUMULATORS[problem.dtype]
     folds = role is Role.DGRAD and any(mode != "zeros" for mode in geometry.modes)
     original = geometry.padded() if folds else geometry
@@ -185,7 +202,7 @@ def _make(problem: Problem, explicit: Config | BoxConfig | None) -> Plan:
     else:
         layout = copied
         config = explicit or _box_config(problem, layout.geometry)
-        misfit = obstacle or _box_misfit(config, role, layout.geometry)
+        misfit = obstacle or _box_misfit(config, problem.dtype, role, layout.geometry)
         if misfit:
             raise RuntimeError(f"a box config was given for {geometry}, but {misfit}")
         why = "channels-last on a device with the bulk tensor copy engine"
@@ -195,7 +212,7 @@ def _make(problem: Problem, explicit: Config | BoxConfig | None) -> Plan:
         why += "; config given explicitly"
 
     bits = 64 if _reach(inner, inner_strides, role, config) >= 2**31 else 32
-    numerics = Numerics(bits, accumulator, problem.precision, problem.has_bias and not folds)
+    numerics = Numerics(bits, accumulator, problem.precision, problem.has_bias and not folds, problem.has_scale)
     fold: Fold | None = None
     workspace: tuple[int, ...] = ()
     if folds:
@@ -210,6 +227,7 @@ def _make(problem: Problem, explicit: Config | BoxConfig | None) -> Plan:
         kernel,
         role,
         problem.dtype,
+        problem.out_dtype,
         inner,
         inner_strides,
         config,
@@ -258,12 +276,15 @@ def _gather_config(problem: Problem, layout: _Layout, explicit, obstacle) -> tup
     _, g, strides, _ = layout
     why = f"pointer gather, since {obstacle}" if obstacle else "pointer gather"
     if explicit is not None:
+        shallow = _too_shallow(explicit, problem.dtype)
+        if shallow:
+            raise RuntimeError(f"a config was given for {g}, but {shallow}")
         return explicit, why
     vectorised = _vectorised(g, strides)
     config = configs.default(g, problem.role, problem.dtype, problem.precision, vectorised, problem.device)
     if not config.dot:
-        integer = "int" in problem.dtype
-        why += "; " + ("integers have no matrix instruction here" if integer else "groups are too narrow for a dot")
+        narrow = configs.multiplies_matrices(problem.dtype, problem.role)
+        why += "; " + ("groups are too narrow for a dot" if narrow else "integers have no matrix instruction here")
         why += ", so products are summed in registers"
     return config, f"{why}; tiles by rule for {problem.device.name}"
 
@@ -273,9 +294,19 @@ def _needs_whole_blocks(role: Role, g: ConvGeometry) -> bool:
     return g.groups > 1 or g.axes(role)[2].src_step > 1
 
 
-def _box_misfit(config: BoxConfig, role: Role, g: ConvGeometry) -> str | None:
+def _too_shallow(config: Config | BoxConfig, dtype: str) -> str | None:
+    least = configs.least_reduction(dtype)
+    if (isinstance(config, BoxConfig) or config.dot) and least > config.BLOCK_K:
+        return f"its BLOCK_K {config.BLOCK_K} is below the {least} of a dot of {dtype}"
+    return None
+
+
+def _box_misfit(config: BoxConfig, dtype: str, role: Role, g: ConvGeometry) -> str | None:
     """What is wrong with a box config for a geometry that has box plans, in words."""
     src, _, extents = _sides(role, g)
+    shallow = _too_shallow(config, dtype)
+    if shallow:
+        return shallow
     if _needs_whole_blocks(role, g) and (src // g.groups) % config.BLOCK_K:
         return f"its BLOCK_K {config.BLOCK_K} does not divide the {src // g.groups} channels of a group"
     rows = g.axes(role)[1]
@@ -304,17 +335,19 @@ def _box_obstacle(problem: Problem, layout: _Layout) -> str | None:
     if problem.device.capability < 90:
         return f"{problem.device.name} has no bulk tensor copy engine"
     tf32 = problem.dtype == "float32" and problem.precision == "tf32"
-    if problem.dtype not in ("float16", "bfloat16") and not tf32:
+    bytes_forward = problem.dtype in ("float8_e4m3fn", "int8") and role is Role.FPROP  # their dots want rows of filters
+    if problem.dtype not in ("float16", "bfloat16") and not tf32 and not bytes_forward:
         return f"{problem.dtype} as {problem.precision} has no box kernel"
     if any(mode != "zeros" for mode in g.modes):
         return "only zeros lie outside a box"
     if not problem.aligned:
         return "a tensor does not start at a multiple of 16 bytes"
-    src, _, _ = _sides(role, g)
-    vector = 16 // ITEM_BYTES[problem.dtype]
-    per_group = (g.C // g.groups, g.K // g.groups)
-    if g.C % vector or g.K % vector or (g.groups > 1 and any(c % 16 for c in per_group)):
+    src, dst, _ = _sides(role, g)
+    vector, least = 16 // ITEM_BYTES[problem.dtype], configs.least_reduction(problem.dtype)
+    if g.C % vector or g.K % (16 // ITEM_BYTES[problem.out_dtype]):
         return "channels are not whole vectors"
+    if g.groups > 1 and (src // g.groups % least or dst // g.groups % 16):
+        return "the channels of a group are not whole vectors"
     if src // g.groups < 16:
         return "there are few channels to reduce over"
     source = (strides.x, g.input) if role is Role.FPROP else (strides.y, g.output)
@@ -328,8 +361,8 @@ def _box_obstacle(problem: Problem, layout: _Layout) -> str | None:
     steps = [axis.src_step for axis in axes]
     if not describable(source[1], steps) or (steps[1] > 1 and (g.filter[0] > 1 or g.padding[0] != (0, 0))):
         return "the input is not whole strides"
-    if steps[2] > 1 and (src // g.groups) % 16:
-        return "the stride of W folds into channels, which are no multiple of 16"
+    if steps[2] > 1 and src // g.groups % least:
+        return f"the stride of W folds into channels, which are no multiple of {least}"
     if max(map(sum, g.padding)) + max(d * f for d, f in zip(g.dilation, g.filter, strict=True)) >= 2**16:
         return "filters reach too far"
     return None

@@ -40,6 +40,21 @@ def fprop(x: Tensor, w: Tensor, bias: Tensor | None, geometry: ConvGeometry) -> 
     return y[:, :, :z, :p, :q].to(dtype)
 
 
+def low_precision_fprop(
+    x: Tensor,
+    w: Tensor,
+    scales: tuple[Tensor, Tensor] | None,
+    bias: Tensor | None,
+    geometry: ConvGeometry,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """y of 8-bit operands: x * w * scales[0] * scales[1] + bias in float32, rounded once; without scales, integers."""
+    if scales is None:
+        return fprop(x.to(out_dtype), w.to(out_dtype), bias, geometry)
+    y = fprop(x.float(), w.float(), None, geometry) * (scales[0].reshape(()) * scales[1].reshape(()))
+    return add_bias(y, None if bias is None else bias.float()).to(out_dtype)
+
+
 def dgrad(dy: Tensor, w: Tensor, bias: Tensor | None, geometry: ConvGeometry) -> Tensor:
     """dx (N, C, D, H, W) from dy (N, K, Z, P, Q); with bias (C), the transposed convolution of dy."""
     if dy.is_complex():

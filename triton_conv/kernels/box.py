@@ -22,7 +22,7 @@ import triton.language as tl
 from .. import tiles
 from ..geometry import ConvGeometry, Role, Strides, describable, tap_step
 from .epilogue import finish
-from .indexing import WIDEN_BFLOAT16, residue_class, tap_of
+from .indexing import matrix_product, residue_class, tap_of
 from .launch import Box, Launch
 
 # What changes with the image must not be specialised, or every image size would be compiled anew.
@@ -38,11 +38,13 @@ def in_steps(position, step):
     return shifted // step - BIAS, shifted % step
 
 
-@triton.jit(do_not_specialize=IMAGE_SIZED, do_not_specialize_on_alignment=["dst_sc"])
+@triton.jit(do_not_specialize=IMAGE_SIZED, do_not_specialize_on_alignment=["scale_a", "scale_b", "dst_sc"])
 def box_kernel(
     src,  # (N, D, H, W, channels), or (N, H / s, s, W / s, s * channels)
     flt,  # (taps, K, C / groups)
     dst,  # as src, or None
+    scale_a,
+    scale_b,
     bias,
     dst_pointer,
     N,
@@ -67,8 +69,10 @@ def box_kernel(
     SRC_ROWS: tl.constexpr,
     DST_ROWS: tl.constexpr,
     STORE_BOX: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     INDEX: tl.constexpr,
+    ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     BN: tl.constexpr,
     BZ: tl.constexpr,
@@ -108,7 +112,7 @@ def box_kernel(
         source_d, taps_d, first_d = residue_class(axis_d, phase_d)
         source_h, taps_h, first_h = residue_class(axis_h, phase_h)
         source_w, taps_w, first_w = residue_class(axis_w, phase_w)
-        acc = tl.zeros((BLOCK_N, PIXELS), tl.float32)
+        acc = tl.zeros((BLOCK_N, PIXELS), ACC)
         for step in tl.range(taps_d * taps_h * taps_w * blocks_c):
             tap = step // blocks_c
             c0 = step % blocks_c * BLOCK_K
@@ -130,15 +134,13 @@ def box_kernel(
                 filters = flt.load([filter_tap, group * DST_C + channel0, c0]).reshape(BLOCK_N, BLOCK_K)
             else:
                 filters = flt.load([filter_tap, group * SRC_C + c0, channel0]).reshape(BLOCK_K, BLOCK_N).trans()
-            if WIDEN_BFLOAT16 and filters.dtype == tl.bfloat16:
-                filters = filters.to(tl.float32)
-                pixels = pixels.to(tl.float32)
-            acc = tl.dot(filters, pixels.trans(), acc, input_precision=PRECISION)
+            acc = matrix_product(filters, pixels.trans(), acc, PRECISION)
 
         channels = channel0 + tl.arange(0, BLOCK_N)
         channel_valid = channels < DST_C
         bias_group = bias + group * DST_C if HAS_BIAS else bias
-        out = finish(acc, bias_group, channels, channel_valid, HAS_BIAS, dst_pointer.dtype.element_ty)
+        dtype: tl.constexpr = dst_pointer.dtype.element_ty
+        out = finish(acc, scale_a, scale_b, bias_group, channels, channel_valid, HAS_SCALE, HAS_BIAS, dtype)
         if STORE_BOX:
             channel = (phase_w * groups + group) * DST_C + channel0
             if DST_ROWS:
@@ -191,8 +193,10 @@ def launch(role: Role, geometry: ConvGeometry, strides: Strides, config, numeric
         "SRC_ROWS": axes[1].src_step > 1,
         "DST_ROWS": axes[1].phases > 1,
         "STORE_BOX": stores_box(role, g, strides, config.BLOCK_N),
+        "HAS_SCALE": numerics.has_scale,
         "HAS_BIAS": numerics.has_bias,
         "INDEX": getattr(tl, f"int{numerics.index_bits}"),
+        "ACC": getattr(tl, numerics.accumulator),
         "PRECISION": numerics.precision,
         "BN": bn,
         "BZ": bz,
@@ -209,7 +213,7 @@ def launch(role: Role, geometry: ConvGeometry, strides: Strides, config, numeric
     src, dst = ("x", into or "y") if forward else ("y", into or "x")
     boxes = _boxes(role, g, strides, config, src, dst)
     programs = min(counted.total, device.multiprocessors * config.programs)
-    return Launch("box", box_kernel, programs, (*boxes, "bias" if numerics.has_bias else None, dst), arguments)
+    return Launch("box", box_kernel, programs, (*boxes, *numerics.epilogue, dst), arguments)
 
 
 def _boxes(role: Role, geometry: ConvGeometry, strides: Strides, config, src: str, dst: str) -> tuple:
@@ -223,10 +227,10 @@ def _boxes(role: Role, geometry: ConvGeometry, strides: Strides, config, src: st
     filters = Box("w", (taps, g.K, g.C // g.groups), (tap_stride, strides.w[0], 1), (1, *filter_box))
     src_sides = ((g.N, *g.input), g.C, strides.x) if forward else ((g.N, *g.output), g.K, strides.y)
     dst_sides = ((g.N, *g.output), g.K, strides.y) if forward else ((g.N, *g.input), g.C, strides.x)
-    source = _stepped(src, *src_sides, [a.src_step for a in axes], config.box, config.BLOCK_K)
+    source = stepped(src, *src_sides, [a.src_step for a in axes], config.box, config.BLOCK_K)
     if not stores_box(role, g, strides, config.BLOCK_N):
         return source, filters, None
-    return source, filters, _stepped(dst, *dst_sides, [a.phases for a in axes], config.box, config.BLOCK_N)
+    return source, filters, stepped(dst, *dst_sides, [a.phases for a in axes], config.box, config.BLOCK_N)
 
 
 def stores_box(role: Role, geometry: ConvGeometry, strides: Strides, block_n: int) -> bool:
@@ -240,12 +244,14 @@ def stores_box(role: Role, geometry: ConvGeometry, strides: Strides, block_n: in
     return dst[1] == 1 and whole_groups and whole_channels and describable(extents, phases)
 
 
-def _stepped(operand, sizes, channels, strides, steps, box, block) -> Box:
+def stepped(operand, sizes, channels, strides, steps, box, block) -> Box:
+    """The descriptor of an activation of `sizes` (n, d, h, w) that is walked in `steps` of (d, h, w)."""
     n, d, h, w = sizes
     sn, _, sd, sh, sw = strides
     _, step_h, step_w = steps
     bn, bz, bp, bq = box
     # strides of axes of extent 1 are free, and a descriptor wants them to be multiples of 16 bytes
+    sw = sw if w > 1 else channels
     sh = sh if h > 1 else w * sw
     sd = sd if d > 1 else h * sh
     sn = sn if n > 1 else d * sd

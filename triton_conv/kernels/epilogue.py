@@ -7,8 +7,12 @@ import triton.language as tl
 
 
 @triton.jit
-def finish(acc, bias, channels, valid, HAS_BIAS: tl.constexpr, dtype: tl.constexpr):
-    """acc [channels, pixels] with bias (a pointer to the tile's group) added, cast to the output's dtype."""
+def finish(
+    acc, scale_a, scale_b, bias, channels, valid, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, dtype: tl.constexpr
+):
+    """acc [channels, pixels] times both scales, plus bias (a pointer to the tile's group), as the output's dtype."""
+    if HAS_SCALE:
+        acc *= tl.load(scale_a) * tl.load(scale_b)
     if HAS_BIAS:
         acc += tl.load(bias + channels, mask=valid, other=0).to(acc.dtype)[:, None]
     return acc.to(dtype)

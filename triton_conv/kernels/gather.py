@@ -53,13 +53,15 @@ IMAGE_SIZED = [
     "tiles_m",
     "tiles_n",
 ]
-CHANNEL_STRIDES = ["src_sc", "dst_sc"]
+UNALIGNED = ["scale_a", "scale_b", "src_sc", "dst_sc"]
 
 
-@triton.jit(do_not_specialize=IMAGE_SIZED, do_not_specialize_on_alignment=CHANNEL_STRIDES)
+@triton.jit(do_not_specialize=IMAGE_SIZED, do_not_specialize_on_alignment=UNALIGNED)
 def gather_kernel(
     src,
     flt,
+    scale_a,
+    scale_b,
     bias,
     dst,
     N,
@@ -89,6 +91,7 @@ def gather_kernel(
     tiles_m,
     tiles_n,
     FORWARD: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     MODE_D: tl.constexpr,
     MODE_H: tl.constexpr,
@@ -174,7 +177,7 @@ def gather_kernel(
         w, valid_w = read_position(base_w + jw * axis_w.src_tap_step, src_w, pixel_valid_row, MODE_W)
         row = (image + d * src_sd + h * src_sh + w * src_sw) * SRC_VEC
         pixels = tl.load(
-            src + row + c * src_sc, mask=valid & valid_d & valid_h & valid_w, other=0
+            src + row + c * src_sc, mask=valid & valid_d & valid_h & valid_w, other=0.0
         )  # [BLOCK_K, BLOCK_M]
 
         t = first_d + jd * axis_d.tap_step
@@ -185,7 +188,7 @@ def gather_kernel(
             offset = (row + wide_channel * sk) * FLT_VEC + c * sc
         else:
             offset = (row + c * sk) * FLT_VEC + wide_channel * sc
-        filters = tl.load(flt + offset, mask=k_valid & channel_valid[None, :], other=0)  # [BLOCK_K, BLOCK_N]
+        filters = tl.load(flt + offset, mask=k_valid & channel_valid[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]
         if FILTERS_FIRST:
             acc = multiply(filters, pixels, acc, DOT, PRECISION)
         else:
@@ -194,7 +197,9 @@ def gather_kernel(
     if not FILTERS_FIRST:
         acc = acc.trans()
     bias_group = bias + group * DST_C if HAS_BIAS else bias
-    out = finish(acc, bias_group, channel, channel_valid, HAS_BIAS, dst.dtype.element_ty)  # [BLOCK_N, BLOCK_M]
+    out = finish(
+        acc, scale_a, scale_b, bias_group, channel, channel_valid, HAS_SCALE, HAS_BIAS, dst.dtype.element_ty
+    )  # [BLOCK_N, BLOCK_M]
     dst_row = (n * dst_sn + od * dst_sd + oh * dst_sh + ow * dst_sw) * DST_VEC
     dst_channel = (group * (DST_C // DST_C_VEC * DST_C_VEC) + channel) * dst_sc
     tl.store(dst + dst_row[None, :] + dst_channel[:, None], out, mask=channel_valid[:, None] & pixel_valid_row)
@@ -227,6 +232,7 @@ def launch(role: Role, geometry: ConvGeometry, strides: Strides, config, numeric
         tiles_m=counted.tiles_m,
         tiles_n=counted.tiles_n,
         FORWARD=forward,
+        HAS_SCALE=numerics.has_scale,
         HAS_BIAS=numerics.has_bias,
         SRC_VEC=src_vec,
         DST_VEC=dst_vec,
@@ -238,5 +244,4 @@ def launch(role: Role, geometry: ConvGeometry, strides: Strides, config, numeric
     )
     src, dst = ("x", into or "y") if forward else ("y", into or "x")
     programs = launchable(counted.total, g)
-    bias = "bias" if numerics.has_bias else None
-    return Launch("gather", gather_kernel, programs, (src, "w", bias, dst), arguments)
+    return Launch("gather", gather_kernel, programs, (src, "w", *numerics.epilogue, dst), arguments)

@@ -11,8 +11,7 @@ MODE_CODES = {mode: code for code, mode in enumerate(PADDING_MODES)}
 REFLECT: tl.constexpr = tl.constexpr(MODE_CODES["reflect"])
 REPLICATE: tl.constexpr = tl.constexpr(MODE_CODES["replicate"])
 CIRCULAR: tl.constexpr = tl.constexpr(MODE_CODES["circular"])
-# The interpreter multiplies bfloat16 as the integers it stores it in; float32 holds the same products exactly.
-WIDEN_BFLOAT16: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -60,13 +59,21 @@ def channel_block(start, extent, BLOCK: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit
+def matrix_product(a, b, acc, PRECISION: tl.constexpr):
+    """acc [X, Y] + a [X, K] times b [K, Y], on the matrix units."""
+    if INTERPRETED and (a.dtype == tl.bfloat16 or a.dtype == tl.float8e4nv):
+        # the interpreter would multiply the integers it stores these in; float32 holds the same products exactly
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    # on Hopper the matrix units add 8-bit floats up with fewer bits than float32 has: no longer than a step, then
+    return tl.dot(a, b, acc, input_precision=PRECISION, max_num_imprecise_acc=a.shape[1], out_dtype=acc.dtype)
+
+
+@triton.jit
 def multiply(a, b, acc, DOT: tl.constexpr, PRECISION: tl.constexpr):
     """acc [X, Y] + a [K, X] transposed times b [K, Y], on the matrix units or as a sum of products."""
     if DOT:
-        if WIDEN_BFLOAT16 and a.dtype == tl.bfloat16:
-            a = a.to(tl.float32)
-            b = b.to(tl.float32)
-        return tl.dot(a.trans(), b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+        return matrix_product(a.trans(), b, acc, PRECISION)
     else:
         return acc + tl.sum(a.to(acc.dtype)[:, :, None] * b.to(acc.dtype)[:, None, :], axis=0)
 

@@ -23,7 +23,8 @@ class Box(NamedTuple):
 class Launch(NamedTuple):
     """A kernel, its number of programs, its tensors by name and every other argument by keyword.
 
-    The names of tensors are "x", "w", "y", "bias" and "workspace"; None is a tensor that is not there.
+    The names of tensors are "x", "w", "y", "scale_a", "scale_b", "bias" and "workspace"; None is a tensor that is not
+    there.
     """
 
     name: str
