@@ -45,8 +45,7 @@ def gather(role: Role, geometry: ConvGeometry, config: Any) -> Tiles:
 
 def box(role: Role, geometry: ConvGeometry, config: Any) -> Tiles:
     """FPROP or DGRAD by `kernels.box`, whose tiles do not run on from one image row into the next."""
-    sides = zip(positions(role, geometry), config.box, strict=True)
-    return _activations(role, geometry, config, prod(ceil_div(count, side) for count, side in sides), False)
+    return _activations(role, geometry, config, prod(blocks(positions(role, geometry), config.box)), False)
 
 
 def wgrad(geometry: ConvGeometry, config: Any) -> Tiles:
@@ -57,6 +56,20 @@ def wgrad(geometry: ConvGeometry, config: Any) -> Tiles:
     steps = ceil_div(ceil_div(g.N * prod(g.output), config.BLOCK_M), config.splits)
     tiles = Tiles(columns, ceil_div(K, config.BLOCK_N), g.groups * config.splits, 0, steps)
     return tiles._replace(steps=tiles.total * steps)
+
+
+def box_wgrad(geometry: ConvGeometry, config: Any) -> Tiles:
+    """WGRAD by `kernels.box_wgrad`, a step for each run of pixels; the last slab may have fewer."""
+    g = geometry
+    tiles_c, tiles_k = ceil_div(g.C // g.groups, config.BLOCK_K), ceil_div(g.K // g.groups, config.BLOCK_N)
+    runs = prod(blocks((g.N, *g.output), config.box))
+    tiles = Tiles(g.taps * tiles_c, tiles_k, g.groups * config.splits, 0, ceil_div(runs, config.splits))
+    return tiles._replace(steps=tiles.tiles_m * tiles_k * g.groups * runs)
+
+
+def blocks(counts: tuple[int, ...], box: tuple[int, ...]) -> tuple[int, ...]:
+    """How often a box fits along (images, depths, rows, columns), the last time perhaps in part."""
+    return tuple(ceil_div(count, side) for count, side in zip(counts, box, strict=True))
 
 
 def class_taps(axis: Axis) -> tuple[tuple[int, int], ...]:
