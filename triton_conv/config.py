@@ -148,6 +148,11 @@ def least_reduction(dtype: str) -> int:
     return 32 if ITEM_BYTES[dtype] == 1 else 16
 
 
+def _through_registers(dtype: str, device: Device) -> bool:
+    """Whether operands pass through registers to the matrix units: below 90, and int8 on what came after 90."""
+    return device.capability < 90 or (dtype == "int8" and device.capability >= 100)
+
+
 def default(geometry: ConvGeometry, role: Role, dtype: str, precision: str, vectorised: bool, device: Device) -> Config:
     """Sane tiles by rule: as large as the problem fills, small enough not to spill.
 
@@ -163,8 +168,7 @@ def default(geometry: ConvGeometry, role: Role, dtype: str, precision: str, vect
     # float64, and float32 without TF32, hold or multiply more than the matrix units' own tiles
     costly = dtype == "float64" or (dtype == "float32" and precision == "ieee")
     three_products = dtype == "float32" and precision == "tf32x3"
-    # below 90, operands of the matrix units pass through registers
-    through_registers = device.capability < 90
+    through_registers = _through_registers(dtype, device)
     largest = 128 if wide_rows and not through_registers else 32 if costly else 64
     reduction = C if role is Role.FPROP else K
     flatten = (C if role is Role.WGRAD else reduction) < 16 and g.taps > 1
@@ -197,16 +201,19 @@ def default(geometry: ConvGeometry, role: Role, dtype: str, precision: str, vect
     return Config(block_m, block_n, block_k, 4, 3, True, flatten, filters_first=block_n >= 64)
 
 
-def default_box(counts: tuple[int, ...], src: int, dst: int, whole_blocks: bool, item_bytes: int) -> BoxConfig:
+def default_box(
+    counts: tuple[int, ...], src: int, dst: int, whole_blocks: bool, dtype: str, device: Device
+) -> BoxConfig:
     """Sane boxes by rule: 128 pixels in the shape that wastes least of (images, depths, rows, columns).
 
     `src` and `dst` are channels per group; with `whole_blocks` the reduction's block must divide `src`.
     """
-    deepest = 128 // item_bytes  # 128 bytes of channels fill a row of shared memory as the copy engine swizzles it
-    block_k = _tile(src, max(16, 32 // item_bytes), deepest)
+    deepest = 128 // ITEM_BYTES[dtype]  # 128 bytes fill a row of shared memory as the copy engine swizzles it
+    block_k = _tile(src, least_reduction(dtype), deepest)
     while whole_blocks and src % block_k:
         block_k //= 2
-    return BoxConfig(little_waste(counts, 128), _tile(dst, 64, 128), block_k)
+    widest = 64 if _through_registers(dtype, device) else 128
+    return BoxConfig(little_waste(counts, 128), _tile(dst, 64, widest), block_k)
 
 
 # Boxes this close to the least waste count as equal: every box is a compilation, and images come in many sizes.

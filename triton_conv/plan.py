@@ -105,12 +105,12 @@ class Plan:
 
     @cached_property
     def launches(self) -> tuple[Launch, ...]:
-        """What runs, in order; needs Triton."""
-        from .kernels import box, fold, gather, wgrad  # not before they are needed: TRITON_INTERPRET may yet be set
+        """What runs, in order; needs Triton, and is first asked for when TRITON_INTERPRET can no longer be set."""
+        from .kernels import box, box_wgrad, fold, gather, wgrad
 
         what = (self.geometry, self.strides, self.config, self.numerics)
         if self.role is Role.WGRAD:
-            return tuple(wgrad.launches(*what))
+            return tuple((box_wgrad if self.kernel == "box_wgrad" else wgrad).launches(*what))
         into = "workspace" if self.fold else ""
         if self.kernel == "box":
             first = box.launch(self.role, *what, self.device, into)
@@ -163,7 +163,7 @@ class Plan:
         uses = [f"a copy of {name}" for name in self.packs]
         if self.fold is not None:
             uses.append("the gradient of the padded input, folded onto dx")
-        elif isinstance(self.config, Config) and self.workspace_shape:
+        elif self.workspace_shape:
             uses.append(f"{self.config.splits} slabs of dw, summed in order")
         return f" ({'; '.join(uses)})" if uses else ""
 
@@ -194,6 +194,8 @@ def _make(problem: Problem, explicit: Config | BoxConfig | None) -> Plan:
     obstacle = _box_obstacle(problem, copied)
     if explicit is None and not obstacle and set(copied.packs) - {"w"}:
         obstacle = _costly_copies(problem, given, copied)
+    if explicit is None and not obstacle and role is Role.WGRAD:
+        obstacle = _idle_runs(copied.geometry)
     config: Config | BoxConfig
     if isinstance(explicit, Config) or (obstacle and explicit is None):
         layout = given
@@ -206,7 +208,7 @@ def _make(problem: Problem, explicit: Config | BoxConfig | None) -> Plan:
         if misfit:
             raise RuntimeError(f"a box config was given for {geometry}, but {misfit}")
         why = "channels-last on a device with the bulk tensor copy engine"
-        kernel = "box"
+        kernel = "box_wgrad" if role is Role.WGRAD else "box"
     packs, inner, inner_strides, steps = layout
     if explicit is not None:
         why += "; config given explicitly"
@@ -221,7 +223,7 @@ def _make(problem: Problem, explicit: Config | BoxConfig | None) -> Plan:
         fold = Fold(geometry, padded_shape, padded_strides, problem.strides.x, fold_numerics)
         workspace = padded_shape
         steps = ("compute dx on the padded extents, then fold the border", *steps)
-    elif isinstance(config, Config) and config.splits > 1:
+    elif config.splits > 1:
         workspace = (config.splits, *geometry.shape("w"))
     return Plan(
         kernel,
@@ -303,23 +305,31 @@ def _too_shallow(config: Config | BoxConfig, dtype: str) -> str | None:
 
 def _box_misfit(config: BoxConfig, dtype: str, role: Role, g: ConvGeometry) -> str | None:
     """What is wrong with a box config for a geometry that has box plans, in words."""
+    rows = g.axes(role)[1]
+    if role is Role.WGRAD:
+        if max(config.box) != config.BLOCK_M:
+            return "in a weight gradient its box must be a run of pixels along one axis"
+        return "rows in steps take the place of depth" if config.box[1] > 1 and rows.src_step > 1 else None
+    if config.splits > 1:
+        return f"its {config.splits} splits are for weight gradients"
     src, _, extents = _sides(role, g)
     shallow = _too_shallow(config, dtype)
     if shallow:
         return shallow
     if _needs_whole_blocks(role, g) and (src // g.groups) % config.BLOCK_K:
         return f"its BLOCK_K {config.BLOCK_K} does not divide the {src // g.groups} channels of a group"
-    rows = g.axes(role)[1]
     if config.box[1] > 1 and (rows.src_step > 1 or (rows.phases > 1 and extents[0] == 1)):
         return "rows in steps take the place of depth, so its box must have a depth of 1"
     return None
 
 
 def _box_config(problem: Problem, g: ConvGeometry) -> BoxConfig:
+    if problem.role is Role.WGRAD:
+        return configs.default_run(g, problem.device)
     src, dst, _ = _sides(problem.role, g)
     counts = tiles.positions(problem.role, g)
     whole_blocks = _needs_whole_blocks(problem.role, g)
-    return configs.default_box(counts, src // g.groups, dst // g.groups, whole_blocks, ITEM_BYTES[problem.dtype])
+    return configs.default_box(counts, src // g.groups, dst // g.groups, whole_blocks, problem.dtype, problem.device)
 
 
 def _sides(role: Role, g: ConvGeometry) -> tuple[int, int, tuple[int, ...]]:
@@ -330,10 +340,10 @@ def _sides(role: Role, g: ConvGeometry) -> tuple[int, int, tuple[int, ...]]:
 def _box_obstacle(problem: Problem, layout: _Layout) -> str | None:
     """What keeps a canonical problem from the box kernel, in words; None if nothing does."""
     role, (_, g, strides, _) = problem.role, layout
-    if role is Role.WGRAD:
-        return "weight gradients have no box kernel"
     if problem.device.capability < 90:
         return f"{problem.device.name} has no bulk tensor copy engine"
+    if role is Role.WGRAD and problem.dtype not in ("float16", "bfloat16"):
+        return f"weight gradients of {problem.dtype} have no box kernel"
     tf32 = problem.dtype == "float32" and problem.precision == "tf32"
     bytes_forward = problem.dtype in ("float8_e4m3fn", "int8") and role is Role.FPROP  # their dots want rows of filters
     if problem.dtype not in ("float16", "bfloat16") and not tf32 and not bytes_forward:
@@ -342,6 +352,10 @@ def _box_obstacle(problem: Problem, layout: _Layout) -> str | None:
         return "only zeros lie outside a box"
     if not problem.aligned:
         return "a tensor does not start at a multiple of 16 bytes"
+    if max(map(sum, g.padding)) + max(d * f for d, f in zip(g.dilation, g.filter, strict=True)) >= 2**16:
+        return "filters reach too far"
+    if role is Role.WGRAD:
+        return _run_obstacle(g, strides)
     src, dst, _ = _sides(role, g)
     vector, least = 16 // ITEM_BYTES[problem.dtype], configs.least_reduction(problem.dtype)
     if g.C % vector or g.K % (16 // ITEM_BYTES[problem.out_dtype]):
@@ -350,22 +364,50 @@ def _box_obstacle(problem: Problem, layout: _Layout) -> str | None:
         return "the channels of a group are not whole vectors"
     if src // g.groups < 16:
         return "there are few channels to reduce over"
-    source = (strides.x, g.input) if role is Role.FPROP else (strides.y, g.output)
-    row_strides = [s for s, n in zip((source[0][0], *source[0][2:]), (g.N, *source[1]), strict=True) if n > 1]
-    if any(s % vector for s in (*row_strides, strides.w[0])):
+    source = "x" if role is Role.FPROP else "y"
+    if _uneven_rows(g, strides, source, vector) or strides.w[0] % vector:
         return "rows are not multiples of 16 bytes apart"
     tap = tap_step(g, strides)
     if tap is None or tap % vector or strides.w[1] != 1:
         return "filter taps are not evenly spaced"
-    axes = g.axes(role)
-    steps = [axis.src_step for axis in axes]
-    if not describable(source[1], steps) or (steps[1] > 1 and (g.filter[0] > 1 or g.padding[0] != (0, 0))):
+    if not _whole_steps(g, role):
         return "the input is not whole strides"
-    if steps[2] > 1 and src // g.groups % least:
+    if g.axes(role)[2].src_step > 1 and src // g.groups % least:
         return f"the stride of W folds into channels, which are no multiple of {least}"
-    if max(map(sum, g.padding)) + max(d * f for d, f in zip(g.dilation, g.filter, strict=True)) >= 2**16:
-        return "filters reach too far"
     return None
+
+
+def _run_obstacle(g: ConvGeometry, strides: Strides) -> str | None:
+    """What keeps a weight gradient of 16-bit types from the box kernel: x and dy are described, blocks need not fit."""
+    if g.C % 8 or g.K % 8:
+        return "channels are not whole vectors"
+    if min(g.C, g.K) // g.groups < 16:
+        return "groups have few channels"
+    if _uneven_rows(g, strides, "x", 8) or _uneven_rows(g, strides, "y", 8):
+        return "rows are not multiples of 16 bytes apart"
+    return None if _whole_steps(g, Role.WGRAD) else "the input is not whole strides"
+
+
+def _idle_runs(g: ConvGeometry) -> str | None:
+    """Why small images are gathered instead, where pixels of several rows make up a step."""
+    counts = (g.N, *g.output)
+    run = configs.run_of_little_waste(counts)
+    idle = prod(tiles.blocks(counts, run)) * max(run) > 2 * prod(counts)
+    return f"runs of {max(run)} pixels along one axis would be idle more than half" if idle else None
+
+
+def _uneven_rows(g: ConvGeometry, strides: Strides, name: str, vector: int) -> bool:
+    """Whether pixels of an activation start at other addresses than multiples of `vector` elements."""
+    of_channels = 1
+    pairs = enumerate(zip(getattr(strides, name), g.shape(name), strict=True))
+    return any(stride % vector for axis, (stride, extent) in pairs if axis != of_channels and extent > 1)
+
+
+def _whole_steps(g: ConvGeometry, role: Role) -> bool:
+    """Whether the steps in which the source is walked make axes of a descriptor."""
+    steps = [axis.src_step for axis in g.axes(role)]
+    flat = g.filter[0] == 1 and g.padding[0] == (0, 0)
+    return describable(g.output if role is Role.DGRAD else g.input, steps) and (steps[1] == 1 or flat)
 
 
 def _vectorised(g: ConvGeometry, strides: Strides) -> bool:
@@ -390,14 +432,13 @@ def dense_strides(shape: tuple[int, ...], channels_last: bool) -> tuple[int, ...
 def _reach(g: ConvGeometry, strides: Strides, role: Role, config: Config | BoxConfig) -> int:
     """The largest offset or index that a launch computes; tails of tiles and of residue classes included."""
     phases = [axis.phases for axis in g.axes(role)]
-    splits = config.splits if isinstance(config, Config) else 1
     spans = [
         _span((g.N, g.C, *(i + p for i, p in zip(g.input, phases, strict=True))), strides.x),
         _span((g.N, g.K, *g.output), strides.y),
-        _span((g.K, g.C // g.groups, *g.filter), strides.w) * splits,
+        _span((g.K, g.C // g.groups, *g.filter), strides.w) * config.splits,
     ]
     positions = g.N * prod(i + p for i, p in zip(g.input if role is Role.DGRAD else g.output, phases, strict=True))
-    return max(*spans, positions + config.BLOCK_M * splits)
+    return max(*spans, positions + config.BLOCK_M * config.splits)
 
 
 def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
