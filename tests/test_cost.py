@@ -3,13 +3,14 @@
 import itertools
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from triton_conv import config, cost, devices, execute, tiles
+from triton_conv import choose, config, cost, devices, execute, explain, plan, tiles
 from triton_conv.config import BoxConfig, Config
 from triton_conv.devices import DEVICES
 from triton_conv.geometry import Axis, ConvGeometry, Role
@@ -201,16 +202,17 @@ def test_steps_are_those_of_every_tile(seed):
 # Predictions
 
 BIG = conv(32, 256, 256, (56, 56))
-TILES = {
-    Role.FPROP: [("gather", Config(128, 64, 64)), ("gather", Config(32, 16, 16, flatten=True))],
-    Role.DGRAD: [("gather", Config(64, 64, 32, filters_first=True)), ("gather", Config(64, 1, 4, dot=False))],
-    Role.WGRAD: [("wgrad", Config(64, 64, 64, splits=3)), ("wgrad", Config(16, 16, 16))],
-}
 BOXES = [("box", BoxConfig((1, 1, 8, 16), 128, 64)), ("box", BoxConfig((4, 1, 2, 8), 64, 32, programs=2))]
+RUNS = [("box_wgrad", BoxConfig((1, 1, 1, 32), 128, 64, splits=5))]
+TILINGS = {
+    Role.FPROP: [("gather", Config(128, 64, 64)), ("gather", Config(32, 16, 16, flatten=True)), *BOXES],
+    Role.DGRAD: [("gather", Config(64, 64, 32, filters_first=True)), ("gather", Config(64, 1, 4, dot=False)), *BOXES],
+    Role.WGRAD: [("wgrad", Config(64, 64, 64, splits=3)), ("wgrad", Config(16, 16, 16)), *RUNS],
+}
 
 
 @pytest.mark.parametrize("device", [*DEVICES.values(), devices.INTERPRETER], ids=lambda d: d.name)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64", "int8", "int64"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64", "float8_e4m3fn", "int8", "int64"])
 def test_nothing_is_predicted_below_the_roofline(device, dtype):
     rng = random.Random(7)
     shapes = [random_geometry(rng) for _ in range(10)] + [
@@ -221,7 +223,7 @@ def test_nothing_is_predicted_below_the_roofline(device, dtype):
     shapes += [conv(4, 96, 96, (33, 20), stride=(2, 3)), conv(2, 64, 1, (40,)), conv(2, 64, 512, (40,), groups=64)]
     for g, role, precision in itertools.product(shapes, Role, config.PRECISIONS):
         least = cost.roofline(g, role, dtype, precision, device)
-        for kernel, tiling in TILES[role] + (BOXES if role in ACTIVATIONS else []):
+        for kernel, tiling in TILINGS[role]:
             found = cost.predict(g, role, kernel, tiling, dtype, precision, device)
             assert found.seconds >= least.seconds + cost.LAUNCH, (g, role, kernel, tiling)
             assert 0 <= found.useful <= 1
@@ -229,7 +231,7 @@ def test_nothing_is_predicted_below_the_roofline(device, dtype):
 
 @pytest.mark.parametrize("role", Role, ids=lambda role: role.value)
 def test_more_pixels_never_cost_less(role):
-    for kernel, tiling in TILES[role] + (BOXES if role in ACTIVATIONS else []):
+    for kernel, tiling in TILINGS[role]:
         for sizes in (
             [conv(n, 64, 64, (28, 28)) for n in range(1, 40)],
             [conv(2, 32, 48, (9, w)) for w in range(8, 99)],
@@ -292,6 +294,12 @@ def test_the_limit_that_binds(g, dtype, limit):
         assert cost.roofline(g, role, dtype, "tf32", H200).limit == limit
 
 
+def test_a_wider_output_is_more_bytes():
+    narrow, wide = (cost.roofline(BIG, Role.FPROP, "int8", "ieee", H200, out) for out in (None, "int32"))
+    assert wide.bytes - narrow.bytes == 3 * 32 * 256 * 56 * 56
+    assert wide.flops == narrow.flops
+
+
 def test_float32_without_tf32_is_bound_by_the_vector_rate():
     assert cost.roofline(BIG, Role.FPROP, "float32", "ieee", H200).limit == "vector rate"
     ieee, tf32 = (
@@ -320,6 +328,77 @@ def test_a_padded_gradient_is_folded_at_the_speed_of_memory():
     padded, image = 32 * 256 * 58 * 58, 32 * 256 * 56 * 56
     moved = padded * (4 + 2) + image * 2  # written as float32 in place of bfloat16, read, written as bfloat16
     assert cost.fold_seconds(g, "bfloat16", H200) == pytest.approx(moved / H200.measured_copy + cost.LAUNCH)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Choice
+
+CHANNELS_LAST = {"dtype": torch.bfloat16, "channels_last": True, "padding": 1}
+
+
+def rule(monkeypatch, *shapes, **options):
+    """The plans that rules alone would make."""
+    with monkeypatch.context() as patch:
+        patch.setattr(choose, "quickest", lambda kernel, rule, *_: rule)
+        plan._make.cache_clear()
+        found = explain.plans(*shapes, **options)
+    plan._make.cache_clear()
+    return found
+
+
+def test_the_rule_holds_where_its_tiles_fill_the_gpu(monkeypatch):
+    shapes = ((32, 256, 56, 56), (256, 256, 3, 3))
+    for options in (
+        CHANNELS_LAST,
+        {**CHANNELS_LAST, "padding_mode": "circular"},
+        {**CHANNELS_LAST, "channels_last": False},
+    ):
+        ruled, chosen = rule(monkeypatch, *shapes, **options), explain.plans(*shapes, **options)
+        assert [p.config for p in chosen.values()] == [p.config for p in ruled.values()]
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=lambda d: d.name)
+def test_small_problems_get_smaller_tiles_where_that_is_predicted_to_gain(monkeypatch, device):
+    for shapes in (((1, 256, 7, 7), (256, 256, 3, 3)), ((1, 64, 28, 28), (64, 64, 3, 3))):
+        ruled = rule(monkeypatch, *shapes, device=device, **CHANNELS_LAST)
+        for name, p in explain.plans(*shapes, device=device, **CHANNELS_LAST).items():
+            before = ruled[name]
+            assert p.prediction.resident > 0
+            assert p.config == before.config or p.prediction.seconds < 0.8 * before.prediction.seconds
+            assert p.reason.endswith(f"tiles by predicted time for {device.name}")
+            if p.kernel == "box" and shapes[0][1] == 256:
+                assert p.config.BLOCK_M * p.config.BLOCK_N < before.config.BLOCK_M * before.config.BLOCK_N
+
+
+def test_boxes_fit_into_the_shared_memory_of_every_device():
+    for device, width in itertools.product(DEVICES.values(), (16, 64, 128, 512)):
+        if device.capability >= 90:
+            shapes = ((32, width, 28, 28), (width, width, 3, 3))
+            for p in explain.plans(*shapes, device=device, **CHANNELS_LAST).values():
+                assert p.prediction.resident > 0, (device.name, p)
+
+
+def test_fifty_image_sizes_share_tiles():
+    """What differs between compiled kernels: all of a config but its splits, unless there is one."""
+    for options in (
+        CHANNELS_LAST,
+        {**CHANNELS_LAST, "channels_last": False},
+        {**CHANNELS_LAST, "padding_mode": "circular"},
+    ):
+        compiled = {}
+        for n, size in itertools.product((1, 8), range(40, 90)):
+            for name, p in explain.plans((n, 64, size, size + 3), (64, 64, 3, 3), **options).items():
+                tiling = replace(p.config, splits=1)
+                compiled.setdefault((n, name, p.kernel), set()).add((tiling, p.config.splits > 1))
+        for (_, name, kernel), variants in compiled.items():
+            assert len(variants) <= (6 if "box" in kernel else 2), (name, kernel, variants)
+
+
+def test_equal_predictions_keep_the_rule(monkeypatch):
+    monkeypatch.setattr(cost, "predict", lambda *_: SimpleNamespace(seconds=1.0, tiles=1, resident=1))
+    tiling = Config(64, 64, 32, splits=4)
+    for role, kernel in ((Role.FPROP, "gather"), (Role.WGRAD, "wgrad")):
+        assert choose.quickest(kernel, tiling, BIG, role, "bfloat16", "ieee", H200, True) is tiling
 
 
 def ranks(values) -> list[float]:

@@ -19,6 +19,7 @@ LAYERS = [
     {"tiles", "reference"},
     {"config", "kernels"},
     {"cost"},
+    {"choose"},
     {"plan"},
     {"execute"},
     {"ops"},

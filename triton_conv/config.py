@@ -256,8 +256,7 @@ def default_run(geometry: ConvGeometry, device: Device) -> BoxConfig:
         slab = ceil_div(whole.longest, splits) * (config.BLOCK_M + _PIXELS_OF_A_STEP) + _PIXELS_OF_A_SLAB
         return ceil_div(whole.total * splits, places) * slab
 
-    affordable = _WORKSPACE_LIMIT // max(8 * prod(g.shape("w")), 1)
-    most = max(1, min(places, whole.longest // _STEPS_PER_SPLIT, affordable))
+    most = min(places, most_splits(g, whole.longest))
     return replace(config, splits=min(range(1, most + 1), key=pixels))
 
 
@@ -304,8 +303,13 @@ def _splits(g, config, device) -> int:
     """Slabs so that every multiprocessor has two programs, while slabs stay long and the workspace bounded."""
     whole = tiles.wgrad(g, config)  # in one slab
     wanted = ceil_div(2 * device.multiprocessors, max(whole.total, 1))
-    affordable = _WORKSPACE_LIMIT // max(8 * prod(g.shape("w")), 1)
-    return max(1, min(wanted, whole.longest // _STEPS_PER_SPLIT, affordable))
+    return min(wanted, most_splits(g, whole.longest))
+
+
+def most_splits(geometry: ConvGeometry, steps: int) -> int:
+    """Into how many slabs so many steps may be cut."""
+    affordable = _WORKSPACE_LIMIT // max(8 * prod(geometry.shape("w")), 1)
+    return max(1, min(steps // _STEPS_PER_SPLIT, affordable))
 
 
 def _tile(extent: int, least: int, most: int) -> int:

@@ -4,8 +4,8 @@ Predictions order configs and kernels; they are no measurements. Data-sheet numb
 tiles and steps from `tiles`.
 
 A multiprocessor works on its resident tiles together. A step of their main loops takes as long as the busiest of its
-units, which multiply, issue loads or fetch through L2; where too few steps are ahead it waits for their data. Tiles
-run in waves, and memory is read and written beside all that.
+units, which multiply, issue loads or fetch; where too few steps are ahead it waits for their data. Tiles run in waves.
+L2 and memory, which all multiprocessors share, work beside that.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ LAUNCH = 3e-6  # seconds from the end of one kernel to the start of the next
 TILE = 1e-6  # seconds before a tile's first step and after its last: about two trips to memory
 LATENCY = 0.5e-6  # seconds that a load takes in a busy loop: twice what is published for a lone one
 ADDRESS = 16  # instructions of a thread for the address and the mask of one load by pointer
+LINK = 64  # bytes that a multiprocessor gets from L2 in a clock
 SPILLED = 4  # how many times longer a step takes whose accumulator does not fit into registers
 
 REGISTERS = 64  # of a thread, beside its accumulator: as compiled default configs have them
@@ -54,7 +55,7 @@ class Roofline(NamedTuple):
 
 @dataclass(frozen=True)
 class Prediction:
-    """Predicted, not measured: `seconds` = max(loop, memory) + split + launch; infinite where a config cannot run.
+    """Predicted, not measured: `seconds` = max(loop, l2, memory) + split + launch; infinite where a config cannot run.
 
     tiles            tiles of the launch
     waves            rounds in which the multiprocessors get through them
@@ -81,8 +82,10 @@ class Prediction:
     launch_seconds: float = LAUNCH
 
 
-def roofline(geometry: ConvGeometry, role: Role, dtype: str, precision: str, device: Device) -> Roofline:
-    """The least time of a convolution on a device.
+def roofline(
+    geometry: ConvGeometry, role: Role, dtype: str, precision: str, device: Device, out_dtype: str | None = None
+) -> Roofline:
+    """The least time of a convolution on a device; `out_dtype` is the operands' where it is None.
 
     >>> g = ConvGeometry.forward((32, 256, 56, 56), (256, 256, 3, 3), padding=((1, 1), (1, 1)))
     >>> roofline(g, Role.FPROP, "bfloat16", "ieee", H200).limit
@@ -93,8 +96,10 @@ def roofline(geometry: ConvGeometry, role: Role, dtype: str, precision: str, dev
     pairs = [_pairs(g, axis) for axis in range(3)]
     flops = 2 * g.N * g.K * C * prod(pairs)
     touched = g.input if role is Role.DGRAD else [min(i, n) for i, n in zip(g.input, pairs, strict=True)]
-    elements = g.N * g.C * prod(touched) + prod(g.shape("w")) + prod(g.shape("y"))
-    moved = elements * ITEM_BYTES[dtype]
+    elements = {"x": g.N * g.C * prod(touched), "w": prod(g.shape("w")), "y": prod(g.shape("y"))}
+    output = {Role.FPROP: "y", Role.DGRAD: "x", Role.WGRAD: "w"}[role]
+    wider = ITEM_BYTES[out_dtype or dtype] - ITEM_BYTES[dtype]
+    moved = sum(elements.values()) * ITEM_BYTES[dtype] + elements[output] * wider
     sides = (C, K * g.taps) if role is Role.DGRAD else (K, C * g.taps)
     fill = prod(side / (8 * ceil_div(side, 8)) for side in sides if side)  # 8: the least side of a matrix instruction
     matrix, vector = _matrix_rate(dtype, precision, device) * fill, _vector_rate(dtype, device)
@@ -112,37 +117,38 @@ def predict(
     precision: str,
     device: Device,
     channels_last: bool = True,
+    out_dtype: str | None = None,
 ) -> Prediction:
-    """The predicted time of `kernel` ("gather", "wgrad" or "box") on a canonical geometry.
+    """The predicted time of `kernel` ("gather", "box", "wgrad" or "box_wgrad") on a canonical geometry.
 
     `channels_last` is the layout of both activations.
     """
     g, item = geometry, ITEM_BYTES[dtype]
-    tiles, step = _TILES[kernel](role, g, config), _step(role, g, config, item, channels_last)
+    tiles, step = TILES[kernel](role, g, config), _step(role, g, config, item, channels_last)
     resident, spilled = _residents(config, step, dtype, device)
     matrix = step.dot and _matrix_rate(dtype, precision, device)
     share = MATRIX_SHARE * (FEW_ROWS if step.rows < 64 and device.capability in (90, 100) else 1)
     rate = matrix * share if matrix else _vector_rate(dtype, device) * VECTOR_SHARE
     multiplying, issuing = step.flops / rate, step.loads * ADDRESS / (LANES * device.clock * device.multiprocessors)
-    busy = max(max(multiplying, issuing) if matrix else multiplying + issuing, step.bytes / device.l2_bandwidth)
-    busy *= device.multiprocessors * (SPILLED if spilled else 1)
+    busy = (max(multiplying, issuing) if matrix else multiplying + issuing) * device.multiprocessors
+    busy = max(busy, step.bytes / (LINK * device.clock)) * (SPILLED if spilled else 1)
     waves, loop = _waves(tiles, busy, step, resident, device) if resident else (0, inf)
+    fetching = tiles.steps * step.bytes / device.l2_bandwidth
 
-    least, bandwidth = roofline(g, role, dtype, precision, device), device.bandwidth * MEMORY_SHARE
-    splits = config.splits if isinstance(config, Config) else 1
+    least, bandwidth = roofline(g, role, dtype, precision, device, out_dtype), device.bandwidth * MEMORY_SHARE
     passes = ceil_div(tiles.tiles_m * tiles.tiles_n, max(resident, 1) * device.multiprocessors)
-    memory = (least.bytes + _read_again(role, g, step, item, splits, passes, device)) / bandwidth
-    split = prod(g.shape("w")) * 2 * splits * max(item, 4) / bandwidth if splits > 1 else 0.0
-    launch = LAUNCH * (2 if splits > 1 else 1)
+    memory = (least.bytes + _read_again(role, g, step, item, config.splits, passes, device)) / bandwidth
+    split = prod(g.shape("w")) * 2 * config.splits * max(item, 4) / bandwidth if config.splits > 1 else 0.0
+    launch = LAUNCH * (2 if config.splits > 1 else 1)
     return Prediction(
-        seconds=max(loop, memory) + split + launch,
+        seconds=max(loop, fetching, memory) + split + launch,
         tiles=tiles.total,
         waves=waves,
         resident=resident,
         useful=least.flops / max(tiles.steps * step.flops, 1),
         loop_seconds=loop,
         compute_seconds=tiles.steps * multiplying,
-        l2_seconds=tiles.steps * step.bytes / device.l2_bandwidth,
+        l2_seconds=fetching,
         memory_seconds=memory,
         split_seconds=split,
         launch_seconds=launch,
@@ -161,10 +167,11 @@ def copy_seconds(size: int, device: Device) -> float:
     return 2 * size / (device.bandwidth * MEMORY_SHARE) + LAUNCH
 
 
-_TILES: dict[str, Callable[[Role, ConvGeometry, Any], Tiles]] = {
+TILES: dict[str, Callable[[Role, ConvGeometry, Any], Tiles]] = {
     "gather": counting.gather,
     "box": counting.box,
     "wgrad": lambda role, geometry, config: counting.wgrad(geometry, config),
+    "box_wgrad": lambda role, geometry, config: counting.box_wgrad(geometry, config),
 }
 
 
@@ -179,6 +186,7 @@ class _Step(NamedTuple):
     ahead: int  # steps whose data are on the way
     shared: int  # bytes of shared memory
     dot: bool
+    programs: int  # a multiprocessor's most, which are 32 where each is a tile of its own
     joined: bool  # a tile's first loads are on the way before the tile before it is stored
     waste: float  # bytes fetched for each that a group needs of a pixel
 
@@ -186,6 +194,7 @@ class _Step(NamedTuple):
 def _step(role: Role, g: ConvGeometry, config: Any, item: int, channels_last: bool) -> _Step:
     C, K = g.C // g.groups, g.K // g.groups
     boxed = isinstance(config, BoxConfig)
+    persistent = boxed and role is not Role.WGRAD
     dot, flatten = boxed or config.dot, not boxed and config.flatten
     narrow = max(min(C, K) * item, 1)
     waste = max(min(SECTOR, g.groups * narrow) / narrow, 1.0) if channels_last else 1.0
@@ -203,10 +212,11 @@ def _step(role: Role, g: ConvGeometry, config: Any, item: int, channels_last: bo
     # only whole vectors are copied asynchronously, and only for a dot
     stages = config.num_stages if boxed or (dot and whole_vectors) else 1
     loads = 0 if boxed else elements * item // 16 if whole_vectors else elements
-    shared = (stages * elements + (rows * columns if boxed else 0)) * item if dot else 0
-    joined = boxed and all(axis.phases == 1 for axis in g.axes(role))
-    flops = 2 * rows * columns * depth
-    return _Step(rows, columns, flops, fetched * item, loads, max(stages - 1, 1), shared, dot, joined, waste)
+    shared = (stages * elements + (rows * columns if persistent else 0)) * item if dot else 0
+    programs = config.programs if persistent else 32
+    joined = persistent and all(axis.phases == 1 for axis in g.axes(role))
+    flops, ahead = 2 * rows * columns * depth, max(stages - 1, 1)
+    return _Step(rows, columns, flops, fetched * item, loads, ahead, shared, dot, programs, joined, waste)
 
 
 def _residents(config: Any, step: _Step, dtype: str, device: Device) -> tuple[int, bool]:
@@ -215,11 +225,9 @@ def _residents(config: Any, step: _Step, dtype: str, device: Device) -> tuple[in
     registers = REGISTERS + step.rows * step.columns * max(ITEM_BYTES[dtype], 4) // (4 * threads)
     if step.shared > device.shared_per_block:
         return 0, False
-    limits = [device.registers // (min(registers, 255) * threads)]
+    limits = [step.programs, device.registers // (min(registers, 255) * threads)]
     if step.shared:
         limits.append(device.shared_per_multiprocessor // (step.shared + 1024))  # 1024 are the driver's
-    if isinstance(config, BoxConfig):
-        limits.append(config.programs)
     return max(min(limits), 1), registers > 255
 
 
@@ -253,7 +261,8 @@ def _matrix_rate(dtype: str, precision: str, device: Device) -> float:
     if dtype == "float32":
         return {"tf32": device.matrix_tf32, "tf32x3": device.matrix_tf32 / 3, "ieee": 0.0}[precision]
     rates = {"float16": device.matrix_16, "bfloat16": device.matrix_16, "float64": device.matrix_64}
-    return rates.get(dtype, device.matrix_int8 if dtype in ("int8", "uint8") else 0.0)
+    rates |= {"float8_e4m3fn": device.matrix_fp8, "int8": device.matrix_int8, "uint8": device.matrix_int8}
+    return rates.get(dtype, 0.0)
 
 
 def _vector_rate(dtype: str, device: Device) -> float:

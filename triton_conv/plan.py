@@ -10,8 +10,9 @@ from functools import cached_property, lru_cache
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
+from . import choose, cost, tiles
 from . import config as configs
-from . import cost, tiles
+from .choose import AnyConfig
 from .config import ITEM_BYTES, BoxConfig, Config, Device, Numerics
 from .cost import Prediction, Roofline
 from .geometry import ConvGeometry, Role, Strides, canonical, describable, tap_step
@@ -124,15 +125,16 @@ class Plan:
     @cached_property
     def roofline(self) -> Roofline:
         """The least time of what the plan computes, by whatever kernel."""
+        what = (self.role, self.dtype, self.numerics.precision, self.device, self.out_dtype)
         whole = self.fold.geometry if self.fold else self.geometry
-        return cost.roofline(whole, self.role, self.dtype, self.numerics.precision, self.device)
+        return cost.roofline(whole, *what)
 
     @cached_property
     def prediction(self) -> Prediction:
         """The predicted time of the kernel."""
         channels_last = _channels_last(self.strides)
         what = (self.geometry, self.role, self.kernel, self.config, self.dtype, self.numerics.precision, self.device)
-        return cost.predict(*what, channels_last)
+        return cost.predict(*what, channels_last, self.out_dtype)
 
     @cached_property
     def seconds(self) -> float:
@@ -203,11 +205,12 @@ def _make(problem: Problem, explicit: Config | BoxConfig | None) -> Plan:
         kernel = "wgrad" if role is Role.WGRAD else "gather"
     else:
         layout = copied
-        config = explicit or _box_config(problem, layout.geometry)
+        config = explicit or _box_config(problem, layout)
         misfit = obstacle or _box_misfit(config, problem.dtype, role, layout.geometry)
         if misfit:
             raise RuntimeError(f"a box config was given for {geometry}, but {misfit}")
         why = "channels-last on a device with the bulk tensor copy engine"
+        why += "" if explicit else f"; {_tiles_for(problem)}"
         kernel = "box_wgrad" if role is Role.WGRAD else "box"
     packs, inner, inner_strides, steps = layout
     if explicit is not None:
@@ -283,12 +286,22 @@ def _gather_config(problem: Problem, layout: _Layout, explicit, obstacle) -> tup
             raise RuntimeError(f"a config was given for {g}, but {shallow}")
         return explicit, why
     vectorised = _vectorised(g, strides)
-    config = configs.default(g, problem.role, problem.dtype, problem.precision, vectorised, problem.device)
+    rule = configs.default(g, problem.role, problem.dtype, problem.precision, vectorised, problem.device)
+    config = _quickest(problem, "wgrad" if problem.role is Role.WGRAD else "gather", rule, layout)
     if not config.dot:
         narrow = configs.multiplies_matrices(problem.dtype, problem.role)
         why += "; " + ("groups are too narrow for a dot" if narrow else "integers have no matrix instruction here")
         why += ", so products are summed in registers"
-    return config, f"{why}; tiles by rule for {problem.device.name}"
+    return config, f"{why}; {_tiles_for(problem)}"
+
+
+def _quickest(problem: Problem, kernel: str, rule: AnyConfig, layout: _Layout) -> AnyConfig:
+    how = (problem.dtype, problem.precision, problem.device, _channels_last(layout.strides))
+    return choose.quickest(kernel, rule, layout.geometry, problem.role, *how)
+
+
+def _tiles_for(problem: Problem) -> str:
+    return f"tiles by predicted time for {problem.device.name}"
 
 
 def _needs_whole_blocks(role: Role, g: ConvGeometry) -> bool:
@@ -323,13 +336,16 @@ def _box_misfit(config: BoxConfig, dtype: str, role: Role, g: ConvGeometry) -> s
     return None
 
 
-def _box_config(problem: Problem, g: ConvGeometry) -> BoxConfig:
+def _box_config(problem: Problem, layout: _Layout) -> BoxConfig:
+    g = layout.geometry
     if problem.role is Role.WGRAD:
-        return configs.default_run(g, problem.device)
+        return _quickest(problem, "box_wgrad", configs.default_run(g, problem.device), layout)
     src, dst, _ = _sides(problem.role, g)
     counts = tiles.positions(problem.role, g)
     whole_blocks = _needs_whole_blocks(problem.role, g)
-    return configs.default_box(counts, src // g.groups, dst // g.groups, whole_blocks, problem.dtype, problem.device)
+    per_group = (src // g.groups, dst // g.groups)
+    rule = configs.default_box(counts, *per_group, whole_blocks, problem.dtype, problem.device)
+    return _quickest(problem, "box", rule, layout)
 
 
 def _sides(role: Role, g: ConvGeometry) -> tuple[int, int, tuple[int, ...]]:
