@@ -10,7 +10,7 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 import triton_conv
-from triton_conv import check, config, execute, plan
+from triton_conv import check, cli, config, execute, explain, plan
 from triton_conv.check import Case
 from triton_conv.config import BoxConfig, Config
 from triton_conv.geometry import Role
@@ -448,3 +448,67 @@ def test_plain_pytorch_agrees_where_it_can():
     torch.testing.assert_close(y[:, :, 0], functional.linear(x.float(), w.float()) * 1.5)
     i, v = (torch.randint(-128, 128, shape, dtype=torch.int8) for shape in ((32, 32), (32, 32)))
     assert torch.equal(triton_conv.int_conv1d(i[:, :, None], v[:, :, None])[:, :, 0], torch._int_mm(i, v.T))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plans
+
+
+def explained(words: str) -> int:
+    return cli.main(["explain", *words.split()])
+
+
+def test_explain_shows_the_plan_and_no_gradients(capsys):
+    shapes, options = ((8, 128, 56, 56), (256, 128, 3, 3)), {"channels_last": True, "padding": 1}
+    assert list(explain.plans(*shapes, dtype=FLOAT8, **options)) == ["forward"]
+    assert explained("8x128x56x56 256x128x3x3 --dtype float8_e4m3fn --bias --padding 1 --channels-last") == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("scaled_conv2d input 8x128x56x56")
+    assert "float8_e4m3fn products to bfloat16, float32 accumulator" in printed
+    assert explained("8x128x56 256x128x3 --dtype int8 --out-dtype int32") == 0
+    assert "int8 products to int32, int32 accumulator" in capsys.readouterr().out
+    assert explained("8x128x56 256x128x3 --dtype int8 --out-dtype int16") == 2
+    assert "out_dtype" in capsys.readouterr().err
+    with pytest.raises(NotImplementedError, match="float8_e4m3fn"):
+        explain.plans(*shapes, dtype=FLOAT8, transposed=True)
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "operands", "output"),
+    [
+        ({"dtype": FLOAT8}, "float8_e4m3fn", "bfloat16"),
+        ({"dtype": torch.int8, "out_dtype": torch.int32}, "int8", "int32"),
+    ],
+    ids=str,
+)
+def test_plans_name_the_dtype_of_every_operand(dtypes, operands, output):
+    p = explain.plans((8, 20, 56, 56), (256, 20, 3, 3), bias=True, **dtypes)["forward"]
+    named = {name for launch in p.launches for name in launch.operands if name}
+    assert named <= set(p.dtypes)
+    assert [p.dtypes[name] for name in ("x", "w", "y", "bias", "scale_a")] == [
+        operands,
+        operands,
+        output,
+        output,
+        "float32",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"padding_mode": "circular"}, "only zeros"),
+        ({"groups": 8}, "channels of a group"),
+        ({"stride": 3}, "whole strides"),
+        ({"device": config.DEVICES["A100"]}, "copy engine"),
+    ],
+    ids=str,
+)
+def test_plans_say_what_keeps_bytes_from_boxes(change, why):
+    shapes = ((8, 128, 56, 56), (256, 128 // change.get("groups", 1), 3, 3))
+    options = {"channels_last": True, "dtype": torch.int8, "padding": 1}
+    assert explain.plans(shapes[0], (256, 128, 3, 3), **options)["forward"].kernel == "box"
+    p = explain.plans(*shapes, **options, **change)["forward"]
+    assert p.kernel == "gather"
+    assert why in p.reason
+    assert p.config.dot

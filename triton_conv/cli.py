@@ -240,7 +240,17 @@ def _add_explain(sub: Any) -> None:
         default="zeros",
         help="zeros, reflect, replicate or circular, or one of them per axis: circular,zeros (default: zeros)",
     )
-    parser.add_argument("--dtype", type=_dtype, default="float32", help=f"{_dtype_names()} (default: float32)")
+    parser.add_argument(
+        "--dtype",
+        type=_dtype_or_float8,
+        default="float32",
+        help=f"{_dtype_names()}, or float8_e4m3fn for a scaled convolution (default: float32)",
+    )
+    parser.add_argument(
+        "--out-dtype",
+        type=_dtype,
+        help="of float8_e4m3fn: bfloat16, float16 or float32 (default: bfloat16); int8 may be written as int32",
+    )
     parser.add_argument(
         "--precision", choices=("ieee", "tf32", "tf32x3"), help="of float32 (default: as PyTorch is set)"
     )
@@ -259,10 +269,8 @@ def explain(arguments: argparse.Namespace) -> int:
     """`triton-conv explain`."""
     from . import explain as explaining
 
-    parameters = {
-        name: getattr(arguments, name)
-        for name in ("stride", "padding", "dilation", "groups", "padding_mode", "precision")
-    }
+    names = ("stride", "padding", "dilation", "groups", "padding_mode", "precision", "out_dtype")
+    parameters = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     if arguments.transposed:
         parameters["output_padding"] = arguments.output_padding or 0
     elif arguments.output_padding is not None:
@@ -390,6 +398,12 @@ def _dtype(text: str) -> Any:
     if text not in dtypes:
         raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(dtypes)}")
     return dtypes[text]
+
+
+def _dtype_or_float8(text: str) -> Any:
+    import torch
+
+    return torch.float8_e4m3fn if text == "float8_e4m3fn" else _dtype(text)
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,9 +41,10 @@ def plans(
         ['forward', 'input gradient', 'weight gradient']
 
     The rank is that of `weight_shape`; `parameters` are those of `triton_conv.conv2d` or `conv_transpose2d`
-    (stride, padding, dilation, groups, padding_mode, precision, ...), whose errors this raises too. `channels_last`
-    lays out input and weight so; `device` is the one that plans are for. A complex convolution shows the plan of the
-    four real ones it is made of.
+    (stride, padding, dilation, groups, padding_mode, precision, ...), whose errors this raises too. With the dtype
+    float8_e4m3fn they are those of `scaled_conv2d`, with int8 and an `out_dtype` of int32 those of `int_conv2d`.
+    `channels_last` lays out input and weight so; `device` is the one that plans are for. A complex convolution shows
+    the plan of the four real ones it is made of.
     """
     _, calls = _traced(input_shape, weight_shape, transposed, dtype, channels_last, bias, parameters)
     return _plans(calls, device)
@@ -63,15 +65,15 @@ def text(
 
     That time is predicted by `triton_conv.cost`, and compared with the least that the device's data sheet allows.
     """
-    name = _name(weight_shape, transposed)
+    name = _name(weight_shape, transposed, dtype, parameters.get("out_dtype"))
     output_shape, calls = _traced(input_shape, weight_shape, transposed, dtype, channels_last, bias, parameters)
     shapes = {"input": input_shape, "weight": weight_shape, "output": output_shape}
     words = [name, *(f"{operand} {'x'.join(map(str, shape))}" for operand, shape in shapes.items())]
-    words.append(str(dtype).removeprefix("torch."))
+    words.append(_written(dtype))
     words += [word for word, given in (("channels_last", channels_last), ("bias", bias)) if given]
     defaults = inspect.signature(getattr(functional, name)).parameters
     for parameter, value in parameters.items():
-        if _written(value) != _written(defaults[parameter].default):
+        if parameter not in defaults or _written(value) != _written(defaults[parameter].default):
             words.append(f"{parameter} {_written(value)}")
     lines = [f"{' '.join(words)} on {device.name}"]
     if transposed:
@@ -108,9 +110,14 @@ def _plans(calls: Sequence[execute.Call], device: Device) -> dict[str, plan.Plan
     return {name: plan.make(execute.problem_of(_real(call), device)) for name, call in zip(_NAMES, calls, strict=False)}
 
 
-def _name(weight_shape: Sequence[int], transposed: bool) -> str:
-    """The function for a weight of this many dimensions."""
-    name = f"conv{'_transpose' if transposed else ''}{len(weight_shape) - 2}d"
+def _name(weight_shape: Sequence[int], transposed: bool, dtype: torch.dtype, out_dtype: torch.dtype | None) -> str:
+    """The function for a weight of this many dimensions and these types."""
+    kind = "conv_transpose" if transposed else "conv"
+    if not transposed and dtype is torch.float8_e4m3fn:
+        kind = "scaled_conv"
+    elif not transposed and (dtype, out_dtype) == (torch.int8, torch.int32):
+        kind = "int_conv"
+    name = f"{kind}{len(weight_shape) - 2}d"
     if not hasattr(functional, name):
         raise RuntimeError(f"expected a weight of 3, 4 or 5 dimensions, but got weight of size {list(weight_shape)}")
     return name
@@ -126,19 +133,25 @@ def _traced(
     parameters: dict[str, Any],
 ) -> tuple[torch.Size, list[execute.Call]]:
     """The shape of the output and the calls that forward and backward make."""
-    convolve = getattr(functional, _name(weight_shape, transposed))
+    name, out = _name(weight_shape, transposed, dtype, parameters.get("out_dtype")), dtype
+    convolve = getattr(functional, name)
+    if name.startswith("scaled"):
+        out = parameters.get("out_dtype", torch.bfloat16)
+        convolve = partial(convolve, scale_a=torch.empty((), device="meta"), scale_b=torch.empty((), device="meta"))
+    elif name.startswith("int"):
+        out, parameters = torch.int32, {k: v for k, v in parameters.items() if k != "out_dtype"}
     rank = len(weight_shape) - 2
     layout = _CHANNELS_LAST.get(rank, torch.contiguous_format) if channels_last else torch.contiguous_format
-    differentiable = dtype.is_floating_point or dtype.is_complex
+    differentiable = out is dtype and (dtype.is_floating_point or dtype.is_complex)
 
-    def empty(shape: Sequence[int]) -> torch.Tensor:
+    def empty(shape: Sequence[int], dtype: torch.dtype = dtype) -> torch.Tensor:
         t = torch.empty(list(shape), dtype=dtype, device="meta")
         return t.contiguous(memory_format=layout if t.dim() == rank + 2 else torch.contiguous_format)
 
     x, w = (empty(shape).requires_grad_(differentiable) for shape in (input_shape, weight_shape))
     channels = weight_shape[1] * parameters.get("groups", 1) if transposed else weight_shape[0]
     with execute.recording() as calls:
-        y = convolve(x, w, empty([channels]) if bias else None, **parameters)
+        y = convolve(x, w, bias=empty([channels], out) if bias else None, **parameters)
         if differentiable:
             torch.autograd.grad(y, (x, w), torch.empty_like(y))
     return y.shape, calls
@@ -148,7 +161,7 @@ def _written(value: Any) -> str:
     """A parameter as the console script takes it: 2,1 or 2:0,1."""
     if isinstance(value, (tuple, list)):
         return ",".join(":".join(map(str, v)) if isinstance(v, (tuple, list)) else str(v) for v in value)
-    return str(value)
+    return str(value).removeprefix("torch.")
 
 
 def _real(call: execute.Call) -> execute.Call:
