@@ -86,21 +86,17 @@ def test_other_gpus_are_scaled_from_their_kin_and_say_so(name, multiprocessors, 
 
 
 def test_a_gpu_is_described_by_what_pytorch_says_of_it(monkeypatch):
-    properties = SimpleNamespace(
-        name="NVIDIA H100 PCIe",
-        major=9,
-        minor=0,
-        multi_processor_count=114,
-        clock_rate=1_755_000,
-        memory_clock_rate=1_593_000,
-        memory_bus_width=5120,
-        L2_cache_size=50 * 2**20,
-    )
+    least = {"name": "NVIDIA H100 PCIe", "major": 9, "minor": 0, "multi_processor_count": 114}
+    more = {"clock_rate": 1_755_000, "memory_clock_rate": 1_593_000, "memory_bus_width": 5120}
+    properties = SimpleNamespace(**least, **more, L2_cache_size=50 * 2**20)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     found = execute._cuda_device.__wrapped__(0)
     assert (found.name, found.capability, found.multiprocessors) == ("NVIDIA H100 PCIe", 90, 114)
     assert found.bandwidth == pytest.approx(2.04e12, rel=0.01)  # NVIDIA's data sheet: 2 TB/s
     assert found.l2_bytes == 50 * 2**20
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(**least))
+    found = execute._cuda_device.__wrapped__(0)
+    assert found.bandwidth == pytest.approx(DEVICES["H100"].bandwidth * 114 / 132)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -406,12 +402,21 @@ def ranks(values) -> list[float]:
     return [float(order.index(i)) for i in range(len(values))]
 
 
-def test_predictions_rank_kernels_as_measurements_do():
-    """Spearman's rank correlation over every measured plan of a GPU's committed results."""
-    results = sorted((Path(__file__).parents[1] / "bench" / "results").glob("*/predicted.json"))
+def test_predictions_rank_plans_as_measurements_do():
+    """Spearman's rank correlation over the plans that a GPU has timed.
+
+    bench/results/<name in DEVICES>/plans.json lists {"input", "weight", "options", "plan", "seconds"}: the arguments of
+    `explain.plans`, the name of one of the plans and its median time.
+    """
+    results = sorted((Path(__file__).parents[1] / "bench" / "results").glob("*/plans.json"))
     if not results:
         pytest.skip("no GPU measurements are committed under bench/results")
     for path in results:
-        rows = json.loads(path.read_text())
-        correlation = torch.corrcoef(torch.tensor([ranks([r[k] for r in rows]) for k in ("predicted", "measured")]))
+        predicted, measured = [], []
+        for row in json.loads(path.read_text()):
+            options = {**row["options"], "dtype": getattr(torch, row["options"]["dtype"])}
+            found = explain.plans(row["input"], row["weight"], device=DEVICES[path.parent.name], **options)
+            predicted.append(found[row["plan"]].seconds)
+            measured.append(row["seconds"])
+        correlation = torch.corrcoef(torch.tensor([ranks(predicted), ranks(measured)]))
         assert correlation[0, 1] > 0.7, path

@@ -125,13 +125,17 @@ def interpreting() -> bool:
 def _cuda_device(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
     capability = 10 * properties.major + properties.minor
+    # in kHz and bits; not every build of PyTorch tells them, and plans do without
+    clock, memory_clock, bus = (
+        getattr(properties, name, 0) for name in ("clock_rate", "memory_clock_rate", "memory_bus_width")
+    )
     return devices.of(
         properties.name,
         properties.multi_processor_count,
         capability,
-        clock=properties.clock_rate * 1e3,
-        bandwidth=2 * properties.memory_clock_rate * 1e3 * properties.memory_bus_width / 8,  # two transfers a clock
-        l2_bytes=properties.L2_cache_size,
+        clock=clock * 1e3,
+        bandwidth=2 * memory_clock * 1e3 * bus / 8,  # two transfers a clock
+        l2_bytes=getattr(properties, "L2_cache_size", 0),
     )
 
 
