@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import triton_conv
-from triton_conv import cli, explain, functional
+from triton_conv import cli, cost, explain, functional
 from triton_conv.check import CASES, DTYPES
 
 
@@ -167,7 +167,15 @@ def test_explain_predicts_times_and_says_that_nobody_measured_them(capsys):
         assert round(100 * 117 / float(predicted)) == pytest.approx(int(share), abs=1)
 
 
-def test_explain_adds_the_time_of_the_fold(capsys):
+def test_explain_says_where_there_is_no_prediction(monkeypatch):
+    p = explain.plans((8, 64, 28, 28), (64, 64, 3, 3), padding=1)["forward"]
+    monkeypatch.delitem(cost.TILES, p.kernel)
+    limit, time = explain._times(p).splitlines()
+    assert limit.startswith("roofline ")
+    assert time == "time       not predicted: there is no model of this kernel"
+
+
+def test_explain_adds_the_time_of_the_fold():
     shapes, options = ((8, 64, 28, 28), (64, 64, 3, 3)), {"padding": 1, "padding_mode": "circular"}
     p = explain.plans(*shapes, **options)["input gradient"]
     assert p.seconds > p.prediction.seconds > p.roofline.seconds

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import config, execute, functional, plan
+from . import config, cost, execute, functional, plan
 from .config import Device
 
 _NAMES = ("forward", "input gradient", "weight gradient")
@@ -87,15 +87,15 @@ def text(
 
 
 def _times(p: plan.Plan) -> str:
-    least, kernel = p.roofline, p.prediction
+    least = p.roofline
     scaled = f", numbers {p.device.source}" if p.device.source.startswith("scaled") else ""
     moved = f"{_with_prefix(least.flops)}FLOP, {_with_prefix(least.bytes)}B"
-    share = f"{least.seconds / p.seconds:.0%} of that limit"
+    limit = f"roofline   {moved}: at least {_with_prefix(least.seconds)}s, by {least.limit}{scaled}"
+    if p.kernel not in cost.TILES:
+        return f"{limit}\ntime       not predicted: there is no model of this kernel"
+    kernel, share = p.prediction, f"{least.seconds / p.seconds:.0%} of that limit"
     tiles = f"tiles {kernel.tiles}, waves {kernel.waves}, {kernel.useful:.0%} of the products useful"
-    return (
-        f"roofline   {moved}: at least {_with_prefix(least.seconds)}s, by {least.limit}{scaled}\n"
-        f"time       {_with_prefix(p.seconds)}s predicted, not measured: {share}; {tiles}"
-    )
+    return f"{limit}\ntime       {_with_prefix(p.seconds)}s predicted, not measured: {share}; {tiles}"
 
 
 def _with_prefix(value: float) -> str:
