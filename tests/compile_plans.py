@@ -59,11 +59,12 @@ def code(arch: int) -> list[dict]:
 
 def sizes() -> dict[str, int]:
     """How often each kernel was compiled for fifty image sizes of one layer, per memory format."""
-    from triton_conv.kernels import box, fold, gather, wgrad
+    from triton_conv.kernels import box, box_wgrad, fold, gather, wgrad
 
     counts = {}
     kernels = {
         "box": box.box_kernel,
+        "box_wgrad": box_wgrad.box_wgrad_kernel,
         "gather": gather.gather_kernel,
         "wgrad": wgrad.wgrad_kernel,
         "fold": fold.fold_kernel,
@@ -73,8 +74,12 @@ def sizes() -> dict[str, int]:
             for kernel in kernels.values():
                 kernel.device_caches.clear()
             for size in range(40, 90):
+                shapes = ((8, 64, size, size + 3), (64, 64, 3, 3))
                 options = {**BFLOAT16, "channels_last": channels_last, "padding_mode": "circular"}
-                for plan in explain.plans((8, 64, size, size + 3), (64, 64, 3, 3), **options).values():
+                plans = explain.plans(*shapes, **options)
+                if channels_last:  # runs of pixels know no border but zeros
+                    plans["box weight gradient"] = explain.plans(*shapes, **BFLOAT16)["weight gradient"]
+                for plan in plans.values():
                     list(audit.compiled_kernels(plan))
             for name, kernel in kernels.items():
                 layout = "channels_last" if channels_last else "contiguous"

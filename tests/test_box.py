@@ -1,4 +1,4 @@
-"""The box kernel: right wherever a plan picks it, and picked exactly where its conditions hold."""
+"""The box kernels: right wherever a plan picks it, and picked exactly where its conditions hold."""
 
 import random
 from dataclasses import replace
@@ -8,7 +8,7 @@ import torch
 
 from triton_conv import config, execute, explain, plan
 from triton_conv.check import Case, check_case
-from triton_conv.config import BoxConfig, Config, little_waste
+from triton_conv.config import BoxConfig, Config, little_waste, run_of_little_waste
 from triton_conv.geometry import Role
 
 ACTIVATIONS = (Role.FPROP, Role.DGRAD)
@@ -19,20 +19,22 @@ def _of(spatial, kernel, **options) -> Case:
     return Case.of(spatial, kernel, **{**defaults, **options})
 
 
-# (case, kernels of the forward pass and of the input gradient)
-BOTH, FORWARD, BACKWARD = ("box", "box"), ("box", "gather"), ("gather", "box")
+# (case, kernels of the forward pass, the input gradient and the weight gradient); rows of less than eight pixels are
+# too short for the runs of a weight gradient
+ALL, BOTH = ("box", "box", "box_wgrad"), ("box", "box", "wgrad")
+FORWARD, BACKWARD = ("box", "gather", "wgrad"), ("gather", "box", "wgrad")
 CASES = [
-    (_of((9, 11), 3, C=32, K=48, padding=1), BOTH),
+    (_of((9, 11), 3, C=32, K=48, padding=1), ALL),
     (_of((9, 11), (2, 5), padding=((2, 0), (1, 3)), dilation=(3, 2)), BOTH),
     (_of((3, 2), 7, padding=3), BOTH),
     (_of((4, 5, 6), 3, padding=1), BOTH),
-    (_of((6, 1, 9), (3, 1, 1), padding=((2, 0), 0, 0)), BOTH),
+    (_of((6, 1, 9), (3, 1, 1), padding=((2, 0), 0, 0)), ALL),
     # tails in channels, blocks of several steps
     (_of((6, 7), 3, C=136, K=72, padding=1), BOTH),
-    (_of((6, 7), 1, C=200, K=264), BOTH),
+    (_of((6, 7), 1, C=200, K=264), ALL),
     # strides of whole extents: rows in steps, columns folded into channels
     (_of((8, 12), 3, C=32, K=48, padding=1, stride=2), BOTH),
-    (_of((8, 12), 3, C=32, K=48, padding=1, stride=(2, 1)), BOTH),
+    (_of((8, 12), 3, C=32, K=48, padding=1, stride=(2, 1)), ALL),
     (_of((8, 12), 3, C=32, K=48, padding=1, stride=(1, 3), dilation=2), BOTH),
     (_of((12, 9), 5, C=16, K=16, padding=2, stride=3), BOTH),
     (_of((4, 6, 8), 3, C=16, padding=1, stride=(1, 1, 2)), BOTH),
@@ -41,12 +43,12 @@ CASES = [
     (_of((4, 5, 6), 3, padding=1, stride=2), BACKWARD),
     (_of((8, 8), 3, padding=1, stride=2, C=24, K=16), BACKWARD),
     # pointwise, and filters that step by their own length
-    (_of((7, 7), 1), BOTH),
+    (_of((7, 7), 1), ALL),
     (_of((8, 9), 1, stride=2), BOTH),
     (_of((8, 12), 4, stride=4), BOTH),
     (_of((8, 8), 2, stride=2, C=3 * 16), BOTH),
     # groups
-    (_of((8, 12), 3, C=64, K=32, groups=2, padding=1), BOTH),
+    (_of((8, 12), 3, C=64, K=32, groups=2, padding=1), ALL),
     (_of((8, 12), 3, C=96, K=144, groups=3, padding=1, stride=2), BOTH),
     # transposed
     (_of((4, 5), 3, K=32, stride=2, padding=1, output_padding=1, transposed=True), BOTH),
@@ -66,16 +68,37 @@ CASES = [
     (_of((8, 7), 3, padding=1, dtype=torch.float32, precision="tf32"), BOTH),
     (_of((8, 8), 3, C=20, K=16, padding=1, stride=(2, 1), dtype=torch.float32, precision="tf32"), BOTH),
     (_of((8, 7), 3, padding=1, N=1, bias=False), BOTH),
+    # images of one pixel, whose strides are anything
+    (_of((1, 1), 3, padding=1, N=17), ALL),
+    # batches of small images
+    (_of((2, 3), 3, padding=1, N=17), ALL),
+]
+
+IN_N, IN_D, IN_H, IN_W = [tuple(16 if axis == a else 1 for a in range(4)) for axis in range(4)]
+# (case, run of its weight gradient): tails of runs, borders before and behind them, steps along and across them
+RUNS = [
+    (_of((2, 21), (2, 4), C=40, padding=((1, 0), (2, 3))), IN_W),
+    (_of((21, 2), (4, 1), K=72, padding=((3, 0), 0)), IN_H),
+    (_of((19, 2, 2), (3, 1, 2), padding=((2, 0), 0, 0)), IN_D),
+    (_of((2, 2), (2, 3), C=24, K=72, N=19, padding=1), IN_N),
+    (_of(35, 5, padding=2, dilation=3), IN_W),
+    (_of((4, 36), 3, padding=1, stride=2), IN_W),
+    (_of((36, 4), 3, padding=1, stride=2), IN_H),
+    (_of((4, 6), 3, padding=1, stride=(2, 3), dilation=2, N=17), IN_N),
+    (_of((2, 2, 40), 3, padding=1, stride=(1, 1, 2)), IN_W),
+    (_of((18, 2), 3, C=96, K=72, groups=3, padding=1), IN_H),
+    (_of((2, 34), 3, C=48, K=48, groups=2, padding=1, stride=(1, 2), dtype=torch.float16), IN_W),
+    (_of((2, 18), 4, K=32, padding=1, stride=2, transposed=True), IN_W),
 ]
 
 
 def kernels_of(case: Case, device: str) -> tuple[str, ...]:
-    """What the plans of y and dx run; the case is checked on the way."""
+    """What the plans of y, dx and dw run; the case is checked on the way."""
     with execute.recording() as calls:
         wrong = [r for r in check_case(case, 0, device) if not r.ok]
     assert not wrong, f"{case}: {wrong}"
     found = execute.device_of(torch.device(device))
-    return tuple(plan.make(execute.problem_of(c, found)).kernel for c in calls if c.role is not Role.WGRAD)
+    return tuple(plan.make(execute.problem_of(c, found)).kernel for c in calls)
 
 
 @pytest.mark.parametrize(("case", "expected"), CASES, ids=lambda v: v.id if isinstance(v, Case) else "-".join(v))
@@ -85,12 +108,14 @@ def test_right_and_picked_where_it_can_be(case, expected, kernels):
     assert kernels_of(case, kernels) == expected
 
 
-@pytest.mark.parametrize("case", [case for case, expected in CASES if expected == BOTH][::4], ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [case for case, expected in CASES if expected in (ALL, BOTH)][::4], ids=lambda c: c.id)
 def test_box_and_gather_agree(case, kernels):
     operands = case.operands(1, kernels)
-    boxed = case.run(operands, ("y", "dx"))
-    with config.explicit(dict.fromkeys(ACTIVATIONS, Config(32, 32, 32))):
-        gathered = case.run(operands, ("y", "dx"))
+    runs = {Role.WGRAD: BoxConfig(IN_W, 64, 16, splits=2)} if case.dtype is not torch.float32 else {}
+    with config.explicit(runs):
+        boxed = case.run(operands, ("y", "dx", "dw"))
+    with config.explicit(dict.fromkeys(Role, Config(32, 32, 32))):
+        gathered = case.run(operands, ("y", "dx", "dw"))
     for name in boxed:
         depth = case.depth(name)
         eps = max(torch.finfo(case.dtype).eps, 2.0**-11 if case.precision == "tf32" else 0)
@@ -110,19 +135,35 @@ def test_box_and_gather_agree(case, kernels):
 @pytest.mark.parametrize("case", [_of((5, 6), 3, C=32, padding=1), CASES[7][0], CASES[21][0]], ids=str)
 def test_tiling_does_not_change_the_numbers(case, tiles, kernels):
     with config.explicit(dict.fromkeys(ACTIVATIONS, tiles)):
-        assert kernels_of(case, kernels) == BOTH
+        assert kernels_of(case, kernels)[:2] == ("box", "box")
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize(("case", "run"), RUNS, ids=str)
+def test_weight_gradients_are_right_in_runs_along_any_axis(case, run, splits, kernels):
+    sixteen = BoxConfig(run, 64, 16, splits=splits)
+    longer = BoxConfig(tuple(2 * side if side > 1 else 1 for side in run), 16, 64, splits=splits)
+    with execute.recording() as calls, config.explicit({Role.WGRAD: longer if splits > 1 else sixteen}):
+        wrong = [r for r in check_case(case, 0, kernels, Role.WGRAD) if not r.ok]
+        assert not wrong, f"{case}: {wrong}"
+        p = plan.make(execute.problem_of(calls[-1], execute.device_of(torch.device(kernels))))
+    assert p.kernel == "box_wgrad"
+    assert p.workspace_shape[:1] == ((splits,) if splits > 1 else ())
 
 
 @pytest.mark.parametrize(
-    ("tiles", "options", "why"),
+    ("role", "tiles", "options", "why"),
     [
-        (BoxConfig((1, 2, 8, 8), 64, 16), {"stride": 2}, "depth of 1"),
-        (BoxConfig((1, 1, 8, 16), 64, 64), {"groups": 2}, "does not divide"),
+        (Role.FPROP, BoxConfig((1, 2, 8, 8), 64, 16), {"stride": 2}, "depth of 1"),
+        (Role.FPROP, BoxConfig((1, 1, 8, 16), 64, 64), {"groups": 2}, "does not divide"),
+        (Role.FPROP, BoxConfig((1, 1, 8, 16), 64, 64, splits=2), {}, "for weight gradients"),
+        (Role.WGRAD, BoxConfig(IN_D, 64, 16), {"stride": 2}, "depth of 1"),
+        (Role.WGRAD, BoxConfig((1, 1, 4, 16), 64, 64), {}, "a run of pixels"),
     ],
 )
-def test_box_configs_that_do_not_fit_are_refused(tiles, options, why):
+def test_box_configs_that_do_not_fit_are_refused(role, tiles, options, why):
     shapes = ((8, 64, 28, 28), (64, 64 // options.get("groups", 1), 3, 3))
-    with config.explicit({Role.FPROP: tiles}), pytest.raises(RuntimeError, match=why):
+    with config.explicit({role: tiles}), pytest.raises(RuntimeError, match=why):
         explain.plans(*shapes, dtype=torch.bfloat16, channels_last=True, padding=1, **options)
 
 
@@ -165,6 +206,29 @@ def test_plans_say_what_keeps_them_from_it(change, why):
     assert why in other.reason
 
 
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"dtype": torch.float32, "precision": "tf32"}, "weight gradients of float32"),
+        ({"device": config.DEVICES["A100"]}, "copy engine"),
+        ({"groups": 8}, "few channels"),
+        ({"stride": 3}, "whole strides"),
+        ({"padding_mode": "circular"}, "only zeros"),
+        ({"kernel_size": (25, 25)}, "idle more than half"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else None,
+)
+def test_plans_say_what_keeps_weight_gradients_from_it(change, why):
+    def weight_gradient(kernel_size=(3, 3), **options):
+        shapes = ((6, 64, 28, 28), (64, 64 // options.get("groups", 1), *kernel_size))
+        options = {"padding": 1, "dtype": torch.bfloat16, "channels_last": True, **options}
+        return explain.plans(*shapes, **options)["weight gradient"]
+
+    assert weight_gradient().kernel == "box_wgrad"
+    assert weight_gradient(**change).kernel == "wgrad"
+    assert why in weight_gradient(**change).reason
+
+
 def test_a_box_config_where_none_can_run_is_refused():
     with (
         config.explicit({Role.FPROP: BoxConfig((1, 1, 8, 16), 64, 64)}),
@@ -199,6 +263,39 @@ def test_contiguous_filters_are_copied_and_explain_says_so():
 )
 def test_boxes_waste_little(counts, box):
     assert little_waste(counts, 128) == box
+
+
+@pytest.mark.parametrize(
+    ("counts", "run"),
+    [
+        ((1, 1, 1, 3136), (1, 1, 1, 64)),
+        ((32, 1, 56, 56), (1, 1, 1, 64)),
+        ((64, 1, 28, 28), (64, 1, 1, 1)),
+        ((32, 1, 14, 14), (32, 1, 1, 1)),
+        ((1, 64, 9, 9), (1, 64, 1, 1)),
+        ((2, 1, 100, 32), (1, 1, 1, 32)),
+        ((1, 1, 1, 1), (1, 1, 1, 16)),
+    ],
+)
+def test_runs_waste_little(counts, run):
+    assert run_of_little_waste(counts) == run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (((1, 1, 1, 24), 64, 64), "powers of two"),
+        (((1, 1, 1, 64), 0, 64), "powers of two"),
+        (((1, 1, 1, 8), 64, 64), "16 or more"),
+        (((1, 1, 1, 512), 64, 64), "256 or less"),
+    ],
+    ids=str,
+)
+def test_boxes_no_kernel_can_fetch_are_refused(arguments, why):
+    with pytest.raises(ValueError, match=why):
+        BoxConfig(*arguments)
+    with pytest.raises(ValueError, match="splits"):
+        BoxConfig((1, 1, 1, 64), 64, 64, splits=0)
 
 
 def test_every_box_is_whole():

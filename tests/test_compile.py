@@ -14,7 +14,8 @@ from triton_conv.tuning.audit import MATRIX_INSTRUCTIONS
 SCALAR = ("depthwise", "int64", "float32 ieee")
 WHOLE_VECTORS = ("3x3", "1x1", "video", "3x3 stride 2", "24 channels", "72 to 200 channels", "transposed")
 NARROW = ("grouped", "24 channels")
-MAIN_KERNELS = ("box", "gather", "wgrad")
+BOX_KERNELS = ("box", "box_wgrad")
+MAIN_KERNELS = (*BOX_KERNELS, "gather", "wgrad")
 
 
 @cache
@@ -62,19 +63,21 @@ def test_channels_last_operands_are_copied_asynchronously_in_whole_vectors(arch)
     assert len(main) == 3 * len(WHOLE_VECTORS)
     for row in main:
         copies = row["instructions"]
-        assert copies.get("UTMALDG" if row["kernel"] == "box" else "LDGSTS"), row
+        assert copies.get("UTMALDG" if row["kernel"] in BOX_KERNELS else "LDGSTS"), row
         assert row["narrow_copies"] == 0, row
 
 
 def test_box_operands_are_multiplied_from_shared_memory(arch):
-    boxes = [r for r in compiled("code", str(arch)) if r["kernel"] == "box"]
+    boxes = [r for r in compiled("code", str(arch)) if r["kernel"] in BOX_KERNELS]
     if arch < 90:
         assert not boxes
         return
-    assert {r["layer"] for r in boxes} >= {"3x3", "3x3 stride 2", "3x3 circular", "1x1", "video", "float32 tf32"}
+    layers = {name: {r["layer"] for r in boxes if r["kernel"] == name} for name in BOX_KERNELS}
+    assert layers["box"] >= {"3x3", "3x3 stride 2", "3x3 circular", "1x1", "video", "float32 tf32"}
+    assert layers["box_wgrad"] >= {"3x3", "3x3 stride 2", "24 channels", "72 to 200 channels", "1x1", "video"}
     passing_through_registers = [(r["layer"], r["role"]) for r in boxes if r["operands"] != "shared"]
     assert not passing_through_registers
-    assert all(r["instructions"].get("UTMASTG") for r in boxes)
+    assert all(r["instructions"].get("UTMASTG") for r in boxes if r["kernel"] == "box")
 
 
 def test_classes_without_taps_are_not_forgotten(arch):
@@ -84,10 +87,12 @@ def test_classes_without_taps_are_not_forgotten(arch):
 def test_fifty_image_sizes_compile_few_kernels():
     """One for each role; a box kernel once more for each shape of box that images of these sizes want."""
     counts = compiled("sizes")
-    boxes = counts.pop("box channels_last")
+    boxes, runs = counts.pop("box channels_last"), counts.pop("box_wgrad channels_last")
     assert 1 <= boxes <= 6
+    assert 1 <= runs <= 4
     assert counts == {
         "box contiguous": 0,
+        "box_wgrad contiguous": 0,
         "gather channels_last": 1,
         "gather contiguous": 2,
         "wgrad channels_last": 1,

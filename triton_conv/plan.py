@@ -318,11 +318,11 @@ def _too_shallow(config: Config | BoxConfig, dtype: str) -> str | None:
 
 def _box_misfit(config: BoxConfig, dtype: str, role: Role, g: ConvGeometry) -> str | None:
     """What is wrong with a box config for a geometry that has box plans, in words."""
-    rows = g.axes(role)[1]
+    rows, deep = g.axes(role)[1], "rows in steps take the place of depth, so its box must have a depth of 1"
     if role is Role.WGRAD:
         if max(config.box) != config.BLOCK_M:
             return "in a weight gradient its box must be a run of pixels along one axis"
-        return "rows in steps take the place of depth" if config.box[1] > 1 and rows.src_step > 1 else None
+        return deep if config.box[1] > 1 and rows.src_step > 1 else None
     if config.splits > 1:
         return f"its {config.splits} splits are for weight gradients"
     src, _, extents = _sides(role, g)
@@ -332,7 +332,7 @@ def _box_misfit(config: BoxConfig, dtype: str, role: Role, g: ConvGeometry) -> s
     if _needs_whole_blocks(role, g) and (src // g.groups) % config.BLOCK_K:
         return f"its BLOCK_K {config.BLOCK_K} does not divide the {src // g.groups} channels of a group"
     if config.box[1] > 1 and (rows.src_step > 1 or (rows.phases > 1 and extents[0] == 1)):
-        return "rows in steps take the place of depth, so its box must have a depth of 1"
+        return deep
     return None
 
 

@@ -24,7 +24,7 @@ import triton.language as tl
 from .. import tiles
 from ..geometry import ConvGeometry, Role, Strides
 from .box import in_steps, stepped
-from .indexing import channel_block, in_vectors, launchable, matrix_product, power_of_two_in, tap_of
+from .indexing import channel_block, filter_vectors, launchable, matrix_product, power_of_two_in, tap_of
 from .launch import Box, Launch
 from .wgrad import sum_launch
 
@@ -136,12 +136,12 @@ def launches(geometry: ConvGeometry, strides: Strides, config, numerics) -> list
     g = geometry
     C, K = g.C // g.groups, g.K // g.groups
     axes = g.axes(Role.WGRAD)
-    flt_vec, flt_strides = in_vectors((strides.w[0] * K, *strides.w), channel=2)
+    flt_vec, flt_strides = filter_vectors(g, strides.w)
     numel = g.K * C * g.taps
     counted = tiles.box_wgrad(g, config)
     blocks = tiles.blocks((g.N, *g.output), config.box)
     steps = [axis.src_step for axis in axes]
-    x, x_axis = _run(stepped("x", (g.N, *_reached(g)), g.C, strides.x, steps, config.box, config.BLOCK_K))
+    x, x_axis = _run(stepped("x", (g.N, *g.input), g.C, strides.x, steps, config.box, config.BLOCK_K))
     dy, y_axis = _run(stepped("y", (g.N, *g.output), g.K, strides.y, [1, 1, 1], config.box, config.BLOCK_N))
     bn, bz, bp, bq = config.box
     arguments = {
@@ -183,15 +183,6 @@ def launches(geometry: ConvGeometry, strides: Strides, config, numerics) -> list
         Launch("box_wgrad", box_wgrad_kernel, programs, (x, dy, "workspace"), arguments),
         sum_launch(numel, config.splits, arguments["INDEX"]),
     ]
-
-
-def _reached(g: ConvGeometry) -> list[int]:
-    """The extents of x in whole steps up to the last pixel that a tap meets: those behind it shall read zero too."""
-    extents = []
-    for extent, out, axis in zip(g.input, g.output, g.axes(Role.WGRAD), strict=True):
-        last = (out - 1) * axis.src_step + axis.offset + (axis.filter - 1) * axis.src_tap_step
-        extents.append(min(extent, (max(last, 0) // axis.src_step + 1) * axis.src_step))
-    return extents
 
 
 def _run(box: Box) -> tuple[Box, int]:

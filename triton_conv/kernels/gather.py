@@ -25,6 +25,7 @@ from .epilogue import finish
 from .indexing import (
     channel_block,
     constants,
+    filter_vectors,
     in_vectors,
     launchable,
     multiply,
@@ -215,7 +216,7 @@ def launch(role: Role, geometry: ConvGeometry, strides: Strides, config, numeric
     axes = g.axes(role)
     src_vec, src_strides = in_vectors(src_strides)
     dst_vec, dst_strides = in_vectors(dst_strides)
-    flt_vec, flt_strides = in_vectors((strides.w[0] * (g.K // groups), *strides.w), channel=2)
+    flt_vec, flt_strides = filter_vectors(g, strides.w)
     counted = tiles.gather(role, g, config)
     names = dict(zip(("dst_d", "dst_h", "dst_w", "src_d", "src_h", "src_w"), (*dst_extents, *src_extents), strict=True))
     arguments = dict(

@@ -95,6 +95,12 @@ def in_vectors(strides: tuple[int, ...], channel: int = 1) -> tuple[int, tuple[i
     return vec, tuple(s if i == channel else s // vec for i, s in enumerate(strides))
 
 
+def filter_vectors(geometry: ConvGeometry, strides: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+    """`in_vectors` of the strides of filters, that of a group in front; that of an axis with one tap never matters."""
+    taps = (stride if taps > 1 else 0 for stride, taps in zip(strides[2:], geometry.filter, strict=True))
+    return in_vectors((strides[0] * (geometry.K // geometry.groups), *strides[:2], *taps), channel=2)
+
+
 @triton.jit
 def tap_of(step, taps_d, taps_h, taps_w, INDEX: tl.constexpr):
     """(jd, jh, jw) of a tap counted through the three axes, for any number of taps, none included.

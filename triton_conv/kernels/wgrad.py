@@ -16,7 +16,17 @@ import triton.language as tl
 
 from .. import tiles
 from ..geometry import ConvGeometry, Role, Strides
-from .indexing import channel_block, constants, in_vectors, launchable, multiply, power_of_two_in, read_position, tap_of
+from .indexing import (
+    channel_block,
+    constants,
+    filter_vectors,
+    in_vectors,
+    launchable,
+    multiply,
+    power_of_two_in,
+    read_position,
+    tap_of,
+)
 from .launch import Launch
 
 # What changes with the image must not be specialised, or every image size would be compiled anew.
@@ -174,7 +184,7 @@ def launches(geometry: ConvGeometry, strides: Strides, config, numerics) -> list
     axes = g.axes(Role.WGRAD)
     x_vec, x_strides = in_vectors(strides.x)
     y_vec, y_strides = in_vectors(strides.y)
-    flt_vec, flt_strides = in_vectors((strides.w[0] * K, *strides.w), channel=2)
+    flt_vec, flt_strides = filter_vectors(g, strides.w)
     counted = tiles.wgrad(g, config)
     names = dict(zip(("x_d", "x_h", "x_w", "y_d", "y_h", "y_w"), (*g.input, *g.output), strict=True))
     numel = g.K * C * g.taps
