@@ -108,7 +108,7 @@ def assert_right(case, out, device):
         assert torch.equal(y.cpu(), want)
         return
     depth = case.depth("y")
-    # Hopper's matrix units add the products of a step up with about 13 bits behind the point
+    # Hopper's matrix units add the products of a step up with about 14 bits
     partial_sums = 10 * 2.0**-13 * depth**0.5 if device == "cuda" else 0.0
     bound = torch.finfo(out).eps * want.abs() + SCALES[0] * SCALES[1] * (10 * 2.0**-23 * depth + partial_sums)
     error = (y.cpu().double() - want).abs()
