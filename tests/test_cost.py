@@ -265,6 +265,12 @@ def test_splits_win_for_few_weights_and_many_pixels_and_lose_for_many_weights():
     assert seconds(many, "wgrad", one, Role.WGRAD) < seconds(many, "wgrad", eight, Role.WGRAD)
 
 
+def test_slabs_are_written_and_read():
+    found = cost.predict(BIG, Role.WGRAD, "wgrad", Config(64, 64, 64, splits=8), "bfloat16", "ieee", H200)
+    assert found.split_seconds == pytest.approx(2 * 8 * 4 * 256 * 256 * 9 / H200.measured_copy)
+    assert found.seconds == max(found.loop_seconds, found.l2_seconds, found.memory_seconds) + found.split_seconds + 6e-6
+
+
 def test_configs_that_do_not_fit_are_never_chosen():
     assert seconds(BIG, "box", BOXES[0][1], device=DEVICES["RTX5090"]) == float("inf")
     assert seconds(BIG, "gather", Config(128, 256, 128, 8, 4)) == float("inf")
@@ -388,6 +394,17 @@ def test_fifty_image_sizes_share_tiles():
                 compiled.setdefault((n, name, p.kernel), set()).add((tiling, p.config.splits > 1))
         for (_, name, kernel), variants in compiled.items():
             assert len(variants) <= (6 if "box" in kernel else 2), (name, kernel, variants)
+
+
+@pytest.mark.parametrize(("tiles_of_the_rule", "kept"), [(131, False), (132, True)])
+def test_smaller_tiles_are_for_idle_multiprocessors(monkeypatch, tiles_of_the_rule, kept):
+    def smaller_is_quicker(g, role, kernel, tiling, *_):
+        return SimpleNamespace(seconds=tiling.BLOCK_M * tiling.BLOCK_N, tiles=tiles_of_the_rule, resident=1)
+
+    monkeypatch.setattr(cost, "predict", smaller_is_quicker)
+    for kernel, tiling in (("gather", Config(64, 64, 32)), ("box", BOXES[0][1])):
+        found = choose.quickest(kernel, tiling, BIG, Role.FPROP, "bfloat16", "ieee", H200, True)
+        assert (found == tiling) is kept
 
 
 def test_equal_predictions_keep_the_rule(monkeypatch):

@@ -189,7 +189,7 @@ def of(
     """
     for device in DEVICES.values():
         product = device.name.removeprefix("NVIDIA ")
-        if re.search(rf"\b{product}\b(?! Laptop)", name) and device.multiprocessors == multiprocessors:
+        if re.search(rf"\b{product}\b", name) and device.multiprocessors == multiprocessors:
             return device._replace(name=name)
     known = max((d.capability for d in DEVICES.values() if d.capability <= capability), default=A100.capability)
     kin = min(
