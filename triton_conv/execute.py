@@ -186,12 +186,29 @@ def _kernels(call: Call, device: Device, output: Tensor) -> Tensor:
     with _on_device(output.device):
         for name in p.packs:
             tensors[name] = _five(tensors[name]).permute(0, 2, 3, 4, 1).contiguous()
+        if p.bundle > 1:
+            K, C, T, R, S = p.asked.shape("w")
+            wide = output.new_zeros((K, T, R, S, p.bundle * C), dtype=call.b.dtype)
+            blocks, dense = _diagonal_blocks(wide, p.asked.groups, p.bundle, tensors["w"])
+            tensors["w"] = wide
+            if call.role is not Role.WGRAD:
+                blocks.copy_(dense)
         if p.workspace_shape:
             dtype = getattr(torch, p.workspace_dtype)
             tensors["workspace"] = torch.empty(p.workspace_shape, dtype=dtype, device=output.device)
         for launch in p.launches:
             launch.run(tensors)
+        if p.bundle > 1 and call.role is Role.WGRAD:
+            dense.copy_(blocks)
     return output
+
+
+def _diagonal_blocks(wide: Tensor, groups: int, bundle: int, w: Tensor) -> tuple[Tensor, Tensor]:
+    """Views of the same shape: of a bundle's filters, the blocks that belong to one group each; and of `w`."""
+    K, T, R, S, channels = wide.shape
+    parts = (groups // bundle, bundle, K // groups)
+    squares = wide.view(*parts, T, R, S, bundle, channels // bundle)
+    return squares.diagonal(dim1=1, dim2=6), _five(w).unflatten(0, parts).permute(0, 2, 4, 5, 6, 3, 1)
 
 
 def _on_device(device: torch.device):

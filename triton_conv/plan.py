@@ -5,17 +5,17 @@ A plan prints itself (`str(plan)`); `triton-conv explain` shows it without a GPU
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import prod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from . import choose, cost, tiles
+from . import choose, cost, ways
 from . import config as configs
-from .choose import AnyConfig
 from .config import ITEM_BYTES, BoxConfig, Config, Device, Numerics
 from .cost import Prediction, Roofline
-from .geometry import ConvGeometry, Role, Strides, canonical, describable, tap_step
+from .geometry import ConvGeometry, Role, Strides
+from .ways import Problem, Way, dense_strides
 
 if TYPE_CHECKING:
     from .kernels.launch import Launch
@@ -35,26 +35,6 @@ ACCUMULATORS = {
 }
 
 
-class Problem(NamedTuple):
-    """What a plan depends on, and the key it is cached under.
-
-    `dtype` is that of both operands, `out_dtype` that of output and bias. `precision` says how float32 is multiplied
-    ("ieee", "tf32", "tf32x3") and is "ieee" for every other dtype; `aligned` says that every tensor starts at a
-    multiple of 16 bytes; `has_scale` that the sum is multiplied by two scales.
-    """
-
-    role: Role
-    geometry: ConvGeometry
-    dtype: str
-    out_dtype: str
-    strides: Strides
-    precision: str
-    has_bias: bool
-    has_scale: bool
-    aligned: bool
-    device: Device
-
-
 @dataclass(frozen=True)
 class Fold:
     """The second step of an input gradient whose padding is not zeros: border positions add up onto dx."""
@@ -71,19 +51,22 @@ class Plan:
     """A kernel and everything it is launched with, for tensors of any address.
 
     `geometry` and `strides` are canonical: they describe the same memory as the caller's tensors, in fewer axes.
-    `packs` names the tensors that are copied to channels-last first.
+    `asked` is the caller's geometry. `packs` names the tensors that are copied to channels-last first, `bundle` says
+    how many of the caller's groups are computed as one (`ways.Layout`).
     """
 
     kernel: str
     role: Role
     dtype: str
     out_dtype: str
+    asked: ConvGeometry
     geometry: ConvGeometry
     strides: Strides
     config: Config | BoxConfig
     numerics: Numerics
     device: Device
     packs: tuple[str, ...]
+    bundle: int
     steps: tuple[str, ...]
     fold: Fold | None
     workspace_shape: tuple[int, ...]
@@ -100,9 +83,14 @@ class Plan:
     @property
     def workspace_bytes(self) -> int:
         """Device memory beyond inputs and output, in bytes."""
-        copies = sum(prod(self.geometry.shape(name)) for name in self.packs) * ITEM_BYTES[self.dtype]
         workspace = prod(self.workspace_shape) if self.workspace_shape else 0
-        return copies + workspace * ITEM_BYTES[self.workspace_dtype]
+        return sum(self._copies.values()) + workspace * ITEM_BYTES[self.workspace_dtype]
+
+    @property
+    def _copies(self) -> dict[str, int]:
+        """The size in bytes of every tensor that stands for another."""
+        names = (*self.packs, "w") if self.bundle > 1 else self.packs
+        return {name: prod(self.geometry.shape(name)) * ITEM_BYTES[self.dtype] for name in names}
 
     @cached_property
     def launches(self) -> tuple[Launch, ...]:
@@ -126,22 +114,21 @@ class Plan:
     def roofline(self) -> Roofline:
         """The least time of what the plan computes, by whatever kernel."""
         what = (self.role, self.dtype, self.numerics.precision, self.device, self.out_dtype)
-        whole = self.fold.geometry if self.fold else self.geometry
-        return cost.roofline(whole, *what)
+        return cost.roofline(self.asked, *what)
 
     @cached_property
     def prediction(self) -> Prediction:
         """The predicted time of the kernel."""
-        channels_last = _channels_last(self.strides)
+        channels_last = ways.reads_channels_last(self.role, self.strides)
         what = (self.geometry, self.role, self.kernel, self.config, self.dtype, self.numerics.precision, self.device)
         return cost.predict(*what, channels_last, self.out_dtype)
 
     @cached_property
     def seconds(self) -> float:
         """The predicted time of everything: copies, kernel and fold."""
-        sizes = [prod(self.geometry.shape(name)) * ITEM_BYTES[self.dtype] for name in self.packs]
+        copying = sum(cost.copy_seconds(size, self.device) for size in self._copies.values())
         folding = cost.fold_seconds(self.fold.geometry, self.dtype, self.device) if self.fold else 0.0
-        return sum(cost.copy_seconds(size, self.device) for size in sizes) + self.prediction.seconds + folding
+        return copying + self.prediction.seconds + folding
 
     def __str__(self) -> str:
         numerics = self.numerics
@@ -162,7 +149,7 @@ class Plan:
         return products if self.out_dtype == self.dtype else f"{products} to {self.out_dtype}"
 
     def _workspace_use(self) -> str:
-        uses = [f"a copy of {name}" for name in self.packs]
+        uses = [f"a copy of {name}" for name in self._copies]
         if self.fold is not None:
             uses.append("the gradient of the padded input, folded onto dx")
         elif self.workspace_shape:
@@ -182,267 +169,70 @@ def _make(problem: Problem, explicit: Config | BoxConfig | None) -> Plan:
         raise NotImplementedError(
             f"{problem.device.name} has no float8_e4m3fn arithmetic, which came with compute capability 8.9: {geometry}"
         )
-    accumulator = ACCUMULATORS[problem.dtype]
     folds = role is Role.DGRAD and any(mode != "zeros" for mode in geometry.modes)
     original = geometry.padded() if folds else geometry
     if folds:
-        padded_shape = original.shape("x")
-        padded_strides = dense_strides(padded_shape, channels_last=strides.x[1] == 1)
-        strides = strides._replace(x=padded_strides)
+        strides = strides._replace(x=dense_strides(original.shape("x"), channels_last=strides.x[1] == 1))
     bias_on_c = problem.has_bias and role is Role.DGRAD and not folds
 
-    given = _laid_out(original, strides, role, (), bias_on_c)
-    copied = _laid_out(original, strides, role, _not_channels_last(original, strides, role), bias_on_c)
-    obstacle = _box_obstacle(problem, copied)
-    if explicit is None and not obstacle and set(copied.packs) - {"w"}:
-        obstacle = _costly_copies(problem, given, copied)
-    if explicit is None and not obstacle and role is Role.WGRAD:
-        obstacle = _idle_runs(copied.geometry)
-    config: Config | BoxConfig
-    if isinstance(explicit, Config) or (obstacle and explicit is None):
-        layout = given
-        config, why = _gather_config(problem, layout, explicit, obstacle)
-        kernel = "wgrad" if role is Role.WGRAD else "gather"
-    else:
-        layout = copied
-        config = explicit or _box_config(problem, layout)
-        misfit = obstacle or _box_misfit(config, problem.dtype, role, layout.geometry)
-        if misfit:
-            raise RuntimeError(f"a box config was given for {geometry}, but {misfit}")
-        why = "channels-last on a device with the bulk tensor copy engine"
-        why += "" if explicit else f"; {_tiles_for(problem)}"
-        kernel = "box_wgrad" if role is Role.WGRAD else "box"
-    packs, inner, inner_strides, steps = layout
-    if explicit is not None:
-        why += "; config given explicitly"
+    found = [
+        _assembled(problem, original, strides, way) for way in ways.of(problem, original, strides, bias_on_c, explicit)
+    ]
+    first, others = found[0], found[1:]
+    best = min(others, key=lambda p: p.seconds, default=first)
+    if best.seconds < choose.WORTH_LEAVING * first.seconds:
+        return _against(best, first)
+    return _against(first, best) if others else first
 
+
+def _against(chosen: Plan, other: Plan) -> Plan:
+    """The chosen plan, with what it was chosen against in its reason."""
+    what = other.kernel
+    if other.bundle > 1:
+        what += f" of {other.bundle} groups in one"
+    if other.packs:
+        what += " after copies"
+    times = f"{1e6 * chosen.seconds:.3g} us predicted, against {1e6 * other.seconds:.3g} us of {what}"
+    return replace(chosen, reason=f"{chosen.reason}; {times}")
+
+
+def _assembled(problem: Problem, original: ConvGeometry, strides: Strides, way: Way) -> Plan:
+    """The plan of one way; `original` and `strides` are of the padded input where a border is folded."""
+    role, geometry, accumulator = problem.role, problem.geometry, ACCUMULATORS[problem.dtype]
+    kernel, (packs, bundle, inner, inner_strides, steps), config, why = way
+    folds = original is not geometry
     bits = 64 if _reach(inner, inner_strides, role, config) >= 2**31 else 32
     numerics = Numerics(bits, accumulator, problem.precision, problem.has_bias and not folds, problem.has_scale)
     fold: Fold | None = None
     workspace: tuple[int, ...] = ()
     if folds:
-        span = max(_span(padded_shape, padded_strides), _span(geometry.shape("x"), problem.strides.x))
+        padded_shape = original.shape("x")
+        span = max(_span(padded_shape, strides.x), _span(geometry.shape("x"), problem.strides.x))
         fold_numerics = Numerics(64 if span >= 2**31 else 32, accumulator, "ieee", problem.has_bias)
-        fold = Fold(geometry, padded_shape, padded_strides, problem.strides.x, fold_numerics)
+        fold = Fold(geometry, padded_shape, strides.x, problem.strides.x, fold_numerics)
         workspace = padded_shape
         steps = ("compute dx on the padded extents, then fold the border", *steps)
     elif config.splits > 1:
-        workspace = (config.splits, *geometry.shape("w"))
+        workspace = (config.splits, *replace(geometry, groups=geometry.groups // bundle).shape("w"))
     return Plan(
         kernel,
         role,
         problem.dtype,
         problem.out_dtype,
+        geometry,
         inner,
         inner_strides,
         config,
         numerics,
         problem.device,
         packs,
+        bundle,
         steps,
         fold,
         workspace,
         accumulator,
         why,
     )
-
-
-class _Layout(NamedTuple):
-    """A canonical problem, once the tensors in `packs` have been copied to channels-last."""
-
-    packs: tuple[str, ...]
-    geometry: ConvGeometry
-    strides: Strides
-    steps: tuple[str, ...]
-
-
-_WORDS = {"x": "the input", "w": "the filters", "y": "the output's gradient"}
-
-
-def _laid_out(g: ConvGeometry, strides: Strides, role: Role, packs: tuple[str, ...], keep_channels: bool) -> _Layout:
-    strides = strides._replace(**{name: dense_strides(g.shape(name), True) for name in packs})
-    copies = tuple(f"copy {_WORDS[name]} to channels-last" for name in packs)
-    inner, inner_strides, steps = canonical(g, strides, role, keep_channels)
-    return _Layout(packs, inner, inner_strides, copies + steps)
-
-
-def _not_channels_last(g: ConvGeometry, strides: Strides, role: Role) -> tuple[str, ...]:
-    """The operands that a box kernel could not fetch as they lie."""
-    operands = {Role.FPROP: ("x", "w"), Role.DGRAD: ("y", "w"), Role.WGRAD: ("x", "y")}[role]
-    return tuple(name for name in operands if getattr(strides, name)[1] != 1 and g.shape(name)[1] > 1)
-
-
-def _costly_copies(problem: Problem, given: _Layout, copied: _Layout) -> str | None:
-    """Why activations are gathered as they lie rather than copied to channels-last; None where the copy pays."""
-    return "activations are not channels-last"
-
-
-def _gather_config(problem: Problem, layout: _Layout, explicit, obstacle) -> tuple[Config, str]:
-    _, g, strides, _ = layout
-    why = f"pointer gather, since {obstacle}" if obstacle else "pointer gather"
-    if explicit is not None:
-        shallow = _too_shallow(explicit, problem.dtype)
-        if shallow:
-            raise RuntimeError(f"a config was given for {g}, but {shallow}")
-        return explicit, why
-    vectorised = _vectorised(g, strides)
-    rule = configs.default(g, problem.role, problem.dtype, problem.precision, vectorised, problem.device)
-    config = _quickest(problem, "wgrad" if problem.role is Role.WGRAD else "gather", rule, layout)
-    if not config.dot:
-        narrow = configs.multiplies_matrices(problem.dtype, problem.role)
-        why += "; " + ("groups are too narrow for a dot" if narrow else "integers have no matrix instruction here")
-        why += ", so products are summed in registers"
-    return config, f"{why}; {_tiles_for(problem)}"
-
-
-def _quickest(problem: Problem, kernel: str, rule: AnyConfig, layout: _Layout) -> AnyConfig:
-    how = (problem.dtype, problem.precision, problem.device, _channels_last(layout.strides))
-    return choose.quickest(kernel, rule, layout.geometry, problem.role, *how)
-
-
-def _tiles_for(problem: Problem) -> str:
-    return f"tiles by predicted time for {problem.device.name}"
-
-
-def _needs_whole_blocks(role: Role, g: ConvGeometry) -> bool:
-    """Whether a reduction block past a group's last channel would read another group's, or another column's."""
-    return g.groups > 1 or g.axes(role)[2].src_step > 1
-
-
-def _too_shallow(config: Config | BoxConfig, dtype: str) -> str | None:
-    least = configs.least_reduction(dtype)
-    if (isinstance(config, BoxConfig) or config.dot) and least > config.BLOCK_K:
-        return f"its BLOCK_K {config.BLOCK_K} is below the {least} of a dot of {dtype}"
-    return None
-
-
-def _box_misfit(config: BoxConfig, dtype: str, role: Role, g: ConvGeometry) -> str | None:
-    """What is wrong with a box config for a geometry that has box plans, in words."""
-    rows, deep = g.axes(role)[1], "rows in steps take the place of depth, so its box must have a depth of 1"
-    if role is Role.WGRAD:
-        if max(config.box) != config.BLOCK_M:
-            return "in a weight gradient its box must be a run of pixels along one axis"
-        return deep if config.box[1] > 1 and rows.src_step > 1 else None
-    if config.splits > 1:
-        return f"its {config.splits} splits are for weight gradients"
-    src, _, extents = _sides(role, g)
-    shallow = _too_shallow(config, dtype)
-    if shallow:
-        return shallow
-    if _needs_whole_blocks(role, g) and (src // g.groups) % config.BLOCK_K:
-        return f"its BLOCK_K {config.BLOCK_K} does not divide the {src // g.groups} channels of a group"
-    if config.box[1] > 1 and (rows.src_step > 1 or (rows.phases > 1 and extents[0] == 1)):
-        return deep
-    return None
-
-
-def _box_config(problem: Problem, layout: _Layout) -> BoxConfig:
-    g = layout.geometry
-    if problem.role is Role.WGRAD:
-        return _quickest(problem, "box_wgrad", configs.default_run(g, problem.device), layout)
-    src, dst, _ = _sides(problem.role, g)
-    counts = tiles.positions(problem.role, g)
-    whole_blocks = _needs_whole_blocks(problem.role, g)
-    per_group = (src // g.groups, dst // g.groups)
-    rule = configs.default_box(counts, *per_group, whole_blocks, problem.dtype, problem.device)
-    return _quickest(problem, "box", rule, layout)
-
-
-def _sides(role: Role, g: ConvGeometry) -> tuple[int, int, tuple[int, ...]]:
-    """(source channels, destination channels, destination extents) of fprop or dgrad."""
-    return (g.C, g.K, g.output) if role is Role.FPROP else (g.K, g.C, g.input)
-
-
-def _box_obstacle(problem: Problem, layout: _Layout) -> str | None:
-    """What keeps a canonical problem from the box kernel, in words; None if nothing does."""
-    role, (_, g, strides, _) = problem.role, layout
-    if problem.device.capability < 90:
-        return f"{problem.device.name} has no bulk tensor copy engine"
-    if role is Role.WGRAD and problem.dtype not in ("float16", "bfloat16"):
-        return f"weight gradients of {problem.dtype} have no box kernel"
-    tf32 = problem.dtype == "float32" and problem.precision == "tf32"
-    bytes_forward = problem.dtype in ("float8_e4m3fn", "int8") and role is Role.FPROP  # their dots want rows of filters
-    if problem.dtype not in ("float16", "bfloat16") and not tf32 and not bytes_forward:
-        return f"{problem.dtype} as {problem.precision} has no box kernel"
-    if any(mode != "zeros" for mode in g.modes):
-        return "only zeros lie outside a box"
-    if not problem.aligned:
-        return "a tensor does not start at a multiple of 16 bytes"
-    if max(map(sum, g.padding)) + max(d * f for d, f in zip(g.dilation, g.filter, strict=True)) >= 2**16:
-        return "filters reach too far"
-    if role is Role.WGRAD:
-        return _run_obstacle(g, strides)
-    src, dst, _ = _sides(role, g)
-    vector, least = 16 // ITEM_BYTES[problem.dtype], configs.least_reduction(problem.dtype)
-    if g.C % vector or g.K % (16 // ITEM_BYTES[problem.out_dtype]):
-        return "channels are not whole vectors"
-    if g.groups > 1 and (src // g.groups % least or dst // g.groups % 16):
-        return "the channels of a group are not whole vectors"
-    if src // g.groups < 16:
-        return "there are few channels to reduce over"
-    source = "x" if role is Role.FPROP else "y"
-    if _uneven_rows(g, strides, source, vector) or strides.w[0] % vector:
-        return "rows are not multiples of 16 bytes apart"
-    tap = tap_step(g, strides)
-    if tap is None or tap % vector or strides.w[1] != 1:
-        return "filter taps are not evenly spaced"
-    if not _whole_steps(g, role):
-        return "the input is not whole strides"
-    if g.axes(role)[2].src_step > 1 and src // g.groups % least:
-        return f"the stride of W folds into channels, which are no multiple of {least}"
-    return None
-
-
-def _run_obstacle(g: ConvGeometry, strides: Strides) -> str | None:
-    """What keeps a weight gradient of 16-bit types from the box kernel: x and dy are described, blocks need not fit."""
-    if g.C % 8 or g.K % 8:
-        return "channels are not whole vectors"
-    if min(g.C, g.K) // g.groups < 16:
-        return "groups have few channels"
-    if _uneven_rows(g, strides, "x", 8) or _uneven_rows(g, strides, "y", 8):
-        return "rows are not multiples of 16 bytes apart"
-    return None if _whole_steps(g, Role.WGRAD) else "the input is not whole strides"
-
-
-def _idle_runs(g: ConvGeometry) -> str | None:
-    """Why small images are gathered instead, where pixels of several rows make up a step."""
-    counts = (g.N, *g.output)
-    run = configs.run_of_little_waste(counts)
-    idle = prod(tiles.blocks(counts, run)) * max(run) > 2 * prod(counts)
-    return f"runs of {max(run)} pixels along one axis would be idle more than half" if idle else None
-
-
-def _uneven_rows(g: ConvGeometry, strides: Strides, name: str, vector: int) -> bool:
-    """Whether pixels of an activation start at other addresses than multiples of `vector` elements."""
-    of_channels = 1
-    pairs = enumerate(zip(getattr(strides, name), g.shape(name), strict=True))
-    return any(stride % vector for axis, (stride, extent) in pairs if axis != of_channels and extent > 1)
-
-
-def _whole_steps(g: ConvGeometry, role: Role) -> bool:
-    """Whether the steps in which the source is walked make axes of a descriptor."""
-    steps = [axis.src_step for axis in g.axes(role)]
-    flat = g.filter[0] == 1 and g.padding[0] == (0, 0)
-    return describable(g.output if role is Role.DGRAD else g.input, steps) and (steps[1] == 1 or flat)
-
-
-def _vectorised(g: ConvGeometry, strides: Strides) -> bool:
-    """Whether eight neighbouring channels of both activations lie side by side."""
-    return _channels_last(strides) and tiles.whole_vectors(g)
-
-
-def _channels_last(strides: Strides) -> bool:
-    return strides.x[1] == 1 and strides.y[1] == 1
-
-
-def dense_strides(shape: tuple[int, ...], channels_last: bool) -> tuple[int, ...]:
-    """Element strides of a dense (N, C, D, H, W) tensor."""
-    order = (0, 2, 3, 4, 1) if channels_last else range(5)
-    strides, step = [0] * 5, 1
-    for dim in reversed(order):
-        strides[dim] = step
-        step *= max(shape[dim], 1)
-    return tuple(strides)
 
 
 def _reach(g: ConvGeometry, strides: Strides, role: Role, config: Config | BoxConfig) -> int:

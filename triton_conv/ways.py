@@ -1,0 +1,297 @@
+"""Which kernels can run a problem, in which layout and with which config; what keeps the others from it, in words."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import prod
+from typing import NamedTuple
+
+from . import choose, tiles
+from . import config as configs
+from .choose import AnyConfig
+from .config import ITEM_BYTES, BoxConfig, Config
+from .devices import Device
+from .geometry import ConvGeometry, Role, Strides, canonical, describable, tap_step
+
+
+class Problem(NamedTuple):
+    """What a plan depends on, and the key it is cached under.
+
+    `dtype` is that of both operands, `out_dtype` that of output and bias. `precision` says how float32 is multiplied
+    ("ieee", "tf32", "tf32x3") and is "ieee" for every other dtype; `aligned` says that every tensor starts at a
+    multiple of 16 bytes; `has_scale` that the sum is multiplied by two scales.
+    """
+
+    role: Role
+    geometry: ConvGeometry
+    dtype: str
+    out_dtype: str
+    strides: Strides
+    precision: str
+    has_bias: bool
+    has_scale: bool
+    aligned: bool
+    device: Device
+
+
+class Layout(NamedTuple):
+    """A canonical problem, once the tensors in `packs` have been copied to channels-last.
+
+    With `bundle` groups in one, filters are copied into blocks along the diagonal of fewer and wider groups, and of
+    their gradient only these blocks are kept.
+    """
+
+    packs: tuple[str, ...]
+    bundle: int
+    geometry: ConvGeometry
+    strides: Strides
+    steps: tuple[str, ...]
+
+
+class Way(NamedTuple):
+    """A kernel that can run a problem."""
+
+    kernel: str
+    layout: Layout
+    config: Config | BoxConfig
+    reason: str
+
+
+def of(
+    problem: Problem, g: ConvGeometry, strides: Strides, keep_channels: bool, explicit: Config | BoxConfig | None
+) -> list[Way]:
+    """Ways to compute `g`, the plainest first, or the one way of an explicit config.
+
+    `g` and `strides` are the problem's, or those of its padded input; `keep_channels` is canonical's. Raises
+    RuntimeError where the explicit config's kernel cannot run it.
+    """
+    role = problem.role
+    packs = _not_channels_last(g, strides, role)
+    given, copied = (_laid_out(g, strides, role, names, keep_channels) for names in ((), packs))
+    obstacle = _box_obstacle(problem, copied)
+    if isinstance(explicit, Config):
+        return [_gathered(problem, given, explicit, obstacle)]
+    if explicit is not None:
+        misfit = obstacle or _box_misfit(explicit, problem.dtype, role, copied.geometry)
+        if misfit:
+            raise RuntimeError(f"a box config was given for {g}, but {misfit}")
+        return [_boxed(problem, copied, explicit)]
+    moves = set(packs) - {"w"}
+    if not obstacle and not moves:
+        obstacle = _idle_runs(copied.geometry) if role is Role.WGRAD else None
+        if not obstacle:
+            return [_boxed(problem, copied)]
+    found = [_gathered(problem, given, None, obstacle or "activations are not channels-last")]
+    if moves:
+        found.append(_gathered(problem, copied, None, obstacle) if obstacle else _boxed(problem, copied))
+    for bundle in _bundles(g):
+        wide = _laid_out(g, strides, role, tuple(name for name in packs if name != "w"), keep_channels, bundle)
+        why = _box_obstacle(problem, wide)
+        found.append(_gathered(problem, wide, None, why) if why else _boxed(problem, wide))
+    return found
+
+
+_WORDS = {"x": "the input", "w": "the filters", "y": "the output's gradient"}
+
+
+def _laid_out(
+    g: ConvGeometry, strides: Strides, role: Role, packs: tuple[str, ...], keep_channels: bool, bundle: int = 1
+) -> Layout:
+    steps = [f"copy {_WORDS[name]} to channels-last" for name in packs]
+    made = set(packs)
+    if bundle > 1:
+        g, made = replace(g, groups=g.groups // bundle), made | {"w"}
+        steps.append(f"{bundle} groups in one, with zeros between their filters")
+    strides = strides._replace(**{name: dense_strides(g.shape(name), True) for name in made})
+    inner, inner_strides, more = canonical(g, strides, role, keep_channels)
+    return Layout(packs, bundle, inner, inner_strides, (*steps, *more))
+
+
+def _not_channels_last(g: ConvGeometry, strides: Strides, role: Role) -> tuple[str, ...]:
+    """The operands that a box kernel could not fetch as they lie."""
+    operands = {Role.FPROP: ("x", "w"), Role.DGRAD: ("y", "w"), Role.WGRAD: ("x", "y")}[role]
+    return tuple(name for name in operands if getattr(strides, name)[1] != 1 and g.shape(name)[1] > 1)
+
+
+def _bundles(g: ConvGeometry) -> list[int]:
+    """How many groups of few channels may be computed as one, of up to 64 channels, for the sake of a fuller dot."""
+    narrow, wide = sorted((g.C // g.groups, g.K // g.groups))
+    if narrow >= 16 or wide == 1:
+        return []
+    sizes = {1 << i for i in range(1, 7)} | {g.groups}
+    return sorted(p for p in sizes if p > 1 and g.groups % p == 0 and p * wide <= 64)
+
+
+def _boxed(problem: Problem, layout: Layout, explicit: BoxConfig | None = None) -> Way:
+    why = "boxes of the bulk tensor copy engine"
+    kernel = "box_wgrad" if problem.role is Role.WGRAD else "box"
+    if explicit is not None:
+        return Way(kernel, layout, explicit, f"{why}; config given explicitly")
+    return Way(kernel, layout, _box_config(problem, layout), f"{why}; {_tiles_for(problem)}")
+
+
+def _gathered(problem: Problem, layout: Layout, explicit: Config | None, obstacle: str | None) -> Way:
+    g, role, dtype = layout.geometry, problem.role, problem.dtype
+    kernel = "wgrad" if role is Role.WGRAD else "gather"
+    why = f"pointer gather, since {obstacle}" if obstacle else "pointer gather"
+    if explicit is not None:
+        shallow = _too_shallow(explicit, dtype)
+        if shallow:
+            raise RuntimeError(f"a config was given for {g}, but {shallow}")
+        return Way(kernel, layout, explicit, f"{why}; config given explicitly")
+    vectorised = reads_channels_last(role, layout.strides) and tiles.whole_vectors(g)
+    rule = configs.default(g, role, dtype, problem.precision, vectorised, problem.device)
+    config = _quickest(problem, kernel, rule, layout)
+    if not config.dot:
+        narrow = configs.multiplies_matrices(dtype, role)
+        why += "; " + ("groups are too narrow for a dot" if narrow else "integers have no matrix instruction here")
+        why += ", so products are summed in registers"
+    return Way(kernel, layout, config, f"{why}; {_tiles_for(problem)}")
+
+
+def _quickest(problem: Problem, kernel: str, rule: AnyConfig, layout: Layout) -> AnyConfig:
+    channels_last = reads_channels_last(problem.role, layout.strides)
+    how = (problem.dtype, problem.precision, problem.device, channels_last)
+    return choose.quickest(kernel, rule, layout.geometry, problem.role, *how)
+
+
+def _tiles_for(problem: Problem) -> str:
+    return f"tiles by predicted time for {problem.device.name}"
+
+
+def _needs_whole_blocks(role: Role, g: ConvGeometry) -> bool:
+    """Whether a reduction block past a group's last channel would read another group's, or another column's."""
+    return g.groups > 1 or g.axes(role)[2].src_step > 1
+
+
+def _too_shallow(config: Config | BoxConfig, dtype: str) -> str | None:
+    least = configs.least_reduction(dtype)
+    if (isinstance(config, BoxConfig) or config.dot) and least > config.BLOCK_K:
+        return f"its BLOCK_K {config.BLOCK_K} is below the {least} of a dot of {dtype}"
+    return None
+
+
+def _box_misfit(config: BoxConfig, dtype: str, role: Role, g: ConvGeometry) -> str | None:
+    """What is wrong with a box config for a geometry that has box plans, in words."""
+    rows, deep = g.axes(role)[1], "rows in steps take the place of depth, so its box must have a depth of 1"
+    if role is Role.WGRAD:
+        if max(config.box) != config.BLOCK_M:
+            return "in a weight gradient its box must be a run of pixels along one axis"
+        return deep if config.box[1] > 1 and rows.src_step > 1 else None
+    if config.splits > 1:
+        return f"its {config.splits} splits are for weight gradients"
+    src, _, extents = _sides(role, g)
+    shallow = _too_shallow(config, dtype)
+    if shallow:
+        return shallow
+    if _needs_whole_blocks(role, g) and (src // g.groups) % config.BLOCK_K:
+        return f"its BLOCK_K {config.BLOCK_K} does not divide the {src // g.groups} channels of a group"
+    if config.box[1] > 1 and (rows.src_step > 1 or (rows.phases > 1 and extents[0] == 1)):
+        return deep
+    return None
+
+
+def _box_config(problem: Problem, layout: Layout) -> BoxConfig:
+    g = layout.geometry
+    if problem.role is Role.WGRAD:
+        return _quickest(problem, "box_wgrad", configs.default_run(g, problem.device), layout)
+    src, dst, _ = _sides(problem.role, g)
+    counts = tiles.positions(problem.role, g)
+    whole_blocks = _needs_whole_blocks(problem.role, g)
+    per_group = (src // g.groups, dst // g.groups)
+    rule = configs.default_box(counts, *per_group, whole_blocks, problem.dtype, problem.device)
+    return _quickest(problem, "box", rule, layout)
+
+
+def _sides(role: Role, g: ConvGeometry) -> tuple[int, int, tuple[int, ...]]:
+    """(source channels, destination channels, destination extents) of fprop or dgrad."""
+    return (g.C, g.K, g.output) if role is Role.FPROP else (g.K, g.C, g.input)
+
+
+def _box_obstacle(problem: Problem, layout: Layout) -> str | None:
+    """What keeps a canonical problem from the box kernel, in words; None if nothing does."""
+    role, g, strides = problem.role, layout.geometry, layout.strides
+    if problem.device.capability < 90:
+        return f"{problem.device.name} has no bulk tensor copy engine"
+    if role is Role.WGRAD and problem.dtype not in ("float16", "bfloat16"):
+        return f"weight gradients of {problem.dtype} have no box kernel"
+    tf32 = problem.dtype == "float32" and problem.precision == "tf32"
+    bytes_forward = problem.dtype in ("float8_e4m3fn", "int8") and role is Role.FPROP  # their dots want rows of filters
+    if problem.dtype not in ("float16", "bfloat16") and not tf32 and not bytes_forward:
+        return f"{problem.dtype} as {problem.precision} has no box kernel"
+    if any(mode != "zeros" for mode in g.modes):
+        return "only zeros lie outside a box"
+    if not problem.aligned:
+        return "a tensor does not start at a multiple of 16 bytes"
+    if max(map(sum, g.padding)) + max(d * f for d, f in zip(g.dilation, g.filter, strict=True)) >= 2**16:
+        return "filters reach too far"
+    if role is Role.WGRAD:
+        return _run_obstacle(g, strides)
+    src, dst, _ = _sides(role, g)
+    vector, least = 16 // ITEM_BYTES[problem.dtype], configs.least_reduction(problem.dtype)
+    if g.C % vector or g.K % (16 // ITEM_BYTES[problem.out_dtype]):
+        return "channels are not whole vectors"
+    if g.groups > 1 and (src // g.groups % least or dst // g.groups % 16):
+        return "the channels of a group are not whole vectors"
+    if src // g.groups < 16:
+        return "there are few channels to reduce over"
+    source = "x" if role is Role.FPROP else "y"
+    if _uneven_rows(g, strides, source, vector) or strides.w[0] % vector:
+        return "rows are not multiples of 16 bytes apart"
+    tap = tap_step(g, strides)
+    if tap is None or tap % vector or strides.w[1] != 1:
+        return "filter taps are not evenly spaced"
+    if not _whole_steps(g, role):
+        return "the input is not whole strides"
+    if g.axes(role)[2].src_step > 1 and src // g.groups % least:
+        return f"the stride of W folds into channels, which are no multiple of {least}"
+    return None
+
+
+def _run_obstacle(g: ConvGeometry, strides: Strides) -> str | None:
+    """What keeps a weight gradient of 16-bit types from the box kernel: x and dy are described, blocks need not fit."""
+    if g.C % 8 or g.K % 8:
+        return "channels are not whole vectors"
+    if min(g.C, g.K) // g.groups < 16:
+        return "groups have few channels"
+    if _uneven_rows(g, strides, "x", 8) or _uneven_rows(g, strides, "y", 8):
+        return "rows are not multiples of 16 bytes apart"
+    return None if _whole_steps(g, Role.WGRAD) else "the input is not whole strides"
+
+
+def _idle_runs(g: ConvGeometry) -> str | None:
+    """Why small images are gathered instead, where pixels of several rows make up a step."""
+    counts = (g.N, *g.output)
+    run = configs.run_of_little_waste(counts)
+    idle = prod(tiles.blocks(counts, run)) * max(run) > 2 * prod(counts)
+    return f"runs of {max(run)} pixels along one axis would be idle more than half" if idle else None
+
+
+def _uneven_rows(g: ConvGeometry, strides: Strides, name: str, vector: int) -> bool:
+    """Whether pixels of an activation start at other addresses than multiples of `vector` elements."""
+    of_channels = 1
+    pairs = enumerate(zip(getattr(strides, name), g.shape(name), strict=True))
+    return any(stride % vector for axis, (stride, extent) in pairs if axis != of_channels and extent > 1)
+
+
+def _whole_steps(g: ConvGeometry, role: Role) -> bool:
+    """Whether the steps in which the source is walked make axes of a descriptor."""
+    steps = [axis.src_step for axis in g.axes(role)]
+    flat = g.filter[0] == 1 and g.padding[0] == (0, 0)
+    return describable(g.output if role is Role.DGRAD else g.input, steps) and (steps[1] == 1 or flat)
+
+
+def reads_channels_last(role: Role, strides: Strides) -> bool:
+    """Whether neighbouring channels of the activations that are read lie side by side."""
+    sources = {Role.FPROP: (strides.x,), Role.DGRAD: (strides.y,), Role.WGRAD: (strides.x, strides.y)}[role]
+    return all(source[1] == 1 for source in sources)
+
+
+def dense_strides(shape: tuple[int, ...], channels_last: bool) -> tuple[int, ...]:
+    """Element strides of a dense (N, C, D, H, W) tensor."""
+    order = (0, 2, 3, 4, 1) if channels_last else range(5)
+    strides, step = [0] * 5, 1
+    for dim in reversed(order):
+        strides[dim] = step
+        step *= max(shape[dim], 1)
+    return tuple(strides)
