@@ -46,20 +46,25 @@ def quickest(
 
     others: list[Any] = _other_splits(kernel, rule, geometry) if role is Role.WGRAD else []
     if predicted(rule).tiles < device.multiprocessors or not predicted(rule).resident:
-        others += _smaller(rule, role) if isinstance(rule, Config) else _smaller_boxes(rule, role, geometry)
+        others += _smaller(rule, role, device) if isinstance(rule, Config) else _smaller_boxes(rule, role, geometry)
     best = min(others, key=lambda config: predicted(config).seconds, default=rule)
     return best if predicted(best).seconds < WORTH_LEAVING * predicted(rule).seconds else rule
 
 
-def _smaller(rule: Config, role: Role) -> list[Config]:
-    """Tiles of which one or both sides are halved or quartered."""
+def _smaller(rule: Config, role: Role, device: Device) -> list[Config]:
+    """Tiles of which one or both sides are halved or quartered.
+
+    Filters come first where they fill the 64 rows of a warp group's dot. Below sm_90, which has none, the compiler then
+    copies only one operand asynchronously, and spills in input gradients of 32 pixels x 64 channels.
+    """
     names = ("BLOCK_N", "BLOCK_K") if role is Role.WGRAD else ("BLOCK_M", "BLOCK_N")
     least = 16 if rule.dot else 1
     found = []
     for parts in product((1, 2, 4), repeat=2):
         sides = {name: getattr(rule, name) // part for name, part in zip(names, parts, strict=True)}
         if parts != (1, 1) and min(sides.values()) >= least:
-            found.append(replace(rule, **sides, filters_first=rule.filters_first and sides["BLOCK_N"] >= 64))
+            first = rule.filters_first and sides["BLOCK_N"] >= 64 and device.capability >= 90
+            found.append(replace(rule, **sides, filters_first=first))
     return found
 
 
