@@ -90,6 +90,41 @@ class BoxConfig:
         return f"{text} splits {self.splits}" if self.splits > 1 else text
 
 
+@dataclass(frozen=True)
+class BandedConfig:
+    """One way to run a banded kernel on depthwise convolutions.
+
+    A block is `height` x `columns` output positions of a channel. A tile multiplies blocks of (images, rows of blocks,
+    columns of blocks), `chunk` columns of the input a step. In wgrad a program has `height` filter rows, blocks are one
+    output row high, and a step sums up so many; `splits` cuts the steps into that many slabs.
+    """
+
+    blocks: tuple[int, int, int]
+    height: int
+    columns: int
+    chunk: int
+    num_warps: int = 4
+    num_stages: int = 3
+    splits: int = 1
+
+    def __post_init__(self) -> None:
+        sides = (*self.blocks, self.height, self.columns, self.chunk)
+        if any(s < 1 or s & (s - 1) for s in sides) or self.splits < 1:
+            raise ValueError(f"sides must be powers of two and splits positive, but got {self}")
+        if min(prod(self.blocks), self.columns, self.chunk) < 16:
+            raise ValueError(f"blocks, columns and chunk of a dot must be 16 or more, but got {self}")
+
+    @property
+    def BLOCK_M(self) -> int:
+        """Positions of a tile."""
+        return prod(self.blocks) * self.height * self.columns
+
+    def __str__(self) -> str:
+        blocks = "x".join(map(str, self.blocks))
+        text = f"{blocks} blocks of {self.height}x{self.columns} by {self.chunk}"
+        return f"{text} warps {self.num_warps} stages {self.num_stages} splits {self.splits}"
+
+
 class Numerics(NamedTuple):
     """Width of offsets, accumulator type and multiplication of a launch; names as in triton.language."""
 
@@ -214,6 +249,38 @@ def default_box(
         block_k //= 2
     widest = 64 if _through_registers(dtype, device) else 128
     return BoxConfig(little_waste(counts, 128), _tile(dst, 64, widest), block_k)
+
+
+def default_banded(geometry: ConvGeometry, role: Role, item_bytes: int, device: Device) -> BandedConfig:
+    """Sane blocks by rule: 128 positions, and rows of 64 bytes of the input; more images rather than more blocks."""
+    g = geometry
+    source, (_, P, Q) = (g.output, g.input) if role is Role.DGRAD else (g.input, g.output)
+    # elsewhere every element, or few of them, has an address in a register of its own
+    wide_rows = item_bytes <= 2 and source[2] % 8 == Q % 8 == 0
+    chunk = _tile(source[2], 16, max((64 if P > 1 else 128) // item_bytes, 16))
+    columns = _tile(Q, 16, 32 if P > 1 else 64)
+    if role is not Role.WGRAD:
+        height = _tile(P, 1, 128 // columns)
+        counts = (g.N, ceil_div(P, height), ceil_div(Q, columns))
+        size = _tile(prod(counts), 16, 128 if wide_rows else 64)
+        return BandedConfig(_most_images(counts, size), height, columns, chunk)
+    height = _tile(g.filter[1], 1, (128 if wide_rows else 64) // chunk)
+    counts = (g.N, P, ceil_div(Q, columns))
+    size = _tile(prod(counts), 16, 64 if wide_rows else 32)
+    config = BandedConfig(_most_images(counts, size), height, columns, chunk)
+    wanted = ceil_div(2 * device.multiprocessors, g.C * ceil_div(g.filter[1], height))
+    return replace(config, splits=max(1, min(wanted, prod(counts) // size // _STEPS_PER_SPLIT)))
+
+
+def _most_images(counts: tuple[int, int, int], size: int) -> tuple[int, int, int]:
+    """Sides of `size` blocks that waste least of counts; of those the most images, since these see the same padding."""
+    sides = [1 << i for i in range(size.bit_length())]
+    boxes = [(n, p, size // (n * p)) for n, p in product(sides, repeat=2) if size % (n * p) == 0]
+
+    def covered(box: tuple[int, int, int]) -> int:
+        return prod(ceil_div(count, side) * side for count, side in zip(counts, box, strict=True))
+
+    return min(boxes, key=lambda box: (covered(box), -box[0], -box[1]))
 
 
 # Boxes this close to the least waste count as equal: every box is a compilation, and images come in many sizes.
