@@ -186,6 +186,18 @@ def test_unaligned_tensors_are_gathered(kernels):
     assert "16 bytes" in p.reason
 
 
+def test_repeated_images_are_gathered():
+    """Nobody promises that a descriptor may have a stride of zero."""
+    x = torch.empty((1, 64, 28, 28), dtype=torch.bfloat16, device="meta").contiguous(memory_format=torch.channels_last)
+    x, w = x.expand(8, -1, -1, -1), torch.empty((64, 64, 3, 3), dtype=x.dtype, device="meta")
+    with execute.recording() as calls:
+        y = torch.ops.triton_conv.conv(x, w.requires_grad_(), None, [1, 1], [0] * 4, [1, 1], 1, "zeros", None)
+        torch.autograd.grad(y, w, torch.empty_like(y).contiguous(memory_format=torch.channels_last))
+    found = [plan.make(execute.problem_of(c, config.DEVICES["H200"])) for c in calls]
+    assert [p.kernel for p in found] == ["gather", "wgrad"]
+    assert all("16 bytes apart" in p.reason for p in found)
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [

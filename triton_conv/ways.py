@@ -268,10 +268,11 @@ def _idle_runs(g: ConvGeometry) -> str | None:
 
 
 def _uneven_rows(g: ConvGeometry, strides: Strides, name: str, vector: int) -> bool:
-    """Whether pixels of an activation start at other addresses than multiples of `vector` elements."""
+    """Whether pixels of an activation start at other addresses than multiples of `vector` elements, or at the same."""
     of_channels = 1
     pairs = enumerate(zip(getattr(strides, name), g.shape(name), strict=True))
-    return any(stride % vector for axis, (stride, extent) in pairs if axis != of_channels and extent > 1)
+    along = [stride for axis, (stride, extent) in pairs if axis != of_channels and extent > 1]
+    return any(stride == 0 or stride % vector for stride in along)
 
 
 def _whole_steps(g: ConvGeometry, role: Role) -> bool:
