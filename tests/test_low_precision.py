@@ -55,7 +55,7 @@ GATHER = [
 ]
 # few channels in a group, or layouts that a copy may change: plans may run them in more ways than one
 EITHER = [
-    _of((6, 7), 3, C=72, K=40, padding=1, groups=2),
+    _of((6, 7), 3, C=40, K=24, padding=1, groups=2),
     _of((6, 7), 3, C=8, K=8, padding=1, groups=8),
     _of(19, 4, C=5, K=15, groups=5, padding=((3, 0),)),
     _of((5, 6), 3, C=16, K=8, padding=2, dilation=2, groups=4),
@@ -148,7 +148,7 @@ def test_kernels_are_right_and_picked_where_they_can_be(case, kernel, out, kerne
 
 
 @pytest.mark.parametrize("out", [torch.bfloat16, torch.int32], ids=str)
-@pytest.mark.parametrize("tiles", [None, Config(32, 16, 32), Config(64, 4, 16, dot=False)], ids=str)
+@pytest.mark.parametrize("tiles", [None, Config(64, 16, 32), Config(128, 16, 32, dot=False)], ids=str)
 @pytest.mark.parametrize("case", EITHER, ids=str)
 def test_kernels_are_right_in_whatever_way_they_run(case, tiles, out, kernels):
     skip_where_impossible(out, False)
@@ -168,7 +168,7 @@ TILES = [
     Config(32, 64, 64, filters_first=True),
     Config(16, 32, 32, flatten=True),
     Config(64, 16, 32, flatten=True, filters_first=True),
-    Config(32, 8, 16, dot=False),
+    Config(32, 32, 16, dot=False),
     BoxConfig((1, 1, 4, 8), 64, 32),
     BoxConfig((2, 1, 1, 16), 32, 32, programs=3),
     BoxConfig((16, 1, 1, 1), 128, 32),
@@ -180,7 +180,7 @@ TILES = [
 def test_tiling_does_not_change_the_numbers(tiles, out, kernels):
     skip_where_impossible(out, isinstance(tiles, BoxConfig))
     with config.explicit({Role.FPROP: tiles}):
-        assert kernel_of(_of((5, 6), 3, C=64, padding=1), out, kernels) == (
+        assert kernel_of(_of((4, 3), 3, C=64, K=40, padding=1), out, kernels) == (
             "box" if isinstance(tiles, BoxConfig) else "gather"
         )
 
