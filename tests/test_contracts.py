@@ -1,5 +1,7 @@
 """Promises between the parts: what is computed, in which precision, and what is refused before it runs."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.func import jvp
@@ -95,3 +97,14 @@ def test_taps_beyond_two_to_the_31_elements_are_reached(kernels):
     if kernels == "cuda":
         pytest.skip("needs sparse memory, which only the host has")
     assert triton_conv.conv1d(x, w).flatten().tolist() == [2 + 6 + 15, 4 + 9 + 20, 6 + 12 + 25]
+
+
+@pytest.mark.parametrize("mode", ["zeros", "circular"])
+@pytest.mark.parametrize("name", ["conv2d", "conv_transpose2d"])
+@pytest.mark.parametrize(
+    "view", [lambda b: b.repeat_interleave(2)[::2], lambda b: b[:1].expand(3)], ids=["step", "one"]
+)
+def test_a_bias_may_have_any_stride(name, mode, view, operands, kernels):
+    x, w, b = (t.to(kernels) for t in (operands[0], operands[1][:3], operands[2][:3]))
+    convolve = partial(getattr(triton_conv, name), padding=1, padding_mode=mode)
+    torch.testing.assert_close(convolve(x, w, view(b)), convolve(x, w, view(b).clone()))

@@ -180,7 +180,7 @@ def _kernels(call: Call, device: Device, output: Tensor) -> Tensor:
     names = {Role.FPROP: ("x", "w", "y"), Role.DGRAD: ("y", "w", "x"), Role.WGRAD: ("y", "x", "w")}[call.role]
     tensors = dict(zip(names, (call.a, call.b, output), strict=True))
     if call.bias is not None:
-        tensors["bias"] = call.bias
+        tensors["bias"] = call.bias.contiguous()
     if call.scales is not None:
         tensors["scale_a"], tensors["scale_b"] = call.scales
     with _on_device(output.device):
