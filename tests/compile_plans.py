@@ -1,7 +1,6 @@
 """Compiles plans for a target and prints what came out, as JSON; run by test_compile.py in processes of their own,
 because kernels that are being interpreted cannot be compiled.
 
-    python tests/compile_plans.py code 90      registers, spills and instructions of default configs
     python tests/compile_plans.py sizes        compiled variants over fifty image sizes
     python tests/compile_plans.py classes 90   input gradients that forgot that a residue class may have no tap
 """
@@ -13,48 +12,10 @@ import sys
 
 import torch
 
-from triton_conv import config, explain
+from triton_conv import explain
 from triton_conv.geometry import Axis
-from triton_conv.tuning import audit
-
-BFLOAT16 = {"dtype": torch.bfloat16, "channels_last": True, "padding": 1}
-LAYERS = {
-    "3x3": ((32, 256, 56, 56), (256, 256, 3, 3), BFLOAT16),
-    "3x3 stride 2": ((32, 256, 56, 56), (512, 256, 3, 3), {**BFLOAT16, "stride": 2}),
-    "3x3 contiguous": ((32, 256, 56, 56), (256, 256, 3, 3), {**BFLOAT16, "channels_last": False}),
-    "3x3 circular": ((32, 256, 56, 56), (256, 256, 3, 3), {**BFLOAT16, "padding_mode": "circular"}),
-    "1x1": ((32, 256, 56, 56), (64, 256, 1, 1), {**BFLOAT16, "padding": 0}),
-    "stem": ((32, 3, 224, 224), (64, 3, 7, 7), {**BFLOAT16, "stride": 2, "padding": 3}),
-    "24 channels": ((32, 24, 56, 56), (24, 24, 3, 3), BFLOAT16),
-    "72 to 200 channels": ((32, 72, 56, 56), (200, 72, 3, 3), BFLOAT16),
-    "transposed": ((32, 256, 28, 28), (256, 128, 4, 4), {**BFLOAT16, "transposed": True, "stride": 2}),
-    "odd channels": ((32, 65, 56, 56), (33, 65, 3, 3), BFLOAT16),
-    "grouped": ((32, 128, 56, 56), (128, 4, 3, 3), {**BFLOAT16, "groups": 32}),
-    "depthwise": ((32, 256, 56, 56), (256, 1, 3, 3), {**BFLOAT16, "groups": 256}),
-    "video": ((2, 64, 16, 56, 56), (64, 64, 3, 3, 3), BFLOAT16),
-    "audio": ((8, 80, 3000), (512, 80, 3), {**BFLOAT16, "channels_last": False}),
-    "float32 tf32": ((32, 256, 56, 56), (256, 256, 3, 3), {**BFLOAT16, "dtype": torch.float32, "precision": "tf32"}),
-    "float32 tf32x3": (
-        (32, 256, 56, 56),
-        (256, 256, 3, 3),
-        {**BFLOAT16, "dtype": torch.float32, "precision": "tf32x3"},
-    ),
-    "float32 ieee": ((32, 256, 56, 56), (256, 256, 3, 3), {**BFLOAT16, "dtype": torch.float32, "precision": "ieee"}),
-    "float64": ((32, 256, 56, 56), (256, 256, 3, 3), {**BFLOAT16, "dtype": torch.float64}),
-    "int64": ((32, 64, 56, 56), (64, 64, 3, 3), {**BFLOAT16, "dtype": torch.int64}),
-}
-
-
-def code(arch: int) -> list[dict]:
-    device = next(d for d in config.DEVICES.values() if d.capability == arch)
-    rows = []
-    for layer, (x, w, options) in LAYERS.items():
-        for role, plan in explain.plans(x, w, bias=True, device=device, **options).items():
-            rows += [
-                {"layer": layer, "role": role, "kernel": kernel, "arch": arch, **vars(c)}
-                for kernel, c in audit.compile_plan(plan, arch)
-            ]
-    return rows
+from triton_conv.tuning.code import TARGETS, compiled_kernels, compiling_for
+from triton_conv.tuning.layers import BFLOAT16
 
 
 def sizes() -> dict[str, int]:
@@ -69,7 +30,7 @@ def sizes() -> dict[str, int]:
         "wgrad": wgrad.wgrad_kernel,
         "fold": fold.fold_kernel,
     }
-    with audit.compiling_for(90):
+    with compiling_for(90):
         for channels_last in (True, False):
             for kernel in kernels.values():
                 kernel.device_caches.clear()
@@ -80,7 +41,7 @@ def sizes() -> dict[str, int]:
                 if channels_last:  # runs of pixels know no border but zeros
                     plans["box weight gradient"] = explain.plans(*shapes, **BFLOAT16)["weight gradient"]
                 for plan in plans.values():
-                    list(audit.compiled_kernels(plan))
+                    list(compiled_kernels(plan))
             for name, kernel in kernels.items():
                 layout = "channels_last" if channels_last else "contiguous"
                 counts[f"{name} {layout}"] = sum(len(cache[0]) for cache in kernel.device_caches.values())
@@ -93,15 +54,16 @@ def classes(arch: int) -> list[str]:
     That question is a division by `Axis.common`, an argument that is otherwise unused. The compiler may drop it when
     the main loop divides by the class's number of taps, which it would then take to be positive.
     """
-    device = next(d for d in config.DEVICES.values() if d.capability == arch)
     forgot = []
     for rank, K, dtype in itertools.product((1, 2, 3), (8, 64), (torch.float32, torch.bfloat16)):
         options = {"dtype": dtype, "channels_last": rank > 1, "padding": 2, "dilation": 2, "stride": 2}
         shapes = ((8, 64, *(21,) * rank), (K, 64, *(3,) * rank))
-        plan = explain.plans(*shapes, device=device, **options)["input gradient"]
-        with audit.compiling_for(arch):
-            ((name, kernel),) = audit.compiled_kernels(plan)
-        signature = re.search(rf"tt.func public @{name}_kernel\((.*?)\) attributes", kernel.asm["ttgir"], re.DOTALL)[1]
+        plan = explain.plans(*shapes, device=TARGETS[arch], **options)["input gradient"]
+        with compiling_for(arch):
+            ((launch, kernel),) = compiled_kernels(plan)
+        signature = re.search(
+            rf"tt.func public @{launch.name}_kernel\((.*?)\) attributes", kernel.asm["ttgir"], re.DOTALL
+        )[1]
         body = kernel.asm["ttgir"].split(signature, 1)[1]
         for axis in "dhw"[3 - rank :]:
             fields = re.findall(rf"(%axis_{axis}[\w.]*): i32", signature)
@@ -120,4 +82,4 @@ def _argument_used(llir: str, signature: str, argument: str) -> bool:
 
 if __name__ == "__main__":
     what, *arch = sys.argv[1:]
-    print(json.dumps({"code": code, "sizes": sizes, "classes": classes}[what](*map(int, arch))))
+    print(json.dumps({"sizes": sizes, "classes": classes}[what](*map(int, arch))))

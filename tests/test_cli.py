@@ -86,6 +86,9 @@ def test_check_of_a_role_compares_its_tensors_only(role, capsys):
         (["explain", "1x1x5", "1x1x3", "--stride", "2x1"], "'2x1' is not one value or one per axis: write 2 or 2,1"),
         (["explain", "1x1x5", "1x1x3", "--padding", "1:2:3"], "'1:2:3' is not a padding: write 1, or one value or"),
         (["explain", "1x1x5", "1x1x3", "--padding", "some"], "'some' is not a padding"),
+        (["audit", "--layer", "cake"], "argument --layer: 'cake' is not one of 3x3,"),
+        (["audit", "--arch", "91"], "invalid choice: 91"),
+        (["audit", "--jobs", "0"], "0 is not positive"),
         (["explain", "1x1x5", "1x1x3", "--device", "abacus"], "'abacus' is not one of A100"),
     ],
 )
@@ -102,7 +105,7 @@ def test_without_a_command_the_help_is_shown(capsys):
     assert cli.main([]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    for word in ("usage: triton-conv", "demo", "check", "explain", "--version"):
+    for word in ("usage: triton-conv", "demo", "check", "explain", "audit", "--version"):
         assert word in printed.err
 
 
@@ -113,7 +116,7 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"triton-conv {triton_conv.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["demo", "check", "explain"])
+@pytest.mark.parametrize("command", ["demo", "check", "explain", "audit"])
 def test_every_option_has_help(command):
     (commands,) = (a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction))
     actions = commands.choices[command]._actions

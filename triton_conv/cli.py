@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import asdict
 from typing import Any
 
 from .devices import DEVICES
@@ -62,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(sub)
     _add_check(sub)
     _add_explain(sub)
+    _add_audit(sub)
     return parser
 
 
@@ -100,7 +103,7 @@ def demo(arguments: argparse.Namespace) -> int:
         raise CommandError("argument --device: --interpret runs on the CPU")
     if arguments.interpret:
         os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, at the first launch
-    _require("demo", "sklearn", "matplotlib", "tqdm")
+    _require("demo", "demo", "sklearn", "matplotlib", "tqdm")
     from . import demo as digits
 
     device = "cpu" if arguments.interpret else _device(arguments.device)
@@ -293,6 +296,106 @@ def explain(arguments: argparse.Namespace) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# audit
+
+
+def _add_audit(sub: Any) -> None:
+    parser = sub.add_parser(
+        "audit",
+        help="compile what ships for a GPU that need not be there, and read the code",
+        description="Compiles the kernels of a list of layers, in processes beside each other and without a GPU, and "
+        "shows what became of them: registers of a thread, bytes that it spills, bytes of shared memory of a block, "
+        "the matrix instruction and where it reads its operands, bulk tensor copies (TMA), asynchronous copies of 16 "
+        "bytes a thread and of fewer, steps of the main loop that loads run ahead of their use, blocks that a "
+        "multiprocessor has room for. Exit code 1 if a config spills, exceeds shared memory, or loses its matrix "
+        "instruction or its pipelining.",
+    )
+    parser.add_argument(
+        "--arch",
+        type=int,
+        choices=(80, 90, 100, 120),
+        action="append",
+        help="compute capability to compile for, ten times the one of data sheets; may be repeated (default: 90)",
+    )
+    parser.add_argument("--layer", type=_layer, action="append", help="only this layer; may be repeated")
+    parser.add_argument("--role", choices=("fprop", "dgrad", "wgrad"), help="only plans of this role")
+    parser.add_argument("--kernel", action="append", help="only launches of this kernel, such as box; may be repeated")
+    parser.add_argument("--jobs", type=_positive, help="compilers at a time (default: one for each processor)")
+    parser.add_argument("--json", action="store_true", help="print JSON, not a table")
+    parser.set_defaults(command=audit)
+
+
+def audit(arguments: argparse.Namespace) -> int:
+    """`triton-conv audit`."""
+    _require("audit", "tuning", "rich")
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from .tuning import audit as auditing
+
+    rows, stderr = [], Console(stderr=True)
+    for arch in arguments.arch or [90]:
+        subjects = [
+            subject
+            for subject in auditing.shipped(arch)
+            if (not arguments.layer or subject.layer in arguments.layer)
+            and arguments.role in (None, subject.plan.role.value)
+        ]
+        results = auditing.audit(subjects, arch, arguments.jobs, arguments.kernel or ())
+        with closing(results), Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
+            found = dict(progress.track(results, len(subjects), description=f"sm_{arch}"))
+        rows += [row for number in sorted(found) for row in found[number]]
+    if not rows:
+        raise CommandError("no such layer has a plan of this role that launches such a kernel")
+    if arguments.json:
+        _print_json(rows)
+    else:
+        _print_table(rows)
+    return 1 if any(map(auditing.faults, rows)) else 0
+
+
+def _print_json(rows: list[Any]) -> None:
+    import triton
+
+    from .tuning.audit import faults
+
+    print(json.dumps({"triton": triton.__version__, "rows": [{**asdict(r), "faults": faults(r)} for r in rows]}))
+
+
+def _print_table(rows: list[Any]) -> None:
+    import triton
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from .tuning.audit import faults
+
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
+    for heading in ("sm", "layer", "role", "kernel", "config"):
+        table.add_column(heading, no_wrap=heading != "config")
+    for heading in ("registers", "spilled", "shared"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("matrix", "operands", "TMA", "copies", "ahead", "blocks"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("faults", style="red")
+    for row in rows:
+        cells = [str(row.arch), row.layer, row.role, row.kernel, str(row.config or "")]
+        if row.code is not None:
+            c = row.code
+            cells += [str(c.registers), str(c.spill_bytes), str(c.shared), c.matrix, c.operands]
+            cells += [f"{c.tma_loads}+{c.tma_stores}", f"{c.copies}+{c.narrow_copies}", str(c.ahead), str(c.resident)]
+        cells += [""] * (len(table.columns) - 1 - len(cells))
+        table.add_row(*map(Text, cells), "; ".join(faults(row)))
+    console = Console()
+    if not console.is_terminal:  # whatever reads it wraps no lines
+        console.width = console.measure(table, options=console.options.update(width=10**4)).maximum
+    console.print(table)
+    count = sum(bool(faults(row)) for row in rows)
+    print(f"{_counted(len(rows), 'kernel')} compiled by Triton {triton.__version__}, {count or 'none'} with a fault")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Shared
 
 
@@ -348,13 +451,13 @@ def _progress(items: Iterable[Any], total: int) -> Iterable[Any]:
         yield from tqdm(items, total=total, unit="case", disable=None, leave=False)
 
 
-def _require(command: str, *modules: str) -> None:
+def _require(command: str, extra: str, *modules: str) -> None:
     for module in modules:
         try:
             importlib.import_module(module)
         except ImportError as error:
             raise CommandError(
-                f"{command} needs {error.name or module}: in a checkout, pip install -e '.[demo]'"
+                f"{command} needs {error.name or module}: in a checkout, pip install -e '.[{extra}]'"
             ) from error
 
 
@@ -404,6 +507,14 @@ def _dtype_or_float8(text: str) -> Any:
     import torch
 
     return torch.float8_e4m3fn if text == "float8_e4m3fn" else _dtype(text)
+
+
+def _layer(text: str) -> str:
+    from .tuning.layers import LAYERS
+
+    if text not in LAYERS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(LAYERS)}")
+    return text
 
 
 def _shape(text: str) -> tuple[int, ...]:

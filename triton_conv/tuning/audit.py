@@ -1,130 +1,238 @@
-"""What the compiler makes of a plan, for any NVIDIA target and without a GPU.
+"""Compiles what ships, for any NVIDIA target and without a GPU, and says what is wrong with it.
 
-Kernels are compiled through Triton's own launcher with stand-ins for tensors, so that arguments are specialised
-exactly as in a launch; registers, spills and instructions are then read from the binary.
+A config that spills, exceeds shared memory, or loses its matrix instruction or its pipelining is slow or does not run,
+whatever a model or a rule says of it. `code` reads what a plan became; here stands what it should have become.
 """
 
 from __future__ import annotations
 
-import re
-import subprocess
-import tempfile
-from collections.abc import Iterator
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Collection, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
-import torch
-import triton
-from triton.backends.compiler import GPUTarget
+from .. import explain, tiles
+from ..config import ITEM_BYTES, BoxConfig, Config
+from ..plan import Plan
+from .code import TARGETS, TENSOR_MEMORY, Code, compiled_kernels, compiling_for, read
+from .layers import LAYERS
 
-from .. import plan
-
-INSTRUCTIONS = ("HMMA", "HGMMA", "DMMA", "IMMA", "UTCHMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDG", "STG", "LDSM")
-SPILLS = ("LDL", "STL")
-MATRIX_INSTRUCTIONS = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+# By what is multiplied: 16-bit floats and TF32, 8-bit floats, 8-bit integers, float64. Those left out have none.
+MATRIX_INSTRUCTIONS = {
+    80: {"half": "HMMA", "int8": "IMMA", "double": "DMMA"},
+    90: {"half": "HGMMA", "float8": "QGMMA", "int8": "IGMMA", "double": "DMMA"},
+    100: {"half": "UTCHMMA", "float8": "UTCQMMA"},
+    120: {"half": "HMMA", "float8": "QMMA", "int8": "IMMA"},
+}
+# What dots of fewer than 64 rows get where the instruction above takes 64 at least.
+_OF_FEW_ROWS = {"half": "HMMA", "float8": "QMMA", "int8": "IMMA", "double": "DMMA"}
+_LEAST_ROWS = 64
+_KINDS = {"float16": "half", "bfloat16": "half", "float32": "half", "float64": "double"}
+_KINDS |= {"float8_e4m3fn": "float8", "int8": "int8", "uint8": "int8"}
 
 
 @dataclass(frozen=True)
-class Code:
-    """A compiled kernel: registers a thread, bytes of shared memory a block, spilled accesses, instruction counts.
+class Wanted:
+    """What the code of a launch must have; by default nothing. `few_rows` is the matrix instruction of narrow dots."""
 
-    `narrow_copies` counts asynchronous copies of less than 16 bytes a thread.
-    `operands` says where a warp-group dot (sm_90) or a tensor-memory dot (sm_100) reads: "shared" where both operands
-    come from shared memory, "registers" where one passes through registers, "" for other instructions.
+    matrix: str = ""
+    few_rows: str = ""
+    pipelined: bool = False
+    shared_operands: bool = False
+    whole_vectors: bool = False
+    tma_loads: bool = False
+    tma_stores: bool = False
+
+
+class Subject(NamedTuple):
+    """A plan to audit, and the layer it is for."""
+
+    layer: str
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Row:
+    """One launch of a plan: what is wanted of its code and what it is, or why there is none.
+
+    `config` is that of the plan's main kernel, None for the others.
     """
 
-    registers: int
-    shared: int
-    spills: int
-    instructions: dict[str, int]
-    narrow_copies: int
-    operands: str
-
-    def __str__(self) -> str:
-        counts = "  ".join(f"{name} {n}" for name, n in self.instructions.items())
-        where = f"  operands in {self.operands}" if self.operands else ""
-        return f"registers {self.registers}  shared {self.shared}  spills {self.spills}  {counts}{where}"
+    arch: int
+    layer: str
+    role: str
+    kernel: str
+    dtype: str
+    config: Config | BoxConfig | None
+    wanted: Wanted
+    code: Code | None = None
+    error: str = ""
 
 
-class _NoDevice:
-    """A driver that knows its target and nothing else: enough to compile, not to launch."""
+def shipped(arch: int) -> list[Subject]:
+    """Everything that runs unless the user says otherwise: the default plans of `LAYERS` on this architecture."""
+    device = TARGETS[arch]
+    return [
+        Subject(name, plan)
+        for name, layer in LAYERS.items()
+        if arch >= layer.since
+        for plan in explain.plans(layer.input, layer.weight, bias=True, device=device, **layer.options).values()
+    ]
 
-    def __init__(self, arch: int):
-        self.target = GPUTarget("cuda", arch, 32)
 
-    def get_current_target(self) -> GPUTarget:
-        return self.target
+def faults(row: Row) -> list[str]:
+    """What is wrong with a config that ships, in words."""
+    code, wanted, device = row.code, row.wanted, TARGETS[row.arch]
+    if code is None:
+        return [f"does not compile: {row.error}"]
+    found = []
+    if code.spill_bytes or code.spills:
+        found.append(f"spills {code.spill_bytes} bytes in {code.spills} accesses")
+    if code.shared > device.shared_per_block:
+        found.append(f"needs {code.shared} bytes of shared memory, {device.shared_per_block} are there")
+    if code.tensor_memory > TENSOR_MEMORY:
+        found.append(f"needs {code.tensor_memory} columns of tensor memory, {TENSOR_MEMORY} are there")
+    wide = code.rows >= _LEAST_ROWS
+    accepted = {wanted.matrix} if wide else {wanted.matrix, wanted.few_rows}
+    if wanted.matrix and not accepted & set(code.matrix.split()):
+        found.append(f"its dot became no {wanted.matrix} instruction")
+    if wanted.pipelined and not code.ahead:
+        found.append("its loads are not pipelined")
+    if wanted.pipelined and not code.tma_loads + code.copies + code.narrow_copies:
+        found.append("loads no operand asynchronously")
+    if wanted.shared_operands and wide and code.operands != "shared":
+        found.append("an operand passes through registers")
+    if wanted.whole_vectors and code.narrow_copies:
+        found.append("copies fewer than 16 bytes at a time")
+    if wanted.tma_loads and not code.tma_loads:
+        found.append("loads no operand by the bulk copy engine")
+    if wanted.tma_stores and not code.tma_stores:
+        found.append("does not store by the bulk copy engine")
+    return found
 
-    def get_current_device(self) -> int:
-        return 1000 + self.target.arch  # kernels are cached by device: not one that exists, nor another target's
 
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
+def audit(
+    subjects: Sequence[Subject], arch: int, jobs: int | None = None, kernels: Collection[str] = ()
+) -> Generator[tuple[int, list[Row]], None, None]:
+    """(number of the subject, its rows) in the order in which they are done, compiled by `jobs` processes at a time.
 
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
+    `jobs` defaults to the processors at hand. `kernels` restricts the launches, by name. What does not compile is a
+    row with an error.
+    """
+    tasks = [_Task(number, subject, arch, tuple(kernels)) for number, subject in enumerate(subjects)]
+    return _in_processes(tasks, jobs or len(os.sched_getaffinity(0)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes: Triton decides for a whole process whether it interprets kernels, and a compiler may die
+
+
+class _Task(NamedTuple):
+    number: int
+    subject: Subject
+    arch: int
+    kernels: tuple[str, ...]
+
+
+def _in_processes(tasks: Sequence[_Task], jobs: int) -> Generator[tuple[int, list[Row]], None, None]:
+    """A compiler that dies takes the other processes with it: what they were at is compiled again, one at a time."""
+    waiting = list(reversed(tasks))
+    running: dict[Future, _Task] = {}
+    while waiting:
+        try:
+            with _processes(min(jobs, len(waiting))) as pool:
+                while waiting or running:
+                    while waiting and len(running) < jobs:
+                        running[pool.submit(_compiled, waiting[-1])] = waiting[-1]
+                        waiting.pop()
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        rows = future.result()
+                        yield running.pop(future).number, rows
+        except BrokenProcessPool:
+            suspects = list(running.values())
+            running.clear()
+            if len(suspects) == 1:
+                yield suspects[0].number, [_failed(suspects[0], "the compiler died")]
+            else:
+                yield from _in_processes(suspects, 1)
 
 
 @contextmanager
-def compiling_for(arch: int) -> Iterator[None]:
-    """Within it, `JITFunction.warmup` compiles for this compute capability (80, 90, 100, 120)."""
-    if triton.knobs.runtime.interpret:
-        raise RuntimeError("kernels are being interpreted: unset TRITON_INTERPRET before triton_conv's first launch")
-    driver = triton.runtime.driver
-    before = driver._active
-    driver.set_active(_NoDevice(arch))
+def _processes(count: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that compile kernels rather than interpret them; none is left over, however the block is left."""
+    others = set(multiprocessing.active_children())
+    interpret = os.environ.pop("TRITON_INTERPRET", None)  # before they import Triton
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), initializer=_heed_the_parent)
     try:
-        yield
+        yield pool
+    except BaseException:
+        for child in set(multiprocessing.active_children()) - others:
+            child.terminate()
+        raise
     finally:
-        driver._active = before
+        pool.shutdown(cancel_futures=True)
+        if interpret is not None:
+            os.environ["TRITON_INTERPRET"] = interpret
 
 
-def compile_plan(p: plan.Plan, arch: int) -> list[tuple[str, Code]]:
-    """(kernel name, code) of every kernel that the plan launches."""
-    with compiling_for(arch):
-        return [(name, _read(kernel)) for name, kernel in compiled_kernels(p)]
+def _heed_the_parent() -> None:
+    """Ctrl-C is the parent's to answer, which terminates us: as an exception, so that a running assembler ends too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 
 
-def compiled_kernels(p: plan.Plan) -> Iterator[tuple[str, Any]]:
-    """(kernel name, compiled kernel) of every kernel that the plan launches; within `compiling_for`."""
-    dtypes = dict.fromkeys(("x", "w", "y", "bias"), getattr(torch, p.dtype))
-    dtypes["workspace"] = getattr(torch, p.workspace_dtype)
-    for launch in p.launches:
-        yield launch.name, launch.compile(dtypes)
+def _compiled(task: _Task) -> list[Row]:
+    try:
+        with compiling_for(task.arch):
+            return [
+                replace(_row(task, launch), code=read(kernel, task.arch))
+                for launch, kernel in compiled_kernels(task.subject.plan, task.kernels)
+            ]
+    except Exception as error:  # whatever a compiler raises is a finding
+        return [_failed(task, _words(error))]
 
 
-def _read(kernel) -> Code:
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        sass = _run(tools / "cuobjdump", "-sass", file.name)
-        usage = _run(tools / "cuobjdump", "-res-usage", file.name)
-    found = re.findall(r"\b(" + "|".join(INSTRUCTIONS + SPILLS) + r")\b", sass)
-    registers = re.search(r"REG:(\d+)", usage)
-    if registers is None:
-        raise RuntimeError(f"cuobjdump reported no register count: {usage[:200]!r}")
-    return Code(
-        registers=int(registers[1]),
-        shared=kernel.metadata.shared,
-        spills=sum(found.count(name) for name in SPILLS),
-        instructions={name: found.count(name) for name in INSTRUCTIONS if name in found},
-        narrow_copies=len(re.findall(r"\bLDGSTS\b(?!\S*\.128)", sass)),
-        operands=_operands(kernel.asm["ttgir"]),
+def _words(error: BaseException) -> str:
+    while error.__cause__:  # Triton's own errors quote the source around what went wrong
+        error = error.__cause__
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+
+
+def _row(task: _Task, launch: Any) -> Row:
+    layer, plan = task.subject
+    main = launch.name == plan.kernel
+    wanted = _wanted(plan, launch, task.arch) if main else Wanted()
+    return Row(task.arch, layer, plan.role.value, launch.name, plan.dtype, plan.config if main else None, wanted)
+
+
+def _failed(task: _Task, error: str) -> Row:
+    layer, plan = task.subject
+    return Row(task.arch, layer, plan.role.value, plan.kernel, plan.dtype, plan.config, Wanted(), error=error)
+
+
+def _wanted(plan: Plan, launch: Any, arch: int) -> Wanted:
+    """What the main kernel of a plan is chosen for; sums of products without a dot have nothing to lose."""
+    config: Any = plan.config
+    boxed = plan.kernel.startswith("box")
+    if not getattr(config, "dot", True):
+        return Wanted()
+    kind = "ieee" if (plan.dtype, plan.numerics.precision) == ("float32", "ieee") else _KINDS[plan.dtype]
+    matrix = MATRIX_INSTRUCTIONS[arch].get(kind, "")
+    channels_last = plan.strides.x[1] == plan.strides.y[1] == 1
+    flatten = getattr(config, "flatten", False)
+    whole_vectors = boxed or (channels_last and tiles.whole_vectors(plan.geometry) and not flatten)
+    return Wanted(
+        matrix=matrix,
+        few_rows=_OF_FEW_ROWS[kind] if matrix else "",
+        pipelined=whole_vectors and config.num_stages > 1,
+        whole_vectors=whole_vectors and ITEM_BYTES[plan.dtype] <= 2,  # wider types are transposed as they are copied
+        shared_operands=boxed and arch in (90, 100),
+        tma_loads=boxed,
+        tma_stores=launch.arguments.get("STORE_BOX", False),
     )
-
-
-def _operands(ir: str) -> str:
-    dots = re.findall(r"warp_group_dot .*?: (\S+)<.*?> \* (\S+)<", ir) + re.findall(
-        r"tc_gen5_mma .*?: (\S+)<.*?>, (\S+)<", ir
-    )
-    if not dots:
-        return ""
-    return "shared" if all(side == "!ttg.memdesc" for dot in dots for side in dot) else "registers"
-
-
-def _run(*command) -> str:
-    result = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True)
-    return result.stdout + result.stderr

@@ -1,0 +1,56 @@
+"""Layers whose plans are compiled and read by the audit: one of every kind that people train.
+
+Shapes are PyTorch's: input, weight, and the options of `explain.plans`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Layer(NamedTuple):
+    input: tuple[int, ...]
+    weight: tuple[int, ...]
+    options: dict[str, Any]
+    since: int = 80  # the first architecture that has its dtype
+
+
+BFLOAT16 = {"dtype": torch.bfloat16, "channels_last": True, "padding": 1}
+FLOAT16 = {**BFLOAT16, "dtype": torch.float16}
+FLOAT32 = {**BFLOAT16, "dtype": torch.float32}
+
+LAYERS = {
+    "3x3": Layer((32, 256, 56, 56), (256, 256, 3, 3), BFLOAT16),
+    "3x3 float16": Layer((32, 256, 56, 56), (256, 256, 3, 3), FLOAT16),
+    "3x3 small image": Layer((32, 512, 7, 7), (512, 512, 3, 3), BFLOAT16),
+    "3x3 stride 2": Layer((32, 256, 56, 56), (512, 256, 3, 3), {**BFLOAT16, "stride": 2}),
+    "3x3 dilated": Layer((8, 256, 64, 64), (256, 256, 3, 3), {**BFLOAT16, "padding": 2, "dilation": 2}),
+    "3x3 contiguous": Layer((32, 256, 56, 56), (256, 256, 3, 3), {**BFLOAT16, "channels_last": False}),
+    "3x3 circular": Layer((32, 256, 56, 56), (256, 256, 3, 3), {**BFLOAT16, "padding_mode": "circular"}),
+    "1x1": Layer((32, 256, 56, 56), (64, 256, 1, 1), {**BFLOAT16, "padding": 0}),
+    "1x1 stride 2": Layer((32, 256, 56, 56), (512, 256, 1, 1), {**BFLOAT16, "padding": 0, "stride": 2}),
+    "stem": Layer((32, 3, 224, 224), (64, 3, 7, 7), {**BFLOAT16, "stride": 2, "padding": 3}),
+    "patches": Layer((32, 3, 224, 224), (768, 3, 16, 16), {**BFLOAT16, "stride": 16, "padding": 0}),
+    "patches of 64 channels": Layer((32, 64, 56, 56), (128, 64, 2, 2), {**BFLOAT16, "stride": 2, "padding": 0}),
+    "24 channels": Layer((32, 24, 56, 56), (24, 24, 3, 3), BFLOAT16),
+    "72 to 200 channels": Layer((32, 72, 56, 56), (200, 72, 3, 3), BFLOAT16),
+    "odd channels": Layer((32, 65, 56, 56), (33, 65, 3, 3), BFLOAT16),
+    "grouped": Layer((32, 128, 56, 56), (128, 4, 3, 3), {**BFLOAT16, "groups": 32}),
+    "depthwise": Layer((32, 256, 56, 56), (256, 1, 3, 3), {**BFLOAT16, "groups": 256}),
+    "transposed 4x4": Layer((32, 256, 28, 28), (256, 128, 4, 4), {**BFLOAT16, "transposed": True, "stride": 2}),
+    "transposed 2x2": Layer(
+        (32, 128, 28, 28), (128, 64, 2, 2), {**BFLOAT16, "transposed": True, "stride": 2, "padding": 0}
+    ),
+    "video": Layer((2, 64, 16, 56, 56), (64, 64, 3, 3, 3), BFLOAT16),
+    "causal video": Layer((2, 128, 9, 64, 64), (128, 128, 3, 3, 3), {**BFLOAT16, "padding": ((2, 0), 1, 1)}),
+    "audio": Layer((8, 80, 3000), (512, 80, 3), {**BFLOAT16, "channels_last": False}),
+    "float32 tf32": Layer((32, 256, 56, 56), (256, 256, 3, 3), {**FLOAT32, "precision": "tf32"}),
+    "float32 tf32x3": Layer((32, 256, 56, 56), (256, 256, 3, 3), {**FLOAT32, "precision": "tf32x3"}),
+    "float32 ieee": Layer((32, 256, 56, 56), (256, 256, 3, 3), {**FLOAT32, "precision": "ieee"}),
+    "float64": Layer((32, 256, 56, 56), (256, 256, 3, 3), {**BFLOAT16, "dtype": torch.float64}),
+    "float8": Layer((32, 256, 56, 56), (256, 256, 3, 3), {**BFLOAT16, "dtype": torch.float8_e4m3fn}, since=90),
+    "int8": Layer((32, 256, 56, 56), (256, 256, 3, 3), {**BFLOAT16, "dtype": torch.int8, "out_dtype": torch.int32}),
+    "int64": Layer((32, 64, 56, 56), (64, 64, 3, 3), {**BFLOAT16, "dtype": torch.int64}),
+}
