@@ -10,7 +10,7 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 import triton_conv
-from triton_conv import check, cli, config, execute, explain, plan
+from triton_conv import check, cli, config, cost, execute, explain, plan
 from triton_conv.check import Case
 from triton_conv.config import BoxConfig, Config
 from triton_conv.geometry import Role
@@ -526,3 +526,11 @@ def test_plans_say_what_keeps_bytes_from_boxes(change, why):
     assert p.kernel == "gather"
     assert why in p.reason
     assert p.config.dot
+
+
+def test_tiles_of_wider_outputs_need_more_shared_memory():
+    p = explain.plans((8, 128, 56, 56), (256, 128, 3, 3), channels_last=True, dtype=torch.int8)["forward"]
+    stages = replace(p.config, num_stages=6)
+    for out, fits in (("int8", True), ("int32", False)):
+        predicted = cost.predict(p.geometry, p.role, "box", stages, "int8", "ieee", p.device, out_dtype=out)
+        assert bool(predicted.resident) is fits

@@ -33,6 +33,7 @@ def quickest(
     precision: str,
     device: Device,
     channels_last: bool,
+    out_dtype: str | None = None,
 ) -> AnyConfig:
     """The config of least predicted time around the rule's; of equals the first, which is the rule's.
 
@@ -42,7 +43,7 @@ def quickest(
 
     @cache
     def predicted(config: AnyConfig) -> Prediction:
-        return cost.predict(geometry, role, kernel, config, dtype, precision, device, channels_last)
+        return cost.predict(geometry, role, kernel, config, dtype, precision, device, channels_last, out_dtype)
 
     others: list[Any] = _other_splits(kernel, rule, geometry) if role is Role.WGRAD else []
     if predicted(rule).tiles < device.multiprocessors or not predicted(rule).resident:

@@ -123,8 +123,8 @@ def predict(
 
     `channels_last` is the layout of both activations.
     """
-    g, item = geometry, ITEM_BYTES[dtype]
-    tiles, step = TILES[kernel](role, g, config), _step(role, g, config, item, channels_last)
+    g, item, out_item = geometry, ITEM_BYTES[dtype], ITEM_BYTES[out_dtype or dtype]
+    tiles, step = TILES[kernel](role, g, config), _step(role, g, config, item, out_item, channels_last)
     resident, spilled = _residents(config, step, dtype, device)
     matrix = step.dot and _matrix_rate(dtype, precision, device)
     share = MATRIX_SHARE * (FEW_ROWS if step.rows < 64 and device.capability in (90, 100) else 1)
@@ -191,7 +191,7 @@ class _Step(NamedTuple):
     waste: float  # bytes fetched for each that a group needs of a pixel
 
 
-def _step(role: Role, g: ConvGeometry, config: Any, item: int, channels_last: bool) -> _Step:
+def _step(role: Role, g: ConvGeometry, config: Any, item: int, out_item: int, channels_last: bool) -> _Step:
     C, K = g.C // g.groups, g.K // g.groups
     boxed = isinstance(config, BoxConfig)
     persistent = boxed and role is not Role.WGRAD
@@ -212,7 +212,8 @@ def _step(role: Role, g: ConvGeometry, config: Any, item: int, channels_last: bo
     # only whole vectors are copied asynchronously, and only for a dot
     stages = config.num_stages if boxed or (dot and whole_vectors) else 1
     loads = 0 if boxed else elements * item // 16 if whole_vectors else elements
-    shared = (stages * elements + (rows * columns if persistent else 0)) * item if dot else 0
+    stored = rows * columns * out_item if persistent else 0
+    shared = stages * elements * item + stored if dot else 0
     programs = config.programs if persistent else 32
     joined = persistent and all(axis.phases == 1 for axis in g.axes(role))
     flops, ahead = 2 * rows * columns * depth, max(stages - 1, 1)

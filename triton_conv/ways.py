@@ -151,7 +151,7 @@ def _gathered(problem: Problem, layout: Layout, explicit: Config | None, obstacl
 
 def _quickest(problem: Problem, kernel: str, rule: AnyConfig, layout: Layout) -> AnyConfig:
     channels_last = reads_channels_last(problem.role, layout.strides)
-    how = (problem.dtype, problem.precision, problem.device, channels_last)
+    how = (problem.dtype, problem.precision, problem.device, channels_last, problem.out_dtype)
     return choose.quickest(kernel, rule, layout.geometry, problem.role, *how)
 
 
