@@ -258,7 +258,9 @@ def default_banded(geometry: ConvGeometry, role: Role, item_bytes: int, device: 
     # elsewhere every element, or few of them, has an address in a register of its own
     wide_rows = item_bytes <= 2 and source[2] % 8 == Q % 8 == 0
     chunk = _tile(source[2], 16, max((64 if P > 1 else 128) // item_bytes, 16))
-    columns = _tile(Q, 16, 32 if P > 1 else 64)
+    # below 90, operands of the matrix units pass through registers
+    wide_blocks = P == 1 or (role is Role.WGRAD and device.capability >= 90)
+    columns = _tile(Q, 16, 64 if wide_blocks else 32)
     if role is not Role.WGRAD:
         height = _tile(P, 1, 128 // columns)
         counts = (g.N, ceil_div(P, height), ceil_div(Q, columns))
