@@ -114,3 +114,13 @@ def test_groups_of_few_channels_are_bundled_where_it_pays():
 def test_wide_and_depthwise_groups_are_not_bundled(groups):
     plans = explain.plans((8, 64, 28, 28), (64, 64 // groups, 3, 3), groups=groups, channels_last=True, **BFLOAT16)
     assert all(p.bundle == 1 for p in plans.values())
+
+
+def test_axes_longer_than_coordinates_reach_are_gathered():
+    fits, beyond = (
+        explain.plans((1, 16, n, 1), (16, 16, 1, 1), channels_last=True, **BFLOAT16) for n in (2**30, 2**31)
+    )
+    assert {p.kernel for p in fits.values()} == {"box", "box_wgrad"}
+    assert {p.kernel for p in beyond.values()} == {"gather", "wgrad"}
+    assert "coordinates" in beyond["forward"].reason
+    assert beyond["forward"].numerics.index_bits == 64

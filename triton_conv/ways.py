@@ -225,6 +225,8 @@ def _box_obstacle(problem: Problem, layout: Layout) -> str | None:
         return "a tensor does not start at a multiple of 16 bytes"
     if max(map(sum, g.padding)) + max(d * f for d, f in zip(g.dilation, g.filter, strict=True)) >= 2**16:
         return "filters reach too far"
+    if max(g.N, *g.input, *g.output) >= 2**31 - 2**17:  # beyond it, a tail of a box or of padding is no 32-bit number
+        return "an axis is longer than coordinates reach"
     if role is Role.WGRAD:
         return _run_obstacle(g, strides)
     src, dst, _ = _sides(role, g)
