@@ -14,6 +14,7 @@ from triton_conv import check, cli, config, cost, execute, explain, plan
 from triton_conv.check import Case
 from triton_conv.config import BoxConfig, Config
 from triton_conv.geometry import Role
+from triton_conv.tuning import audit
 
 FLOAT8, SCALES = torch.float8_e4m3fn, (0.37, 1.9)
 OUTPUTS = [torch.bfloat16, torch.float16, torch.float32, torch.int32]
@@ -534,3 +535,21 @@ def test_tiles_of_wider_outputs_need_more_shared_memory():
     for out, fits in (("int8", True), ("int32", False)):
         predicted = cost.predict(p.geometry, p.role, "box", stages, "int8", "ieee", p.device, out_dtype=out)
         assert bool(predicted.resident) is fits
+
+
+def test_dots_of_bytes_are_compiled_to_instructions_of_bytes():
+    """For Hopper, as shipped: both operands in shared memory where boxes bring them, and no register spilled."""
+    shapes, options = ((32, 128, 56, 56), (256, 128, 3, 3)), {"channels_last": True, "bias": True, "padding": 1}
+    dtypes = {"QGMMA": {"dtype": FLOAT8}, "IGMMA": {"dtype": torch.int8, "out_dtype": torch.int32}}
+    subjects = [
+        audit.Subject(instruction, explain.plans(*shapes, **options, **dtype, padding_mode=mode)["forward"])
+        for instruction, dtype in dtypes.items()
+        for mode in ("zeros", "circular")
+    ]
+    rows = [row for _, (row,) in sorted(audit.audit(subjects, 90), key=lambda done: done[0])]
+    assert [row.kernel for row in rows] == ["box", "gather"] * 2
+    for row in rows:
+        assert audit.faults(row) == []
+        assert (row.code.matrix, row.code.operands, row.code.spills) == (row.layer, "shared", 0)
+        assert row.code.tma_loads or row.code.copies
+        assert not row.code.narrow_copies

@@ -27,9 +27,10 @@ from .layers import LAYERS
 MATRIX_INSTRUCTIONS = {
     80: {"half": "HMMA", "int8": "IMMA", "double": "DMMA"},
     90: {"half": "HGMMA", "float8": "QGMMA", "int8": "IGMMA", "double": "DMMA"},
-    100: {"half": "UTCHMMA", "float8": "UTCQMMA"},
+    100: {"half": "UTCHMMA", "float8": "UTCQMMA", "int8": "IMMA"},
     120: {"half": "HMMA", "float8": "QMMA", "int8": "IMMA"},
 }
+_FROM_SHARED_MEMORY = {"HGMMA", "QGMMA", "IGMMA", "UTCHMMA", "UTCQMMA"}  # the others read operands from registers
 # What dots of fewer than 64 rows get where the instruction above takes 64 at least.
 _OF_FEW_ROWS = {"half": "HMMA", "float8": "QMMA", "int8": "IMMA", "double": "DMMA"}
 _LEAST_ROWS = 64
@@ -232,7 +233,7 @@ def _wanted(plan: Plan, launch: Any, arch: int) -> Wanted:
         few_rows=_OF_FEW_ROWS[kind] if matrix else "",
         pipelined=whole_vectors and config.num_stages > 1,
         whole_vectors=whole_vectors and ITEM_BYTES[plan.dtype] <= 2,  # wider types are transposed as they are copied
-        shared_operands=boxed and arch in (90, 100),
+        shared_operands=boxed and matrix in _FROM_SHARED_MEMORY,
         tma_loads=boxed,
         tma_stores=launch.arguments.get("STORE_BOX", False),
     )

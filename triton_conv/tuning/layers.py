@@ -20,6 +20,8 @@ class Layer(NamedTuple):
 BFLOAT16 = {"dtype": torch.bfloat16, "channels_last": True, "padding": 1}
 FLOAT16 = {**BFLOAT16, "dtype": torch.float16}
 FLOAT32 = {**BFLOAT16, "dtype": torch.float32}
+FLOAT8 = {**BFLOAT16, "dtype": torch.float8_e4m3fn}
+INT8 = {**BFLOAT16, "dtype": torch.int8, "out_dtype": torch.int32}
 
 LAYERS = {
     "3x3": Layer((32, 256, 56, 56), (256, 256, 3, 3), BFLOAT16),
@@ -50,7 +52,10 @@ LAYERS = {
     "float32 tf32x3": Layer((32, 256, 56, 56), (256, 256, 3, 3), {**FLOAT32, "precision": "tf32x3"}),
     "float32 ieee": Layer((32, 256, 56, 56), (256, 256, 3, 3), {**FLOAT32, "precision": "ieee"}),
     "float64": Layer((32, 256, 56, 56), (256, 256, 3, 3), {**BFLOAT16, "dtype": torch.float64}),
-    "float8": Layer((32, 256, 56, 56), (256, 256, 3, 3), {**BFLOAT16, "dtype": torch.float8_e4m3fn}, since=90),
-    "int8": Layer((32, 256, 56, 56), (256, 256, 3, 3), {**BFLOAT16, "dtype": torch.int8, "out_dtype": torch.int32}),
+    "float8": Layer((32, 256, 56, 56), (256, 256, 3, 3), FLOAT8, since=90),
+    "float8 stride 2": Layer((32, 128, 56, 56), (256, 128, 3, 3), {**FLOAT8, "stride": 2}, since=90),
+    "float8 circular": Layer((32, 128, 56, 56), (256, 128, 3, 3), {**FLOAT8, "padding_mode": "circular"}, since=90),
+    "int8": Layer((32, 256, 56, 56), (256, 256, 3, 3), INT8),
+    "int8 circular": Layer((32, 128, 56, 56), (256, 128, 3, 3), {**INT8, "padding_mode": "circular"}),
     "int64": Layer((32, 64, 56, 56), (64, 64, 3, 3), {**BFLOAT16, "dtype": torch.int64}),
 }
