@@ -167,6 +167,29 @@ def test_box_configs_that_do_not_fit_are_refused(role, tiles, options, why):
         explain.plans(*shapes, dtype=torch.bfloat16, channels_last=True, padding=1, **options)
 
 
+PLANES = [
+    (_of((6, 8), 3, C=32, K=48, padding=1, N=3), (2, 1, 1, 16)),
+    (_of((4, 3, 16), 3, padding=1), (1, 2, 2, 8)),
+    (_of((24,), 5, padding=2, dtype=torch.float16), (1, 1, 1, 16)),
+    (_of((4, 8), 1, K=136, N=3, bias=False), (1, 1, 1, 32)),
+    (_of((6, 16), 3, C=64, K=64, groups=2, padding=1), (1, 1, 2, 16)),
+    (_of((6, 8), 3, C=16, K=16, padding=(1, 4), modes="circular"), (1, 1, 4, 8)),
+    (_of((6, 8), 3, C=20, K=16, padding=1, dtype=torch.float32, precision="tf32"), (2, 1, 4, 4)),
+]
+
+
+@pytest.mark.parametrize(("case", "box"), PLANES, ids=lambda v: v.id if isinstance(v, Case) else None)
+def test_contiguous_outputs_are_stored_as_planes_where_their_rows_allow(case, box, kernels):
+    contiguous = replace(case, memory_format="contiguous")
+    roles = ACTIVATIONS if set(case.modes) == {"zeros"} else (Role.DGRAD,)
+    with config.explicit(dict.fromkeys(roles, BoxConfig(box, 16, 16))), execute.recording() as calls:
+        wrong = [r for r in check_case(contiguous, 0, kernels) if not r.ok]
+        assert not wrong
+        device = execute.device_of(torch.device(kernels))
+        plans = [plan.make(execute.problem_of(c, device)) for c in calls if c.role in roles]
+    assert all(p.launches[0].arguments["STORE_PLANES"] for p in plans)
+
+
 @pytest.mark.parametrize("case", [case for case, expected in CASES if expected == BOTH][::3], ids=lambda case: case.id)
 def test_contiguous_tensors_are_right_once_copied(case, kernels):
     contiguous = replace(case, memory_format="contiguous")

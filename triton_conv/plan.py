@@ -102,7 +102,8 @@ class Plan:
             return tuple((box_wgrad if self.kernel == "box_wgrad" else wgrad).launches(*what))
         into = "workspace" if self.fold else ""
         if self.kernel == "box":
-            first = box.launch(self.role, *what, self.device, into)
+            vector = 16 // ITEM_BYTES[self.workspace_dtype if self.fold else self.out_dtype]
+            first = box.launch(self.role, *what, self.device, vector, into)
         else:
             first = gather.launch(self.role, *what, into)
         if self.fold is None:

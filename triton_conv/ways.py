@@ -114,12 +114,16 @@ def _not_channels_last(g: ConvGeometry, strides: Strides, role: Role) -> tuple[s
 
 
 def _bundles(g: ConvGeometry) -> list[int]:
-    """How many groups of few channels may be computed as one, of up to 64 channels, for the sake of a fuller dot."""
+    """How many groups of few channels may be computed as one for the sake of a fuller dot.
+
+    Of 32 channels or up to 64 where groups allow: then all threads of a block copy whole vectors of filters.
+    """
     narrow, wide = sorted((g.C // g.groups, g.K // g.groups))
     if narrow >= 16 or wide == 1:
         return []
-    sizes = {1 << i for i in range(1, 7)} | {g.groups}
-    return sorted(p for p in sizes if p > 1 and g.groups % p == 0 and p * wide <= 64)
+    sizes = sorted({1 << i for i in range(1, 7)} | {g.groups})
+    fitting = [p for p in sizes if p > 1 and g.groups % p == 0 and p * wide <= 64]
+    return [p for p in fitting if p * narrow >= 32] or fitting[-1:]
 
 
 def _boxed(problem: Problem, layout: Layout, explicit: BoxConfig | None = None) -> Way:

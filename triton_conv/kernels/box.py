@@ -69,6 +69,7 @@ def box_kernel(
     SRC_ROWS: tl.constexpr,
     DST_ROWS: tl.constexpr,
     STORE_BOX: tl.constexpr,
+    STORE_PLANES: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     INDEX: tl.constexpr,
@@ -147,6 +148,9 @@ def box_kernel(
                 dst.store([n0, p0, phase_h, q0, channel], out.trans().reshape(BN, BP, 1, BQ, BLOCK_N))
             else:
                 dst.store([n0, z0, p0, q0, channel], out.trans().reshape(BN, BZ, BP, BQ, BLOCK_N))
+        elif STORE_PLANES:
+            planes = out.reshape(BLOCK_N, BN, BZ, BP, BQ).permute(1, 0, 2, 3, 4)
+            dst.store([n0, group * DST_C + channel0, z0, p0, q0], planes)
         else:
             pixel = tl.arange(0, PIXELS)
             ow = phase_w + (q0 + pixel % BQ) * axis_w.phases
@@ -160,8 +164,13 @@ def box_kernel(
             tl.store(target, out, mask=channel_valid[:, None] & valid[None, :])
 
 
-def launch(role: Role, geometry: ConvGeometry, strides: Strides, config, numerics, device, into: str = "") -> Launch:
-    """FPROP: y from x and w; DGRAD: x from y and w. The output may be written `into` another tensor instead."""
+def launch(
+    role: Role, geometry: ConvGeometry, strides: Strides, config, numerics, device, vector: int, into: str = ""
+) -> Launch:
+    """FPROP: y from x and w; DGRAD: x from y and w. The output may be written `into` another tensor instead.
+
+    `vector` counts the output's elements in 16 bytes.
+    """
     g = geometry
     forward = role is Role.FPROP
     src_c, dst_c = (g.C, g.K) if forward else (g.K, g.C)
@@ -193,6 +202,7 @@ def launch(role: Role, geometry: ConvGeometry, strides: Strides, config, numeric
         "SRC_ROWS": axes[1].src_step > 1,
         "DST_ROWS": axes[1].phases > 1,
         "STORE_BOX": stores_box(role, g, strides, config.BLOCK_N),
+        "STORE_PLANES": stores_planes(role, g, strides, config, vector),
         "HAS_SCALE": numerics.has_scale,
         "HAS_BIAS": numerics.has_bias,
         "INDEX": getattr(tl, f"int{numerics.index_bits}"),
@@ -211,12 +221,12 @@ def launch(role: Role, geometry: ConvGeometry, strides: Strides, config, numeric
         "num_stages": config.num_stages,
     }
     src, dst = ("x", into or "y") if forward else ("y", into or "x")
-    boxes = _boxes(role, g, strides, config, src, dst)
+    boxes = _boxes(role, g, strides, config, src, dst, vector)
     programs = min(counted.total, device.multiprocessors * config.programs)
     return Launch("box", box_kernel, programs, (*boxes, *numerics.epilogue, dst), arguments)
 
 
-def _boxes(role: Role, geometry: ConvGeometry, strides: Strides, config, src: str, dst: str) -> tuple:
+def _boxes(role: Role, geometry: ConvGeometry, strides: Strides, config, src: str, dst: str, vector: int) -> tuple:
     """(source, filters, destination or None) as the kernel's tensor descriptors."""
     g = geometry
     forward = role is Role.FPROP
@@ -228,9 +238,16 @@ def _boxes(role: Role, geometry: ConvGeometry, strides: Strides, config, src: st
     src_sides = ((g.N, *g.input), g.C, strides.x) if forward else ((g.N, *g.output), g.K, strides.y)
     dst_sides = ((g.N, *g.output), g.K, strides.y) if forward else ((g.N, *g.input), g.C, strides.x)
     source = stepped(src, *src_sides, [a.src_step for a in axes], config.box, config.BLOCK_K)
-    if not stores_box(role, g, strides, config.BLOCK_N):
-        return source, filters, None
-    return source, filters, stepped(dst, *dst_sides, [a.phases for a in axes], config.box, config.BLOCK_N)
+    if stores_box(role, g, strides, config.BLOCK_N):
+        return source, filters, stepped(dst, *dst_sides, [a.phases for a in axes], config.box, config.BLOCK_N)
+    if stores_planes(role, g, strides, config, vector):
+        (n, *sizes), channels, (sn, sc, sd, sh, _) = dst_sides
+        shape = (n, channels, *sizes)
+        # strides of axes of extent 1 are free, and a descriptor wants them to be multiples of 16 bytes
+        free = (stride if extent > 1 else sc for stride, extent in zip((sn, sc, sd, sh), shape, strict=False))
+        bn, *sides = config.box
+        return source, filters, Box(dst, shape, (*free, 1), (bn, config.BLOCK_N, *sides))
+    return source, filters, None
 
 
 def stores_box(role: Role, geometry: ConvGeometry, strides: Strides, block_n: int) -> bool:
@@ -242,6 +259,17 @@ def stores_box(role: Role, geometry: ConvGeometry, strides: Strides, block_n: in
     whole_groups = g.groups == 1 or (channels // g.groups) % block_n == 0
     whole_channels = phases[2] == 1 or channels % block_n == 0
     return dst[1] == 1 and whole_groups and whole_channels and describable(extents, phases)
+
+
+def stores_planes(role: Role, geometry: ConvGeometry, strides: Strides, config, vector: int) -> bool:
+    """Whether tiles of the destination are boxes of a contiguous tensor, whose rows and planes are whole vectors."""
+    g = geometry
+    forward = role is Role.FPROP
+    sizes, channels, dst = (g.output, g.K, strides.y) if forward else (g.input, g.C, strides.x)
+    dense = all(axis.phases == 1 for axis in g.axes(role)) and dst[4] == 1 and dst[1] != 1 and config.box[3] >= vector
+    whole_groups = g.groups == 1 or (channels // g.groups) % config.BLOCK_N == 0
+    outer = zip(dst[:4], (g.N, channels, *sizes[:2]), strict=True)
+    return dense and whole_groups and all(stride % vector == 0 for stride, extent in outer if extent > 1)
 
 
 def stepped(operand, sizes, channels, strides, steps, box, block) -> Box:
