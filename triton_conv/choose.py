@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from . import config as configs
 from . import cost, tiles
-from .config import BoxConfig, Config
+from .config import ITEM_BYTES, BoxConfig, Config
 from .cost import Prediction
 from .devices import Device
 from .geometry import ConvGeometry, Role
@@ -47,19 +47,23 @@ def quickest(
 
     others: list[Any] = _other_splits(kernel, rule, geometry) if role is Role.WGRAD else []
     if predicted(rule).tiles < device.multiprocessors or not predicted(rule).resident:
-        others += _smaller(rule, role, device) if isinstance(rule, Config) else _smaller_boxes(rule, role, geometry)
+        if isinstance(rule, Config):
+            others += _smaller(rule, role, ITEM_BYTES[dtype], device)
+        else:
+            others += _smaller_boxes(rule, role, geometry)
     best = min(others, key=lambda config: predicted(config).seconds, default=rule)
     return best if predicted(best).seconds < WORTH_LEAVING * predicted(rule).seconds else rule
 
 
-def _smaller(rule: Config, role: Role, device: Device) -> list[Config]:
-    """Tiles of which one or both sides are halved or quartered.
+def _smaller(rule: Config, role: Role, item_bytes: int, device: Device) -> list[Config]:
+    """Tiles of which one or both sides are halved or quartered, down to a copy of 16 bytes for each thread.
 
     Filters come first where they fill the 64 rows of a warp group's dot. Below sm_90, which has none, the compiler then
     copies only one operand asynchronously, and spills in input gradients of 32 pixels x 64 channels.
     """
     names = ("BLOCK_N", "BLOCK_K") if role is Role.WGRAD else ("BLOCK_M", "BLOCK_N")
-    least = 16 if rule.dot else 1
+    depth = rule.BLOCK_M if role is Role.WGRAD else rule.BLOCK_K
+    least = max(16, 32 * rule.num_warps * 16 // (depth * item_bytes)) if rule.dot else 1
     found = []
     for parts in product((1, 2, 4), repeat=2):
         sides = {name: getattr(rule, name) // part for name, part in zip(names, parts, strict=True)}
