@@ -4,7 +4,9 @@ Without a GPU, tests that take the `kernels` fixture run the real kernels in Tri
 the plain-torch reference. TRITON_INTERPRET=1 in the environment makes every test run the kernels.
 """
 
+import importlib
 import os
+import pkgutil
 
 import pytest
 import torch
@@ -12,10 +14,8 @@ import torch
 if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
     os.environ["TRITON_INTERPRET"] = "1"
     # kernels too: one that a test imported without the variable could not be interpreted later
-    import triton_conv.kernels.box
-    import triton_conv.kernels.fold
-    import triton_conv.kernels.gather
-    import triton_conv.kernels.wgrad  # noqa: F401
+    for kernel in pkgutil.iter_modules(importlib.import_module("triton_conv.kernels").__path__):
+        importlib.import_module(f"triton_conv.kernels.{kernel.name}")
 
     del os.environ["TRITON_INTERPRET"]
 
