@@ -186,6 +186,14 @@ def test_tiling_does_not_change_the_numbers(tiles, out, kernels):
         )
 
 
+@pytest.mark.parametrize("out", [torch.bfloat16, torch.int32], ids=str)
+@pytest.mark.parametrize("size", [(8, 8), (5, 7)], ids=["whole vectors", "odd rows"])
+def test_boxes_write_contiguous_outputs(size, out, kernels):
+    skip_where_impossible(out, True)
+    with config.explicit({Role.FPROP: BoxConfig((1, 1, 4, 8), 64, 32)}):
+        assert kernel_of(_of(size, 3, padding=1, memory_format="contiguous"), out, kernels) == "box"
+
+
 @pytest.mark.parametrize("tiles", [Config(16, 16, 16), BoxConfig((1, 1, 4, 8), 64, 16)], ids=str)
 def test_dots_of_bytes_take_32_channels_at_a_time(tiles, kernels):
     with config.explicit({Role.FPROP: tiles}), pytest.raises(RuntimeError, match="BLOCK_K 16 is below the 32"):
