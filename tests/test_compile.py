@@ -29,18 +29,13 @@ def test_classes_without_taps_are_not_forgotten(arch):
 
 
 def test_fifty_image_sizes_compile_few_kernels():
-    """One for each role; a box kernel once more for each shape of box that images of these sizes want."""
+    """One for each role; a box kernel once more for each shape of box that images of these sizes want.
+
+    Contiguous images may be small enough to be gathered as they lie or large enough to be copied first: both are here.
+    """
     counts = compiled("sizes")
-    boxes, runs = counts.pop("box channels_last"), counts.pop("box_wgrad channels_last")
-    assert 1 <= boxes <= 6
-    assert 1 <= runs <= 4
-    assert counts == {
-        "box contiguous": 0,
-        "box_wgrad contiguous": 0,
-        "gather channels_last": 1,
-        "gather contiguous": 2,
-        "wgrad channels_last": 1,
-        "wgrad contiguous": 1,
-        "fold channels_last": 1,
-        "fold contiguous": 1,
-    }
+    few = {"box": 6, "box_wgrad": 4, "gather": 3, "wgrad": 2, "fold": 1}
+    assert all(count <= few[name.split()[0]] for name, count in counts.items()), counts
+    assert all(counts[f"{kernel} channels_last"] for kernel in few), counts
+    once = ("gather channels_last", "wgrad channels_last", "fold channels_last", "fold contiguous")
+    assert {name: counts[name] for name in once} == dict.fromkeys(once, 1)

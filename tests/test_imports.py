@@ -20,6 +20,7 @@ LAYERS = [
     {"config", "kernels"},
     {"cost"},
     {"choose"},
+    {"ways"},
     {"plan"},
     {"execute"},
     {"ops"},
