@@ -233,7 +233,8 @@ def default(geometry: ConvGeometry, role: Role, dtype: str, precision: str, vect
     block_m = min(_tile(pixels, 16, most), (_LARGEST_TILE // 2 if through_registers else _LARGEST_TILE) // block_n)
     deepest = 16 if costly or three_products else 64 if wide_rows and not (flatten or through_registers) else 32
     block_k = _tile(reduction * g.taps if flatten else reduction, least_reduction(dtype), deepest)
-    return Config(block_m, block_n, block_k, 4, 3, True, flatten, filters_first=block_n >= 64)
+    stages = 2 if dtype == "float64" and device.capability >= 120 else 3
+    return Config(block_m, block_n, block_k, 4, stages, True, flatten, filters_first=block_n >= 64)
 
 
 def default_box(
@@ -248,7 +249,9 @@ def default_box(
     while whole_blocks and src % block_k:
         block_k //= 2
     widest = 64 if _through_registers(dtype, device) else 128
-    return BoxConfig(little_waste(counts, 128), _tile(dst, 64, widest), block_k)
+    # after Hopper, the addresses of a fourth stage spill from the few registers that small tiles are given
+    cramped = device.capability >= 120 or (device.capability >= 100 and block_k < deepest)
+    return BoxConfig(little_waste(counts, 128), _tile(dst, 64, widest), block_k, num_stages=3 if cramped else 4)
 
 
 def default_banded(geometry: ConvGeometry, role: Role, item_bytes: int, device: Device) -> BandedConfig:
