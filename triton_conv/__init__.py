@@ -1,6 +1,7 @@
 """Convolutions for NVIDIA GPUs in Triton, drop-in for torch.nn.functional and torch.nn."""
 
 from . import nn
+from .causal import causal_conv1d, causal_conv1d_update
 from .functional import (
     conv1d,
     conv2d,
@@ -20,6 +21,8 @@ from .override import override
 from .version import VERSION as __version__  # noqa: F401, N811
 
 __all__ = [
+    "causal_conv1d",
+    "causal_conv1d_update",
     "conv1d",
     "conv2d",
     "conv3d",
