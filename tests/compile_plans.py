@@ -20,12 +20,14 @@ from triton_conv.tuning.layers import BFLOAT16
 
 def sizes() -> dict[str, int]:
     """How often each kernel was compiled for fifty image sizes of one layer, per memory format."""
-    from triton_conv.kernels import box, box_wgrad, fold, gather, wgrad
+    from triton_conv.kernels import box, box_wgrad, depthwise, depthwise_wgrad, fold, gather, wgrad
 
     counts = {}
     kernels = {
         "box": box.box_kernel,
         "box_wgrad": box_wgrad.box_wgrad_kernel,
+        "depthwise": depthwise.depthwise_kernel,
+        "depthwise_wgrad": depthwise_wgrad.depthwise_wgrad_kernel,
         "gather": gather.gather_kernel,
         "wgrad": wgrad.wgrad_kernel,
         "fold": fold.fold_kernel,
@@ -40,7 +42,10 @@ def sizes() -> dict[str, int]:
                 plans = explain.plans(*shapes, **options)
                 if channels_last:  # runs of pixels know no border but zeros
                     plans["box weight gradient"] = explain.plans(*shapes, **BFLOAT16)["weight gradient"]
-                for plan in plans.values():
+                single = explain.plans(
+                    shapes[0], (64, 1, 3, 3), groups=64, **BFLOAT16 | {"channels_last": channels_last}
+                )
+                for plan in (*plans.values(), *single.values()):
                     list(compiled_kernels(plan))
             for name, kernel in kernels.items():
                 layout = "channels_last" if channels_last else "contiguous"

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -38,12 +39,13 @@ GOOD = Code(
     tma_stores=2,
     copies=0,
     narrow_copies=0,
+    wide_loads=0,
     ahead=3,
 )
 WANTED = Wanted(
     "HGMMA", "HMMA", pipelined=True, shared_operands=True, whole_vectors=True, tma_loads=True, tma_stores=True
 )
-ROW = Row(90, "3x3", "fprop", "box", "bfloat16", BoxConfig((1, 1, 8, 16), 128, 64), WANTED, GOOD)
+ROW = Row(90, "3x3", 32, "fprop", "box", "bfloat16", BoxConfig((1, 1, 8, 16), 128, 64), WANTED, GOOD)
 
 
 class Deadly:
@@ -188,6 +190,12 @@ def test_every_fault_is_named(change, words):
     assert faults(replace(ROW, code=replace(GOOD, **change))) == words
 
 
+def test_depthwise_kernels_want_loads_of_16_bytes():
+    wanted = replace(ROW, wanted=Wanted(wide_loads=True))
+    assert faults(replace(wanted, code=replace(GOOD, wide_loads=3))) == []
+    assert faults(replace(wanted, code=GOOD)) == ["loads fewer than 16 bytes at a time"]
+
+
 def test_nothing_is_wanted_of_kernels_without_a_dot():
     bare = replace(GOOD, matrix="", rows=0, operands="", tma_loads=0, tma_stores=0, ahead=0)
     assert faults(replace(ROW, wanted=Wanted(), code=bare)) == []
@@ -261,7 +269,7 @@ def test_the_command_fails_and_says_why(capsys, monkeypatch):
     monkeypatch.setattr(audit, "shipped", lambda arch: [spilling, *shipped("3x3")])
     assert cli.main(["audit", "--role", "fprop", "--kernel", "gather", "--jobs", "1"]) == 1
     printed = capsys.readouterr().out
-    assert re.search(r"90 +3x3 circular +fprop +gather +256x256x64 .* spills \d+ bytes in \d+ accesses", printed)
+    assert re.search(r"90 +3x3 circular +32 +fprop +gather +256x256x64 .* spills \d+ bytes in \d+ accesses", printed)
     assert "3x3 fprop" not in printed
     assert f"1 kernel compiled by Triton {triton.__version__}, 1 with a fault\n" in printed
 
@@ -333,7 +341,7 @@ def test_nothing_that_ships_has_a_fault(arch):
     scalar = {row.layer for row in main if not row.wanted.matrix}
     assert scalar == {"depthwise", "int64", "float32 ieee"} | ({"float64"} if arch >= 100 else set())
     whole = [row for row in main if row.layer in WHOLE_VECTORS]
-    assert len(whole) == 3 * len(WHOLE_VECTORS)
+    assert {(row.layer, row.role) for row in whole} == set(product(WHOLE_VECTORS, ("fprop", "dgrad", "wgrad")))
     assert all(row.wanted.whole_vectors and row.wanted.pipelined for row in whole)
     boxed = {name: {row.layer for row in main if row.kernel == name} for name in ("box", "box_wgrad")}
     if arch == 80:
@@ -347,9 +355,15 @@ def test_nothing_that_ships_has_a_fault(arch):
 def test_every_layer_is_planned_for_every_role(arch):
     subjects = audit.shipped(arch)
     for name, layer in LAYERS.items():
-        roles = sorted(s.plan.role.value for s in subjects if s.layer == name)
+        roles = sorted({s.plan.role.value for s in subjects if s.layer == name})
         differentiable = layer.options["dtype"].is_floating_point and layer.options["dtype"].itemsize > 1
         expected = ["dgrad", "fprop", "wgrad"] if differentiable else ["fprop"]
         assert roles == (expected if arch >= layer.since else [])
+        plans = {(s.plan.role, s.plan.kernel, replace(s.plan.config, splits=1)) for s in subjects if s.layer == name}
+        for images in (4, 1) if arch >= layer.since else ():
+            for plan in explain.plans(
+                (images, *layer.input[1:]), layer.weight, device=TARGETS[arch], bias=True, **layer.options
+            ).values():
+                assert (plan.role, plan.kernel, replace(plan.config, splits=1)) in plans
     dtypes = {layer.options["dtype"] for layer in LAYERS.values()}
     assert dtypes >= {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8}

@@ -372,7 +372,7 @@ def _print_table(rows: list[Any]) -> None:
     from .tuning.audit import faults
 
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
-    for heading in ("sm", "layer", "role", "kernel", "config"):
+    for heading in ("sm", "layer", "N", "role", "kernel", "config"):
         table.add_column(heading, no_wrap=heading != "config")
     for heading in ("registers", "spilled", "shared"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -380,7 +380,7 @@ def _print_table(rows: list[Any]) -> None:
         table.add_column(heading, no_wrap=True)
     table.add_column("faults", style="red")
     for row in rows:
-        cells = [str(row.arch), row.layer, row.role, row.kernel, str(row.config or "")]
+        cells = [str(row.arch), row.layer, str(row.N), row.role, row.kernel, str(row.config or "")]
         if row.code is not None:
             c = row.code
             cells += [str(c.registers), str(c.spill_bytes), str(c.shared), c.matrix, c.operands]

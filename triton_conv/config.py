@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from math import prod
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from . import tiles
 from .devices import DEVICES as DEVICES
@@ -125,6 +125,50 @@ class BandedConfig:
         return f"{text} warps {self.num_warps} stages {self.num_stages} splits {self.splits}"
 
 
+@dataclass(frozen=True)
+class DepthwiseConfig:
+    """One way to run a depthwise kernel.
+
+    A tile is `lanes` x `channels`. A lane is `rows` x `columns` positions, columns side by side in memory and fetched
+    in vectors of `vector`; where channels lie so instead it has one column, as it has under strides and dilations that
+    vectors cannot follow. A program walks down `walk` lanes. `unroll` rows and columns of the filter are unrolled; in
+    fprop and dgrad the columns are where that is all of them. In wgrad a lane has one row less where these divide the
+    output's rows, and as many columns as divide its columns; `splits` cuts the tiles into that many slabs.
+    """
+
+    rows: int
+    columns: int
+    lanes: int
+    channels: int
+    vector: int
+    unroll: tuple[int, int]
+    walk: int = 1
+    num_warps: int = 4
+    splits: int = 1
+
+    dot = False
+
+    def __post_init__(self) -> None:
+        powers = (self.columns, self.lanes, self.channels, self.vector)
+        if any(n < 1 or n & (n - 1) for n in powers):
+            raise ValueError(f"columns, lanes, channels and vector must be powers of two, but got {self}")
+        if min(self.rows, *self.unroll, self.walk, self.splits) < 1:
+            raise ValueError(f"rows, unroll, walk and splits must be positive, but got {self}")
+
+    @property
+    def BLOCK_M(self) -> int:
+        """Positions of a program's lanes."""
+        return self.lanes * self.rows * self.walk * self.columns
+
+    def __str__(self) -> str:
+        tile = f"{self.lanes} lanes of {self.rows}x{self.columns} x {self.channels} channels"
+        unroll = "x".join(map(str, self.unroll))
+        return f"{tile} walk {self.walk} unroll {unroll} warps {self.num_warps} splits {self.splits}"
+
+
+KernelConfig: TypeAlias = Config | BoxConfig | DepthwiseConfig
+
+
 class Numerics(NamedTuple):
     """Width of offsets, accumulator type and multiplication of a launch; names as in triton.language."""
 
@@ -150,11 +194,11 @@ _WORKSPACE_LIMIT = 256 * 2**20
 _LARGEST_TILE = 128 * 64
 
 # For the whole process, not the thread: autograd runs the gradients of CUDA tensors on threads of its own.
-_explicit: dict[Role, Config | BoxConfig] = {}
+_explicit: dict[Role, KernelConfig] = {}
 
 
 @contextmanager
-def explicit(configs: dict[Role, Config | BoxConfig]) -> Iterator[None]:
+def explicit(configs: Mapping[Role, KernelConfig]) -> Iterator[None]:
     """Runs these roles with these configs, and so with the kernels they are of, whatever anything else says.
 
     >>> with triton_conv.config.explicit({Role.FPROP: Config(64, 64, 32)}):
@@ -168,7 +212,7 @@ def explicit(configs: dict[Role, Config | BoxConfig]) -> Iterator[None]:
         _explicit = before
 
 
-def chosen(role: Role) -> Config | BoxConfig | None:
+def chosen(role: Role) -> KernelConfig | None:
     """The explicit config of a role, if there is one."""
     return _explicit.get(role)
 
@@ -184,8 +228,8 @@ def least_reduction(dtype: str) -> int:
 
 
 def _through_registers(dtype: str, device: Device) -> bool:
-    """Whether operands pass through registers to the matrix units: below 90, and int8 on what came after 90."""
-    return device.capability < 90 or (dtype == "int8" and device.capability >= 100)
+    """Whether operands pass through registers to the matrix units: on all but 90 and 100, where int8 does on 100."""
+    return not 90 <= device.capability < (100 if dtype == "int8" else 120)
 
 
 def default(geometry: ConvGeometry, role: Role, dtype: str, precision: str, vectorised: bool, device: Device) -> Config:
@@ -233,8 +277,11 @@ def default(geometry: ConvGeometry, role: Role, dtype: str, precision: str, vect
     block_m = min(_tile(pixels, 16, most), (_LARGEST_TILE // 2 if through_registers else _LARGEST_TILE) // block_n)
     deepest = 16 if costly or three_products else 64 if wide_rows and not (flatten or through_registers) else 32
     block_k = _tile(reduction * g.taps if flatten else reduction, least_reduction(dtype), deepest)
+    # through registers, filters that are transposed or multiplied three times spill a few as the first operand
+    filters_last = through_registers and (three_products or (role is Role.DGRAD and wide_rows))
+    filters_first = block_n >= 64 and not filters_last
     stages = 2 if dtype == "float64" and device.capability >= 120 else 3
-    return Config(block_m, block_n, block_k, 4, stages, True, flatten, filters_first=block_n >= 64)
+    return Config(block_m, block_n, block_k, 4, stages, True, flatten, filters_first)
 
 
 def default_box(
@@ -286,6 +333,88 @@ def _most_images(counts: tuple[int, int, int], size: int) -> tuple[int, int, int
         return prod(ceil_div(count, side) * side for count, side in zip(counts, box, strict=True))
 
     return min(boxes, key=lambda box: (covered(box), -box[0], -box[1]))
+
+
+def default_depthwise(
+    geometry: ConvGeometry, role: Role, dtype: str, channels_last: bool, device: Device
+) -> DepthwiseConfig:
+    """Lanes by rule: what a thread holds fits into its registers, and programs are several to a multiprocessor.
+
+    Where channels lie side by side (`channels_last`) a thread holds the taps of a vector of channels; else its lanes
+    hold a vector of columns each, and taps take little room.
+    """
+    g, item = geometry, ITEM_BYTES[dtype]
+    wide = 2 if item == 8 else 1  # registers of an accumulator
+    vector = min(16 // item, 8) // (1 if g.K == g.C else 2)  # several filters of a channel read it by single elements
+    dst = g.C if role is Role.DGRAD else g.K
+    _, _, P, Q = tiles.positions(Role.FPROP if role is Role.WGRAD else role, g)
+    _, R, S = g.filter
+    dense = role is not Role.DGRAD or g.stride == (1, 1, 1)
+    if channels_last:
+        block = vector * wide
+        channels = _little_waste_of(dst, max(128 // item, 1), max(32 // item, 1))
+        unroll = _unrolled(R, S, role, _TAP_REGISTERS // block)
+        taps = block * prod(unroll)
+        room = 64 if taps <= 60 else 32 if taps <= 72 else 24
+        apart = g.K != g.C or (dense and g.stride[1] > 1)  # a row's sources, which are therefore more
+        rows = max(1, min(8, room // block) // (2 if apart else 1))
+        config = DepthwiseConfig(min(rows, P), 1, _THREADS * vector // channels, channels, vector, unroll)
+        programs = 8
+    else:
+        columns = _columns(g, role, P, Q, vector) if dense and S <= 64 else 1
+        unroll = (R, S) if R * S * wide <= 49 else (1, S if S <= 64 else 1)
+        rows = max(1, min(8, 32 // (columns * wide), _UNROLLED // (prod(unroll) * columns)))
+        lanes = _tile(ceil_div(P, rows) * ceil_div(Q, columns), 1, _THREADS)
+        config = DepthwiseConfig(min(rows, P), columns, lanes, _tile(dst, 1, _THREADS // lanes), vector, unroll)
+        programs = 24
+    whole = tiles.depthwise(role, g, config)
+    spare = whole.total // (programs * device.multiprocessors)
+    if role is not Role.WGRAD:
+        return replace(config, walk=max(1, min(spare, ceil_div(P, config.rows))))
+    walk = min(4, ceil_div(P, config.rows))
+    whole = tiles.depthwise(role, g, replace(config, walk=walk))
+    wanted = ceil_div(programs * device.multiprocessors // 2, max(whole.total, 1))
+    return replace(config, walk=walk, splits=max(1, min(wanted, most_splits(g, whole.longest * walk))))
+
+
+# Threads of a program that runs without a dot; how many registers of each may hold taps, or sums of taps; how many
+# products may be unrolled, or compilers take longer than one cares to wait.
+_THREADS = 128
+_TAP_REGISTERS = 80
+_UNROLLED = 1024
+
+
+def _unrolled(R: int, S: int, role: Role, most: int) -> tuple[int, int]:
+    """Rows and columns of a filter of which no more than `most` taps are unrolled, in parts of about the same size."""
+    rows = _part(R, min(most, 7))
+    columns = _part(S, max(most // rows, 1))
+    return (rows, columns) if role is Role.WGRAD or (rows, columns) == (R, S) else (rows, 1)
+
+
+def _part(extent: int, most: int) -> int:
+    return ceil_div(extent, ceil_div(extent, most))
+
+
+def _little_waste_of(extent: int, most: int, least: int) -> int:
+    """The largest power of two in [least, most] whose blocks cover extent with little to spare."""
+    sizes = [n for n in (1 << i for i in range(9)) if min(least, extent) <= n <= _tile(extent, 1, most)]
+    fewest = min(ceil_div(extent, n) * n for n in sizes)
+    return max(n for n in sizes if ceil_div(extent, n) * n <= 1.125 * fewest)
+
+
+def _columns(g: ConvGeometry, role: Role, P: int, Q: int, vector: int) -> int:
+    """Columns of a lane: such that rows are whole vectors, else a few, whose windows overlap."""
+    source = g.output[2] if role is Role.DGRAD else g.input[2]
+    if g.dilation[2] > 1 or g.stride[2] not in (1, 2, 4):
+        return 1
+    columns = vector
+    while columns > 1 and (Q % columns or source % (columns * g.stride[2])):
+        columns //= 2
+    if columns == 1:
+        return 4 if Q >= 32 else 1
+    while P == 1 and columns < 32 and 128 * columns <= Q:  # there is one row only: it may as well be long
+        columns *= 2
+    return columns
 
 
 # Boxes this close to the least waste count as equal: every box is a compilation, and images come in many sizes.

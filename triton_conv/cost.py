@@ -16,7 +16,7 @@ from math import inf, prod
 from typing import Any, NamedTuple
 
 from . import tiles as counting
-from .config import ITEM_BYTES, BoxConfig, Config
+from .config import ITEM_BYTES, BoxConfig, DepthwiseConfig, KernelConfig
 from .devices import H200, Device
 from .geometry import ConvGeometry, Role
 from .tiles import Tiles, ceil_div
@@ -33,8 +33,11 @@ TILE = 1e-6  # seconds before a tile's first step and after its last: about two 
 LATENCY = 0.5e-6  # seconds that a load takes in a busy loop: twice what is published for a lone one
 ADDRESS = 16  # instructions of a thread for the address and the mask of one load by pointer
 LINK = 64  # bytes that a multiprocessor gets from L2 in a clock
+ISSUED = 0.7  # share of its instruction slots that a multiprocessor uses without a dot
 SPILLED = 4  # how many times longer a step takes whose accumulator does not fit into registers
 
+VECTOR_ADDRESS = 6  # instructions for the address and the mask of a vector in depthwise kernels, as compiled
+START = 300  # instructions of a depthwise program before its first product, as compiled
 REGISTERS = 64  # of a thread, beside its accumulator: as compiled default configs have them
 LANES = 128  # instructions that a multiprocessor issues in a clock, counted by thread: four schedulers of 32
 SECTOR = 32  # bytes that memory and L2 hand out at least
@@ -112,17 +115,19 @@ def predict(
     geometry: ConvGeometry,
     role: Role,
     kernel: str,
-    config: Config | BoxConfig,
+    config: KernelConfig,
     dtype: str,
     precision: str,
     device: Device,
     channels_last: bool = True,
     out_dtype: str | None = None,
 ) -> Prediction:
-    """The predicted time of `kernel` ("gather", "box", "wgrad" or "box_wgrad") on a canonical geometry.
+    """The predicted time of `kernel` ("gather", "box", "depthwise", "wgrad", ...) on a canonical geometry.
 
     `channels_last` is the layout of both activations.
     """
+    if isinstance(config, DepthwiseConfig):
+        return _depthwise(geometry, role, config, dtype, device, channels_last, out_dtype)
     g, item, out_item = geometry, ITEM_BYTES[dtype], ITEM_BYTES[out_dtype or dtype]
     tiles, step = TILES[kernel](role, g, config), _step(role, g, config, item, out_item, channels_last)
     resident, spilled = _residents(config, step, dtype, device)
@@ -173,6 +178,61 @@ TILES: dict[str, Callable[[Role, ConvGeometry, Any], Tiles]] = {
     "wgrad": lambda role, geometry, config: counting.wgrad(geometry, config),
     "box_wgrad": lambda role, geometry, config: counting.box_wgrad(geometry, config),
 }
+
+
+def _depthwise(
+    g: ConvGeometry,
+    role: Role,
+    config: DepthwiseConfig,
+    dtype: str,
+    device: Device,
+    channels_last: bool,
+    out_dtype: str | None,
+) -> Prediction:
+    """Of kernels that issue an instruction for each product, for each source value they widen, and some for loads."""
+    tiles, axes, item = counting.depthwise(role, g, config), g.axes(role), ITEM_BYTES[dtype]
+    classes = prod(axis.phases for axis in axes)
+    r, s = (min(u, taps) for u, taps in zip(config.unroll, g.filter[1:], strict=True))
+    if role is not Role.WGRAD:
+        r, s = (1, 1) if classes > 1 else (r, s if s == g.filter[2] else 1)
+    parts = 1.0 if role is Role.WGRAD else g.taps / classes / (r * s)  # of the filter, one after the other
+    positions = config.rows * config.columns
+    across = (config.columns - 1) * axes[2].src_step + s
+    sources = parts * across * min((config.rows - 1) * axes[1].src_step + r, config.rows * r)
+    vectors = sources / config.vector if channels_last else sources * (1 / config.vector + (s - 1) / across)
+    products = parts * r * s * positions
+    issued = products + sources + positions + VECTOR_ADDRESS * vectors  # for each channel of a lane, a step
+    threads, values = 32 * config.num_warps, config.lanes * config.channels
+    rate = LANES * device.clock * device.multiprocessors * ISSUED
+    issuing = (tiles.steps * values * issued + tiles.total * threads * START) / rate
+    alone = (tiles.steps / max(tiles.total, 1) * values * issued + threads * START) / rate * device.multiprocessors
+    held = positions + (r * s if channels_last or role is Role.WGRAD else 0)
+    registers = REGISTERS + max(values // threads, 1) * held * max(item, 4) // 4
+    resident = max(device.registers // (min(registers, 255) * threads), 1)
+    waves = ceil_div(tiles.total, resident * device.multiprocessors)
+
+    bandwidth, least = device.bandwidth * MEMORY_SHARE, roofline(g, role, dtype, "ieee", device, out_dtype)
+    activations = (prod(g.shape("x")) + prod(g.shape("y"))) * item
+    lost = max(0.0, 1 - device.l2_bytes / max(activations / config.splits, 1))  # before a chunk reads it again
+    again = activations * (tiles.tiles_m - 1) * lost if role is Role.WGRAD else 0.0
+    memory = (least.bytes + again) / bandwidth
+    split = prod(g.shape("w")) * 2 * config.splits * max(item, 4) / bandwidth if config.splits > 1 else 0.0
+    launch = LAUNCH * (2 if config.splits > 1 else 1)
+    loop = max(issuing, alone) + TILE * waves
+    fetched = tiles.steps * values * sources * item
+    return Prediction(
+        seconds=max(loop, memory) + split + launch,
+        tiles=tiles.total,
+        waves=waves,
+        resident=resident,
+        useful=least.flops / max(2 * tiles.steps * values * products, 1),
+        loop_seconds=loop,
+        compute_seconds=tiles.steps * values * products / rate * ISSUED,
+        l2_seconds=fetched / device.l2_bandwidth,
+        memory_seconds=memory,
+        split_seconds=split,
+        launch_seconds=launch,
+    )
 
 
 class _Step(NamedTuple):

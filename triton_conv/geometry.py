@@ -358,6 +358,20 @@ def tap_step(geometry: ConvGeometry, strides: Strides) -> int | None:
     return step
 
 
+def rows_first(geometry: ConvGeometry, strides: Strides) -> tuple[ConvGeometry, Strides]:
+    """The same convolution with H and W exchanged if its filter is longer along W."""
+    g = geometry
+    if g.filter[2] <= g.filter[1]:
+        return g, strides
+
+    def exchanged(values):
+        return (*values[:-2], values[-1], values[-2])
+
+    names = ("input", "filter", "output", "stride", "padding", "dilation", "modes")
+    turned = replace(g, **{name: exchanged(getattr(g, name)) for name in names})
+    return turned, Strides(*(exchanged(tensor) for tensor in strides))
+
+
 def describable(extents: tuple[int, ...], steps: list[int]) -> bool:
     """Whether an image walked in these steps fits the five axes of a descriptor."""
     _, h, w = extents

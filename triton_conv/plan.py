@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from . import choose, cost, ways
 from . import config as configs
-from .config import ITEM_BYTES, BoxConfig, Config, Device, Numerics
+from .config import ITEM_BYTES, BoxConfig, Device, KernelConfig, Numerics
 from .cost import Prediction, Roofline
 from .geometry import ConvGeometry, Role, Strides
 from .ways import Problem, Way, dense_strides
@@ -62,7 +62,7 @@ class Plan:
     asked: ConvGeometry
     geometry: ConvGeometry
     strides: Strides
-    config: Config | BoxConfig
+    config: KernelConfig
     numerics: Numerics
     device: Device
     packs: tuple[str, ...]
@@ -95,17 +95,18 @@ class Plan:
     @cached_property
     def launches(self) -> tuple[Launch, ...]:
         """What runs, in order; needs Triton, and is first asked for when TRITON_INTERPRET can no longer be set."""
-        from .kernels import box, box_wgrad, fold, gather, wgrad
+        from .kernels import box, box_wgrad, depthwise, depthwise_wgrad, fold, gather, wgrad
 
         what = (self.geometry, self.strides, self.config, self.numerics)
         if self.role is Role.WGRAD:
-            return tuple((box_wgrad if self.kernel == "box_wgrad" else wgrad).launches(*what))
+            room = {"wgrad": wgrad, "box_wgrad": box_wgrad, "depthwise_wgrad": depthwise_wgrad}[self.kernel]
+            return tuple(room.launches(*what))
         into = "workspace" if self.fold else ""
         if self.kernel == "box":
             vector = 16 // ITEM_BYTES[self.workspace_dtype if self.fold else self.out_dtype]
             first = box.launch(self.role, *what, self.device, vector, into)
         else:
-            first = gather.launch(self.role, *what, into)
+            first = (depthwise if self.kernel == "depthwise" else gather).launch(self.role, *what, into)
         if self.fold is None:
             return (first,)
         f = self.fold
@@ -164,7 +165,7 @@ def make(problem: Problem) -> Plan:
 
 
 @lru_cache(maxsize=4096)
-def _make(problem: Problem, explicit: Config | BoxConfig | None) -> Plan:
+def _make(problem: Problem, explicit: KernelConfig | None) -> Plan:
     role, geometry, strides = problem.role, problem.geometry, problem.strides
     if problem.dtype == "float8_e4m3fn" and problem.device.capability < 89:
         raise NotImplementedError(
@@ -236,7 +237,7 @@ def _assembled(problem: Problem, original: ConvGeometry, strides: Strides, way: 
     )
 
 
-def _reach(g: ConvGeometry, strides: Strides, role: Role, config: Config | BoxConfig) -> int:
+def _reach(g: ConvGeometry, strides: Strides, role: Role, config: KernelConfig) -> int:
     """The largest offset or index that a launch computes; tails of tiles and of residue classes included."""
     phases = [axis.phases for axis in g.axes(role)]
     spans = [

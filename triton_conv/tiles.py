@@ -67,6 +67,25 @@ def box_wgrad(geometry: ConvGeometry, config: Any) -> Tiles:
     return tiles._replace(steps=tiles.tiles_m * tiles_k * g.groups * runs)
 
 
+def depthwise(role: Role, geometry: ConvGeometry, config: Any) -> Tiles:
+    """A role by `kernels.depthwise` or `kernels.depthwise_wgrad`, a step for each lane that a program walks down.
+
+    Of wgrad, tiles_m counts chunks of the filter that are unrolled together.
+    """
+    g = geometry
+    images, depths, rows, columns = positions(Role.FPROP if role is Role.WGRAD else role, g)
+    walks = ceil_div(ceil_div(rows, config.rows), config.walk)
+    lanes = images * depths * walks * ceil_div(columns, config.columns)
+    tiles_m, tiles_n = ceil_div(lanes, config.lanes), ceil_div(g.C if role is Role.DGRAD else g.K, config.channels)
+    if role is not Role.WGRAD:
+        tiles = Tiles(tiles_m, tiles_n, prod(axis.phases for axis in g.axes(role)), 0, config.walk)
+        return tiles._replace(steps=tiles.total * config.walk)
+    chunks = g.filter[0] * ceil_div(g.filter[1], config.unroll[0]) * ceil_div(g.filter[2], config.unroll[1])
+    steps = ceil_div(tiles_m, config.splits) * config.walk
+    tiles = Tiles(chunks, tiles_n, config.splits, 0, steps)
+    return tiles._replace(steps=tiles.total * steps)
+
+
 def blocks(counts: tuple[int, ...], box: tuple[int, ...]) -> tuple[int, ...]:
     """How often a box fits along (images, depths, rows, columns), the last time perhaps in part."""
     return tuple(ceil_div(count, side) for count, side in zip(counts, box, strict=True))

@@ -9,9 +9,9 @@ from typing import NamedTuple
 from . import choose, tiles
 from . import config as configs
 from .choose import AnyConfig
-from .config import ITEM_BYTES, BoxConfig, Config
+from .config import ITEM_BYTES, BoxConfig, Config, DepthwiseConfig, KernelConfig
 from .devices import Device
-from .geometry import ConvGeometry, Role, Strides, canonical, describable, tap_step
+from .geometry import ConvGeometry, Role, Strides, canonical, describable, rows_first, tap_step
 
 
 class Problem(NamedTuple):
@@ -53,12 +53,12 @@ class Way(NamedTuple):
 
     kernel: str
     layout: Layout
-    config: Config | BoxConfig
+    config: KernelConfig
     reason: str
 
 
 def of(
-    problem: Problem, g: ConvGeometry, strides: Strides, keep_channels: bool, explicit: Config | BoxConfig | None
+    problem: Problem, g: ConvGeometry, strides: Strides, keep_channels: bool, explicit: KernelConfig | None
 ) -> list[Way]:
     """Ways to compute `g`, the plainest first, or the one way of an explicit config.
 
@@ -71,11 +71,18 @@ def of(
     obstacle = _box_obstacle(problem, copied)
     if isinstance(explicit, Config):
         return [_gathered(problem, given, explicit, obstacle)]
+    direct = _direct_obstacle(problem, given.geometry)
+    if isinstance(explicit, DepthwiseConfig):
+        if direct:
+            raise RuntimeError(f"a depthwise config was given for {g}, but {direct}")
+        return [_direct(problem, given, explicit)]
     if explicit is not None:
         misfit = obstacle or _box_misfit(explicit, problem.dtype, role, copied.geometry)
         if misfit:
             raise RuntimeError(f"a box config was given for {g}, but {misfit}")
         return [_boxed(problem, copied, explicit)]
+    if not direct and g.K == g.C:
+        return [_direct(problem, given)]
     moves = set(packs) - {"w"}
     if not obstacle and not moves:
         obstacle = _idle_runs(copied.geometry) if role is Role.WGRAD else None
@@ -88,7 +95,7 @@ def of(
         wide = _laid_out(g, strides, role, tuple(name for name in packs if name != "w"), keep_channels, bundle)
         why = _box_obstacle(problem, wide)
         found.append(_gathered(problem, wide, None, why) if why else _boxed(problem, wide))
-    return found
+    return found if direct else [_direct(problem, given), *found]
 
 
 _WORDS = {"x": "the input", "w": "the filters", "y": "the output's gradient"}
@@ -151,6 +158,36 @@ def _gathered(problem: Problem, layout: Layout, explicit: Config | None, obstacl
         why += "; " + ("groups are too narrow for a dot" if narrow else "integers have no matrix instruction here")
         why += ", so products are summed in registers"
     return Way(kernel, layout, config, f"{why}; {_tiles_for(problem)}")
+
+
+def _direct(problem: Problem, layout: Layout, explicit: DepthwiseConfig | None = None) -> Way:
+    role, why = problem.role, "groups of one channel are summed in registers, without a dot"
+    kernel = "depthwise_wgrad" if role is Role.WGRAD else "depthwise"
+    channels_last = layout.strides.x[1] == layout.strides.y[1] == 1
+    if channels_last:
+        g, strides = rows_first(layout.geometry, layout.strides)
+        turned = ("exchange H and W",) if g is not layout.geometry else ()
+        layout = layout._replace(geometry=g, strides=strides, steps=(*layout.steps, *turned))
+    if explicit is not None:
+        return Way(kernel, layout, explicit, f"{why}; config given explicitly")
+    config = configs.default_depthwise(layout.geometry, role, problem.dtype, channels_last, problem.device)
+    return Way(kernel, layout, config, f"{why}; lanes by rule for {problem.device.name}")
+
+
+# Above it, an input channel meets so many filters that a dot is fuller of them than of zeros.
+_MOST_FILTERS = 8
+
+
+def _direct_obstacle(problem: Problem, g: ConvGeometry) -> str | None:
+    """What keeps a problem from the depthwise kernels, in words; None if nothing does."""
+    if g.groups != g.C:
+        return "its groups have several input channels"
+    filters, most = g.K // g.C, _MOST_FILTERS if g.groups > 1 else 1
+    if filters > most:
+        return f"an input channel has {filters} filters"
+    if problem.has_scale or problem.dtype == "float8_e4m3fn":
+        return "8-bit floats and scales are for dots"
+    return None
 
 
 def _quickest(problem: Problem, kernel: str, rule: AnyConfig, layout: Layout) -> AnyConfig:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from .. import explain, tiles
-from ..config import ITEM_BYTES, BoxConfig, Config
+from ..config import ITEM_BYTES, DepthwiseConfig, KernelConfig
 from ..plan import Plan
 from .code import TARGETS, TENSOR_MEMORY, Code, compiled_kernels, compiling_for, read
 from .layers import LAYERS
@@ -47,6 +47,7 @@ class Wanted:
     pipelined: bool = False
     shared_operands: bool = False
     whole_vectors: bool = False
+    wide_loads: bool = False
     tma_loads: bool = False
     tma_stores: bool = False
 
@@ -62,29 +63,35 @@ class Subject(NamedTuple):
 class Row:
     """One launch of a plan: what is wanted of its code and what it is, or why there is none.
 
-    `config` is that of the plan's main kernel, None for the others.
+    `N` are the images of the layer; `config` is that of the plan's main kernel, None for the others.
     """
 
     arch: int
     layer: str
+    N: int
     role: str
     kernel: str
     dtype: str
-    config: Config | BoxConfig | None
+    config: KernelConfig | None
     wanted: Wanted
     code: Code | None = None
     error: str = ""
 
 
 def shipped(arch: int) -> list[Subject]:
-    """Everything that runs unless the user says otherwise: the default plans of `LAYERS` on this architecture."""
-    device = TARGETS[arch]
-    return [
-        Subject(name, plan)
-        for name, layer in LAYERS.items()
-        if arch >= layer.since
-        for plan in explain.plans(layer.input, layer.weight, bias=True, device=device, **layer.options).values()
-    ]
+    """Everything that runs unless the user says otherwise: the default plans of `LAYERS` on this architecture.
+
+    Layers are there with smaller batches as far as these get other configs: where few tiles are to fill a device.
+    """
+    found: dict[tuple, Subject] = {}
+    for name, layer in LAYERS.items():
+        for N in (layer.input[0], 4, 1) if arch >= layer.since else ():
+            shapes = (N, *layer.input[1:]), layer.weight
+            for plan in explain.plans(*shapes, bias=True, device=TARGETS[arch], **layer.options).values():
+                config: Any = plan.config  # how many slabs there are is no part of the code, if there is more than one
+                key = (name, plan.role, plan.kernel, replace(config, splits=min(config.splits, 2)))
+                found.setdefault(key, Subject(name, plan))
+    return list(found.values())
 
 
 def faults(row: Row) -> list[str]:
@@ -111,6 +118,8 @@ def faults(row: Row) -> list[str]:
         found.append("an operand passes through registers")
     if wanted.whole_vectors and code.narrow_copies:
         found.append("copies fewer than 16 bytes at a time")
+    if wanted.wide_loads and not code.wide_loads:
+        found.append("loads fewer than 16 bytes at a time")
     if wanted.tma_loads and not code.tma_loads:
         found.append("loads no operand by the bulk copy engine")
     if wanted.tma_stores and not code.tma_stores:
@@ -200,26 +209,35 @@ def _compiled(task: _Task) -> list[Row]:
 
 
 def _words(error: BaseException) -> str:
-    while error.__cause__:  # Triton's own errors quote the source around what went wrong
+    while error.__cause__:
         error = error.__cause__
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+    lines = str(error).strip().splitlines() or ["no message"]
+    # Triton's own errors quote the source down to what is wrong with it
+    return f"{type(error).__name__}: {lines[-1 if lines[0].startswith('at ') else 0]}"
 
 
 def _row(task: _Task, launch: Any) -> Row:
     layer, plan = task.subject
     main = launch.name == plan.kernel
     wanted = _wanted(plan, launch, task.arch) if main else Wanted()
-    return Row(task.arch, layer, plan.role.value, launch.name, plan.dtype, plan.config if main else None, wanted)
+    config = plan.config if main else None
+    return Row(task.arch, layer, plan.asked.N, plan.role.value, launch.name, plan.dtype, config, wanted)
 
 
 def _failed(task: _Task, error: str) -> Row:
     layer, plan = task.subject
-    return Row(task.arch, layer, plan.role.value, plan.kernel, plan.dtype, plan.config, Wanted(), error=error)
+    what = (plan.asked.N, plan.role.value, plan.kernel, plan.dtype, plan.config)
+    return Row(task.arch, layer, *what, Wanted(), error=error)
 
 
 def _wanted(plan: Plan, launch: Any, arch: int) -> Wanted:
-    """What the main kernel of a plan is chosen for; sums of products without a dot have nothing to lose."""
+    """What the main kernel of a plan is chosen for; sums of products without a dot have little to lose."""
     config: Any = plan.config
+    if isinstance(config, DepthwiseConfig):
+        g, channels_last = plan.geometry, plan.strides.x[1] == plan.strides.y[1] == 1
+        along_c = channels_last and g.C == g.K and g.C % config.vector == 0
+        vector = config.vector if along_c else launch.arguments["VECTOR"] * launch.arguments["WHOLE"]
+        return Wanted(wide_loads=vector * ITEM_BYTES[plan.dtype] == 16)
     boxed = plan.kernel.startswith("box")
     if not getattr(config, "dot", True):
         return Wanted()

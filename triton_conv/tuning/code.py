@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,6 +50,7 @@ class Code:
                    come from shared memory, "registers" where one passes through registers, "" for other instructions
     tma_loads, tma_stores  bulk tensor copies in the code
     copies, narrow_copies  asynchronous copies in the code of 16 bytes a thread, and of fewer
+    wide_loads     plain loads in the code of 16 bytes a thread
     ahead          steps of the main loop that its loads run ahead of their use, the least of them
     """
 
@@ -68,6 +68,7 @@ class Code:
     tma_stores: int
     copies: int
     narrow_copies: int
+    wide_loads: int
     ahead: int
 
 
@@ -113,11 +114,10 @@ def compiled_kernels(plan: Plan, names: Collection[str] = ()) -> Iterator[tuple[
 
 
 def read(kernel: Any, arch: int) -> Code:
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        command = [str(tools / "cuobjdump"), "-sass", "-res-usage", file.name]
+        command = [triton.knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text)
     if usage is None:
@@ -142,6 +142,7 @@ def read(kernel: Any, arch: int) -> Code:
         tma_stores=counts["UTMASTG"],
         copies=counts["LDGSTS"] - narrow,
         narrow_copies=narrow,
+        wide_loads=len(re.findall(r"\bLDG\.\S*\.128\b", text)),
         ahead=_steps_ahead(ir),
     )
 

@@ -41,6 +41,30 @@ LAYERS = {
     "odd channels": Layer((32, 65, 56, 56), (33, 65, 3, 3), BFLOAT16),
     "grouped": Layer((32, 128, 56, 56), (128, 4, 3, 3), {**BFLOAT16, "groups": 32}),
     "depthwise": Layer((32, 256, 56, 56), (256, 1, 3, 3), {**BFLOAT16, "groups": 256}),
+    "depthwise contiguous": Layer(
+        (32, 256, 56, 56), (256, 1, 3, 3), {**BFLOAT16, "groups": 256, "channels_last": False}
+    ),
+    "depthwise stride 2": Layer((32, 96, 112, 112), (96, 1, 3, 3), {**BFLOAT16, "groups": 96, "stride": 2}),
+    "depthwise stride 2 contiguous": Layer(
+        (32, 96, 112, 112), (96, 1, 3, 3), {**BFLOAT16, "groups": 96, "stride": 2, "channels_last": False}
+    ),
+    "depthwise 5x5": Layer((32, 240, 28, 28), (240, 1, 5, 5), {**FLOAT16, "groups": 240, "padding": 2}),
+    "depthwise 7x7": Layer((32, 384, 14, 14), (384, 1, 7, 7), {**BFLOAT16, "groups": 384, "padding": 3}),
+    "depthwise 7x7 contiguous": Layer(
+        (32, 96, 56, 56), (96, 1, 7, 7), {**BFLOAT16, "groups": 96, "padding": 3, "channels_last": False}
+    ),
+    "depthwise 31x31": Layer((32, 64, 28, 28), (64, 1, 31, 31), {**BFLOAT16, "groups": 64, "padding": 15}),
+    "depthwise float32": Layer((32, 64, 56, 56), (64, 1, 3, 3), {**FLOAT32, "groups": 64}),
+    "depthwise float64": Layer(
+        (8, 64, 28, 28), (64, 1, 3, 3), {**BFLOAT16, "dtype": torch.float64, "groups": 64, "padding_mode": "circular"}
+    ),
+    "depthwise video": Layer(
+        (2, 64, 8, 28, 28), (64, 1, 3, 3, 3), {**BFLOAT16, "groups": 64, "padding": ((2, 0), 1, 1)}
+    ),
+    "depthwise audio": Layer(
+        (8, 1024, 4096), (1024, 1, 4), {**BFLOAT16, "groups": 1024, "padding": ((3, 0),), "channels_last": False}
+    ),
+    "two filters a channel": Layer((32, 64, 56, 56), (128, 1, 3, 3), {**BFLOAT16, "groups": 64}),
     "transposed 4x4": Layer((32, 256, 28, 28), (256, 128, 4, 4), {**BFLOAT16, "transposed": True, "stride": 2}),
     "transposed 2x2": Layer(
         (32, 128, 28, 28), (128, 64, 2, 2), {**BFLOAT16, "transposed": True, "stride": 2, "padding": 0}

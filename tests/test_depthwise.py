@@ -1,0 +1,165 @@
+"""The depthwise kernels: right wherever a plan picks them, and picked exactly where groups have one channel."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from triton_conv import config, execute, explain, plan
+from triton_conv.check import Case, check_case
+from triton_conv.config import Config, DepthwiseConfig
+from triton_conv.geometry import Role
+
+DIRECT = ("depthwise", "depthwise", "depthwise_wgrad")
+
+
+def _of(spatial, kernel, **options) -> Case:
+    defaults = {"C": 8, "K": 8, "groups": 8, "N": 1}
+    return Case.of(spatial, kernel, **{**defaults, **options})
+
+
+CASES = [
+    # every rank in both memory formats; rows that are whole vectors and rows that are not
+    _of(40, 4, padding=((3, 0),), dtype=torch.bfloat16),
+    _of(13, 4, padding=((3, 0),), memory_format="channels_last"),
+    _of((6, 16), 3, padding=1, dtype=torch.bfloat16),
+    _of((6, 7), 3, padding=1, dtype=torch.float16),
+    _of((5, 6), 3, padding=1, memory_format="channels_last", dtype=torch.bfloat16, N=2),
+    _of((2, 4, 8), 3, padding=1, C=2, K=2, groups=2),
+    _of((2, 3, 4), (2, 3, 1), memory_format="channels_last"),
+    # long filters, of which a part is unrolled
+    _of((5, 8), 7, padding=3, C=2, K=2, groups=2),
+    _of((9, 4), (11, 2), padding=(5, 1), memory_format="channels_last"),
+    _of((3, 9), (2, 11), padding=(0, 5), memory_format="channels_last"),
+    # strides and dilations, together and apart
+    _of((7, 16), 3, padding=1, stride=2, C=3, K=3, groups=3),
+    _of((8, 7), 3, padding=2, stride=(1, 3), dilation=(2, 1), C=3, K=3, groups=3),
+    _of((9, 7), (3, 2), padding=2, stride=(2, 1), dilation=(3, 2), memory_format="channels_last"),
+    _of((5, 4), 1, stride=2),
+    # a stride beyond the filter: residues without taps
+    _of((7, 8), (1, 2), stride=(3, 4), memory_format="channels_last"),
+    # padding modes, one of which reaches past what is there
+    _of((5, 8), 3, padding=((2, 1), (3, 2)), modes=("reflect", "circular"), C=2, K=2, groups=2),
+    _of((4, 5), 3, padding=((5, 0), (0, 4)), modes=("replicate", "zeros"), memory_format="channels_last"),
+    # several filters of a channel
+    _of((4, 6), 3, padding=1, C=3, K=9, groups=3),
+    _of((4, 5), 3, padding=1, C=8, K=16, memory_format="channels_last"),
+    # tails in channels, borders of memory that is not dense
+    _of((4, 5), 3, padding=1, C=17, K=17, groups=17, memory_format="channels_last", dtype=torch.float16),
+    _of((4, 5), 3, padding=1, C=3, K=3, groups=3, memory_format="strided"),
+    _of((4, 5), 3, padding=1, transposed=True, stride=2, output_padding=1),
+    _of((4, 5), 3, padding=1, dtype=torch.float64),
+    _of((4, 5), 3, padding=1, dtype=torch.int8),
+    _of((4, 5), 3, padding=1, C=1, K=1, groups=1),
+]
+
+
+def kernels_of(case: Case, device: str) -> tuple[str, ...]:
+    """What the plans of the case run; it is checked on the way."""
+    with execute.recording() as calls:
+        wrong = [r for r in check_case(case, 0, device) if not r.ok]
+    assert not wrong, f"{case}: {wrong}"
+    found = execute.device_of(torch.device(device))
+    return tuple(plan.make(execute.problem_of(c, found)).kernel for c in calls)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_right_and_picked(case, kernels, poisoned):
+    assert set(kernels_of(case, kernels)) <= set(DIRECT)
+
+
+FEW = [
+    replace(case, C=2, K=2 * case.K // case.C, groups=2)
+    for case in (CASES[2], CASES[4], CASES[10], CASES[15], CASES[17])
+]
+
+
+@pytest.mark.parametrize("case", FEW, ids=lambda case: case.id)
+def test_depthwise_and_gather_agree(case, kernels):
+    operands = case.operands(1, kernels)
+    direct = case.run(operands)
+    gather = Config(16, 4, 4, dot=False)
+    with config.explicit(dict.fromkeys(Role, gather)):
+        gathered = case.run(operands)
+    for name in direct:
+        depth = case.depth(name)
+        assert (direct[name] - gathered[name]).abs().max() <= 4 * torch.finfo(case.dtype).eps * depth**0.5
+
+
+# Parts of filters, walks, lanes past the image, slabs without tiles, columns that no vector covers.
+CONFIGS = [
+    DepthwiseConfig(4, 1, 16, 8, 4, (3, 3), walk=2, splits=3),
+    DepthwiseConfig(3, 2, 16, 4, 2, (2, 1), splits=5),
+    DepthwiseConfig(1, 8, 8, 2, 4, (1, 3), walk=3),
+    DepthwiseConfig(2, 16, 4, 1, 8, (7, 7), walk=2, splits=2),
+]
+
+
+@pytest.mark.parametrize("tiles", CONFIGS, ids=str)
+@pytest.mark.parametrize("case", FEW, ids=lambda case: case.id)
+def test_tiling_does_not_change_the_numbers(case, tiles, kernels):
+    with config.explicit(dict.fromkeys(Role, tiles)):
+        assert set(kernels_of(case, kernels)) <= set(DIRECT)
+
+
+@pytest.mark.parametrize("case", [CASES[2], CASES[4], CASES[12]], ids=lambda case: case.id)
+def test_64_bit_offsets(case, kernels, monkeypatch):
+    monkeypatch.setattr(plan, "_reach", lambda *_: 2**31)
+    plan._make.cache_clear()
+    assert kernels_of(case, kernels)
+    plan._make.cache_clear()
+
+
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
+def test_infinities_stay_where_a_tap_reads_them(memory_format, kernels):
+    """Seven rows in lanes of four: the first filter row never reads the last image row, nor its infinity."""
+    case = _of((7, 8), 3, padding=1, C=2, K=2, groups=2, memory_format=memory_format)
+    operands = case.operands(0, kernels)
+    operands.x[..., 6, :] = float("inf")
+    tiles = DepthwiseConfig(4, 1, 8, 2, 1, (3, 3), walk=2)
+    with config.explicit({Role.WGRAD: tiles}):
+        dw = case.run(operands, ("dw",))["dw"]
+    assert dw[..., 0, :].isfinite().all()
+    assert not dw[..., 1:, :].isfinite().any()
+
+
+def test_same_bits_every_run(kernels):
+    case = _of((9, 8), 3, padding=1, C=2, K=2, groups=2)
+    operands = case.operands(3, kernels)
+    with config.explicit({Role.WGRAD: DepthwiseConfig(2, 8, 4, 1, 4, (3, 3), splits=3)}):
+        first, second = case.run(operands, ("dw",)), case.run(operands, ("dw",))
+    assert torch.equal(first["dw"], second["dw"])
+
+
+SHAPES = ((8, 64, 28, 28), (64, 1, 3, 3))
+
+
+def test_an_explicit_config_names_the_kernel():
+    for given, kernel in ((Config(64, 4, 4, dot=False), "gather"), (CONFIGS[0], "depthwise")):
+        with config.explicit({Role.FPROP: given}):
+            p = explain.plans(*SHAPES, groups=64, padding=1)["forward"]
+        assert (p.kernel, p.config) == (kernel, given)
+        assert "explicitly" in p.reason
+
+
+def test_a_depthwise_config_where_none_can_run_is_refused():
+    with config.explicit({Role.FPROP: CONFIGS[0]}), pytest.raises(RuntimeError, match="several input channels"):
+        explain.plans((8, 64, 28, 28), (64, 2, 3, 3), groups=32, padding=1)
+
+
+@pytest.mark.parametrize(
+    "change", [{"columns": 3}, {"lanes": 0}, {"rows": 0}, {"unroll": (0, 3)}, {"splits": 0}], ids=str
+)
+def test_configs_that_are_none_are_refused(change):
+    with pytest.raises(ValueError, match="must be"):
+        replace(CONFIGS[0], **change)
+
+
+@pytest.mark.parametrize("device", config.DEVICES.values(), ids=lambda device: device.name)
+def test_small_channel_counts_still_fill_the_device(device):
+    shapes = ((32, 16, 224, 224), (16, 1, 3, 3))
+    for channels_last in (False, True):
+        options = {"groups": 16, "padding": 1, "dtype": torch.bfloat16, "channels_last": channels_last}
+        p = explain.plans(*shapes, device=device, **options)["weight gradient"]
+        assert p.kernel == "depthwise_wgrad"
+        assert p.prediction.tiles >= 2 * device.multiprocessors
