@@ -2,6 +2,7 @@
 
 import doctest
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional
 
 import triton_conv
-from triton_conv import causal, causal_conv1d, causal_conv1d_update
-from triton_conv.kernels import causal as kernels_of
+from triton_conv import causal, causal_config, causal_conv1d, causal_conv1d_update, causal_plan
 
 ops = torch.ops.triton_conv
 HALF = (torch.bfloat16, torch.float16)
@@ -147,17 +147,16 @@ def test_float32_weights_with_other_inputs(dtype, layout, kernels, poisoned):
 @pytest.mark.parametrize("layout", ["contiguous", "rows", "odd slice", "odd slice of rows"])
 def test_long_walks_in_few_shares_of_a_sequence(layout, shares, kernels, poisoned, monkeypatch):
     """Programs that take many steps, as they do where there is more to do than a GPU has multiprocessors."""
-    by_rule = kernels_of.tiles
+    by_rule = causal_config.default
 
-    def few(p, backward):
-        t = by_rule(p, backward)._replace(RUNS=2, BLOCK_C=16)
-        return t._replace(blocks=-(-p.C // 16), splits=shares, steps=-(-p.L // (2 * t.UNIT * shares)))
+    def few(p):
+        return replace(by_rule(p), runs=2, channels=16, splits=shares)
 
-    monkeypatch.setattr(kernels_of, "tiles", few)
-    causal._launch.cache_clear()
+    monkeypatch.setattr(causal_config, "default", few)
+    causal_plan.make.cache_clear()
     for W in (3, 8):
         check(2, 17, 104, W, layout=layout, device=kernels)
-    causal._launch.cache_clear()
+    causal_plan.make.cache_clear()
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "rows"])
@@ -296,6 +295,14 @@ def test_an_update_writes_the_state_where_it_is(kernels):
     assert_close(y, x * weight[:, -1], 4)
     assert torch.equal(state[:, :, -1], x)
     assert torch.equal(memory.isnan(), before)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_state_that_lies_on_itself_cannot_be_updated(device):
+    state = torch.zeros(1, 3, 2, device=device).expand(2, 3, 2)
+    x, weight = torch.ones(2, 3, device=device), torch.ones(3, 3, device=device)
+    with pytest.raises(RuntimeError, match="more than one element of the written-to state"):
+        causal_conv1d_update(x, state, weight)
 
 
 def test_an_update_counts_as_a_change_of_the_state():

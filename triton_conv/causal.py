@@ -15,7 +15,6 @@ The operators, as a profile names them:
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -24,6 +23,9 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.nn import functional
 from torch.overrides import handle_torch_function, has_torch_function
 
+from . import causal_plan
+from .causal_config import CausalProblem, CausalRole
+from .causal_plan import CausalPlan
 from .execute import _on_device, device_of
 from .ops import _autocast_kernel, _autograd_kernel, _below_autograd, _folded, _unfolded
 
@@ -269,25 +271,33 @@ def _next_state(x: Tensor, state: Tensor | None, taps: int) -> Tensor:
 # The operators
 
 
-@lru_cache(maxsize=8192)
-def _launch(name: str, *numbers: Any) -> Any:
-    from .kernels import causal
-
-    return getattr(causal, name)(causal.Problem(*numbers))
-
-
-def _numbers(x, weight, bias, state, silu, device, rows, y, dx) -> tuple:
-    return (
-        *x.shape,
-        weight.shape[1],
-        rows,
-        silu,
-        bias is not None,
-        state is not None,
-        x.element_size(),
-        *(_strides(t, rows) for t in (x, y, dx)),
-        device.multiprocessors,
+def _plan(role, x, weight, bias, state, silu, device, strides) -> CausalPlan:
+    """`strides` are those of `CausalProblem`."""
+    (B, C, L), W = x.shape, weight.shape[1]
+    dtype, weight_dtype, *bias_dtype = (str(t.dtype).removeprefix("torch.") for t in (x, weight, bias) if t is not None)
+    there, rows = state is not None, _in_rows(x)
+    return causal_plan.make(
+        CausalProblem(
+            role, B, C, L, W, dtype, weight_dtype, next(iter(bias_dtype), None), silu, there, rows, device, **strides
+        )
     )
+
+
+def forward_plan(x, weight, bias, state, silu, device, y) -> CausalPlan:
+    rows = _in_rows(x)
+    strides = {"x": _strides(x, rows), "y": _strides(y, rows)}
+    return _plan(CausalRole.FORWARD, x, weight, bias, state, silu, device, strides)
+
+
+def backward_plan(dy, x, weight, bias, state, silu, device, dx) -> CausalPlan:
+    rows = _in_rows(x)
+    strides = {"x": _strides(x, rows), "y": _strides(dy, rows), "dx": _strides(dx, rows)}
+    return _plan(CausalRole.BACKWARD, x, weight, bias, state, silu, device, strides)
+
+
+def update_plan(x, state, weight, bias, silu, device, y) -> CausalPlan:
+    strides = {"x": x.stride(), "y": y.stride(), "state": state.stride()}
+    return _plan(CausalRole.UPDATE, x, weight, bias, state, silu, device, strides)
 
 
 def _contiguous(**tensors: Tensor | None) -> dict[str, Tensor]:
@@ -303,11 +313,10 @@ def _forward(x, weight, bias, initial_state, silu, return_final_state) -> tuple[
         return y, final_state
     if device is None:
         return y.copy_(_reference(x, weight, bias, initial_state, silu)), final_state
-    rows = _in_rows(x)
-    x = _laid_out(x, rows)
-    launch = _launch("forward", *_numbers(x, weight, bias, initial_state, silu, device, rows, y, y))
+    x = _laid_out(x, _in_rows(x))
+    plan = forward_plan(x, weight, bias, initial_state, silu, device, y)
     with _on_device(x.device):
-        launch.run({"x": x, "y": y, **_contiguous(w=weight, bias=bias, state=initial_state)})
+        plan.launches[0].run({"x": x, "y": y, **_contiguous(w=weight, bias=bias, state=initial_state)})
     return y, final_state
 
 
@@ -332,12 +341,12 @@ def _backward(dy, dfinal_state, x, weight, bias, initial_state, silu) -> tuple[T
     else:
         rows = _in_rows(x)
         x, dy = _laid_out(x, rows), _laid_out(dy, rows)
-        numbers = _numbers(x, weight, bias, initial_state, silu, device, rows, dy, dx)
-        slabs = x.new_empty(_launch("slabs", *numbers), dtype=_wide(x.dtype))
+        plan = backward_plan(dy, x, weight, bias, initial_state, silu, device, dx)
+        slabs = x.new_empty(plan.workspace_shape, dtype=_wide(x.dtype))
         sums = torch.empty_like(slabs[0])
         tensors = {"x": x, "dy": dy, "dx": dx, "dstate": dstate, "slabs": slabs, "sums": sums}
         with _on_device(x.device):
-            for launch in _launch("backward", *numbers):
+            for launch in plan.launches:
                 launch.run(tensors | _contiguous(w=weight, bias=bias, state=initial_state))
         dweight.copy_(sums[:W].t())
         if bias is not None:
@@ -372,22 +381,19 @@ def _update(x, state, weight, bias, silu) -> Tensor:
         y.copy_(_reference(x, weight, bias, state, silu))
         state.copy_(_next_state(x, state, weight.shape[1]))
         return y
-    numbers = (*x.shape, weight.shape[1], silu, bias is not None, x.element_size())
-    launch = _update_launch(*numbers, x.stride(), state.stride(), y.stride())
+    plan = update_plan(x, state, weight, bias, silu, device, y)
     with _on_device(x.device):
-        launch.run({"x": x, "state": state, "y": y, **_contiguous(w=weight, bias=bias)})
+        plan.launches[0].run({"x": x, "state": state, "y": y, **_contiguous(w=weight, bias=bias)})
     return y
-
-
-@lru_cache(maxsize=8192)
-def _update_launch(*numbers: Any) -> Any:
-    from .kernels import causal
-
-    return causal.update(*numbers)
 
 
 def _update_output(x, state, weight, bias, silu) -> Tensor:
     _check(x, weight, bias, state=state)
+    if any(stride == 0 and size > 1 for size, stride in zip(state.shape, state.stride(), strict=True)):
+        raise RuntimeError(
+            "unsupported operation: more than one element of the written-to state refers to a single memory location; "
+            f"clone() it first (state {list(state.shape)}, strides {list(state.stride())})"
+        )
     return _empty_like(x)
 
 

@@ -124,3 +124,8 @@ def _activations(role: Role, g: ConvGeometry, config: Any, tiles_m: int, flatten
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def power_of_two_in(value: int, limit: int = 16) -> int:
+    """The largest power of two up to `limit` that divides `value`."""
+    return min(limit, value & -value) if value else limit

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from ..geometry import PADDING_MODES, ConvGeometry
+from ..tiles import power_of_two_in as power_of_two_in
 
 MODE_CODES = {mode: code for code, mode in enumerate(PADDING_MODES)}
 REFLECT: tl.constexpr = tl.constexpr(MODE_CODES["reflect"])
@@ -78,11 +79,6 @@ def multiply(a, b, acc, DOT: tl.constexpr, PRECISION: tl.constexpr):
         return acc + tl.sum(a.to(acc.dtype)[:, :, None] * b.to(acc.dtype)[:, None, :], axis=0)
 
 
-def power_of_two_in(value: int, limit: int = 16) -> int:
-    """The largest power of two up to `limit` that divides `value`."""
-    return min(limit, value & -value) if value else limit
-
-
 def in_vectors(strides: tuple[int, ...], channel: int = 1) -> tuple[int, tuple[int, ...]]:
     """(vec, strides in units of vec elements), where the stride of dimension `channel`, which is 1, stays as it is.
 
@@ -114,7 +110,7 @@ def tap_of(step, taps_d, taps_h, taps_w, INDEX: tl.constexpr):
     return jd.to(INDEX), (step // per_w % per_h).to(INDEX), (step % per_w).to(INDEX)
 
 
-def launchable(programs: int, geometry: ConvGeometry) -> int:
+def launchable(programs: int, geometry: object) -> int:
     """The number of programs of a launch; raises RuntimeError where a GPU's grid has no room for them."""
     if programs >= 2**31:
         raise RuntimeError(f"a launch of {programs} programs is more than a grid holds: {geometry}")
