@@ -2,6 +2,7 @@
 because kernels that are being interpreted cannot be compiled.
 
     python tests/compile_plans.py sizes        compiled variants over fifty image sizes
+    python tests/compile_plans.py lengths      compiled variants over fifty lengths of causal convolutions
     python tests/compile_plans.py classes 90   input gradients that forgot that a residue class may have no tap
 """
 
@@ -53,6 +54,26 @@ def sizes() -> dict[str, int]:
     return counts
 
 
+def lengths() -> dict[str, int]:
+    """How often each causal kernel was compiled for fifty lengths of sequence, per layout."""
+    from triton_conv.kernels import causal, causal_backward
+
+    def count(kernel) -> int:
+        return sum(len(cache[0]) for cache in kernel.device_caches.values())
+
+    counts, forward, backward = {}, causal.forward_kernel, causal_backward.backward_kernel
+    with compiling_for(90):
+        for layout in ("channels_last", "contiguous"):
+            forward.device_caches.clear()
+            backward.device_caches.clear()
+            for length in range(300, 1300, 20):
+                options = {"causal": True, "dtype": torch.bfloat16, "channels_last": layout == "channels_last"}
+                for plan in explain.plans((2, 64, length + length // 20 % 5), (64, 4), **options).values():
+                    list(compiled_kernels(plan))
+            counts |= {f"forward {layout}": count(forward), f"backward {layout}": count(backward)}
+        return counts | {"update": count(causal.update_kernel)}
+
+
 def classes(arch: int) -> list[str]:
     """Input gradients of strided and dilated convolutions in whose code nobody asks whether a class has a tap.
 
@@ -87,4 +108,4 @@ def _argument_used(llir: str, signature: str, argument: str) -> bool:
 
 if __name__ == "__main__":
     what, *arch = sys.argv[1:]
-    print(json.dumps({"sizes": sizes, "classes": classes}[what](*map(int, arch))))
+    print(json.dumps({"sizes": sizes, "lengths": lengths, "classes": classes}[what](*map(int, arch))))

@@ -17,6 +17,7 @@ import torch
 import triton
 
 from triton_conv import cli, config, explain
+from triton_conv.causal_config import CausalConfig
 from triton_conv.config import BoxConfig, Config
 from triton_conv.geometry import Role
 from triton_conv.tuning import audit
@@ -194,6 +195,9 @@ def test_depthwise_kernels_want_loads_of_16_bytes():
     wanted = replace(ROW, wanted=Wanted(wide_loads=True))
     assert faults(replace(wanted, code=replace(GOOD, wide_loads=3))) == []
     assert faults(replace(wanted, code=GOOD)) == ["loads fewer than 16 bytes at a time"]
+    both = replace(wanted, wanted=Wanted(wide_loads=True, wide_stores=True), code=replace(GOOD, wide_loads=3))
+    assert faults(both) == ["stores fewer than 16 bytes at a time"]
+    assert faults(replace(both, code=replace(both.code, wide_stores=1))) == []
 
 
 def test_nothing_is_wanted_of_kernels_without_a_dot():
@@ -338,7 +342,7 @@ def test_nothing_that_ships_has_a_fault(arch):
     assert len(found) >= len(subjects) > 70
     assert [(row.layer, row.role, row.kernel, faults(row)) for row in found if faults(row)] == []
     main = [row for row in found if row.config is not None]
-    scalar = {row.layer for row in main if not row.wanted.matrix}
+    scalar = {row.layer for row in main if not row.wanted.matrix and not isinstance(row.config, CausalConfig)}
     assert scalar == {"depthwise", "int64", "float32 ieee"} | ({"float64"} if arch >= 100 else set())
     whole = [row for row in main if row.layer in WHOLE_VECTORS]
     assert {(row.layer, row.role) for row in whole} == set(product(WHOLE_VECTORS, ("fprop", "dgrad", "wgrad")))
@@ -351,6 +355,19 @@ def test_nothing_that_ships_has_a_fault(arch):
         assert boxed["box_wgrad"] >= BOXED_GRADIENTS
 
 
+def test_causal_convolutions_load_and_store_16_bytes_and_do_not_spill():
+    """Of both layouts, forward, backward and a step of an update, with Mamba's channels."""
+    subjects = [s for s in audit.shipped(90) if s.layer in ("causal", "causal contiguous")]
+    rows = [row for _, found in audit.audit(subjects, 90, jobs=2) for row in found if row.config is not None]
+    assert {(row.layer, row.role) for row in rows} == set(
+        product(("causal", "causal contiguous"), ("forward", "backward", "update"))
+    )
+    assert [(row.layer, row.role, faults(row)) for row in rows if faults(row)] == []
+    for row in rows:
+        assert row.wanted.wide_loads == row.wanted.wide_stores == (row.role != "update")
+        assert row.code.spill_bytes == row.code.copies == 0
+
+
 @pytest.mark.parametrize("arch", TARGETS)
 def test_every_layer_is_planned_for_every_role(arch):
     subjects = audit.shipped(arch)
@@ -358,6 +375,8 @@ def test_every_layer_is_planned_for_every_role(arch):
         roles = sorted({s.plan.role.value for s in subjects if s.layer == name})
         differentiable = layer.options["dtype"].is_floating_point and layer.options["dtype"].itemsize > 1
         expected = ["dgrad", "fprop", "wgrad"] if differentiable else ["fprop"]
+        if "causal" in layer.options:
+            expected = ["backward", "forward", "update"]
         assert roles == (expected if arch >= layer.since else [])
         plans = {(s.plan.role, s.plan.kernel, replace(s.plan.config, splits=1)) for s in subjects if s.layer == name}
         for images in (4, 1) if arch >= layer.since else ():

@@ -57,7 +57,8 @@ class CausalProblem(NamedTuple):
 
     def __str__(self) -> str:
         layout = "channels_last" if self.rows else "contiguous"
-        words = [f"x {self.N}x{self.C}x{self.L}", f"w {self.C}x{self.W}", layout]
+        words = [f"x {self.N}x{self.C}x{self.L}", f"w {self.C}x{self.W}"]
+        words += [] if self.role is CausalRole.UPDATE else [layout]
         words += [word for word, there in (("bias", self.has_bias), ("silu", self.silu)) if there]
         return " ".join([*words, "state"] if self.has_state else words)
 

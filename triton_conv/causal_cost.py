@@ -93,23 +93,7 @@ def limit(prediction: Prediction) -> str:
     return max(parts, key=lambda part: parts[part])
 
 
-def _of_an_output(p: CausalProblem, config: CausalConfig) -> tuple[float, float, float]:
-    """Instructions for an output: those that multiply, the others, and how many of these are special."""
-    vector = _vector(p, config)
-    rounding: float = 1 / HALVES if p.item_bytes == 2 else 0.0
-    widening = 1 if p.item_bytes == 2 else 0
-    if p.role is not CausalRole.BACKWARD:
-        sigmoid = SIGMOID + 1 if p.silu else 0
-        return p.W, sigmoid + widening + rounding + 2 * VECTOR_ADDRESS / vector, 2 if p.silu else 0
-    # g is computed for W - 1 positions more than dx where no walk brings it along
-    again = 1.0 if p.rows else (config.unit + p.W - 1) / config.unit
-    products = p.W * (2 + (again if p.silu else 0)) + p.has_bias
-    activating = again * (SIGMOID + SLOPE) if p.silu else 0
-    others = activating + 2 * again * widening + rounding + (1 + 2 * again) * VECTOR_ADDRESS / vector
-    return products, others, 2 * again if p.silu else 0
-
-
-def _vector(p: CausalProblem, config: CausalConfig) -> int:
+def vector(p: CausalProblem, config: CausalConfig) -> int:
     """Values that a load brings."""
     if p.role is CausalRole.UPDATE:
         return 1
@@ -119,3 +103,19 @@ def _vector(p: CausalProblem, config: CausalConfig) -> int:
         most = min(most, config.runs * config.channels // (32 * config.num_warps))
         strides = (*strides, p.C)
     return most if not any(n % most for n in strides) else 1
+
+
+def _of_an_output(p: CausalProblem, config: CausalConfig) -> tuple[float, float, float]:
+    """Instructions for an output: those that multiply, the others, and how many of these are special."""
+    addresses = VECTOR_ADDRESS / vector(p, config)
+    rounding: float = 1 / HALVES if p.item_bytes == 2 else 0.0
+    widening = 1 if p.item_bytes == 2 else 0
+    if p.role is not CausalRole.BACKWARD:
+        sigmoid = SIGMOID + 1 if p.silu else 0
+        return p.W, sigmoid + widening + rounding + 2 * addresses, 2 if p.silu else 0
+    # g is computed for W - 1 positions more than dx where no walk brings it along
+    again = 1.0 if p.rows else (config.unit + p.W - 1) / config.unit
+    products = p.W * (2 + (again if p.silu else 0)) + p.has_bias
+    activating = again * (SIGMOID + SLOPE) if p.silu else 0
+    others = activating + 2 * again * widening + rounding + (1 + 2 * again) * addresses
+    return products, others, 2 * again if p.silu else 0

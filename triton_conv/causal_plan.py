@@ -51,6 +51,10 @@ class CausalPlan:
         return self.asked.dtype
 
     @property
+    def N(self) -> int:
+        return self.asked.N
+
+    @property
     def device(self) -> Device:
         return self.asked.device
 

@@ -225,6 +225,11 @@ def _add_explain(sub: Any) -> None:
     parser.add_argument("input", type=_shape, help="shape of the input, N x C x spatial, for example 8x64x56x56")
     parser.add_argument("weight", type=_shape, help="shape of the weight as PyTorch has it, for example 128x64x3x3")
     parser.add_argument("--transposed", action="store_true", help="a transposed convolution")
+    parser.add_argument(
+        "--causal", action="store_true", help="causal_conv1d: an input B x C x L and a weight C x taps; its layout only"
+    )
+    parser.add_argument("--activation", choices=("silu", "swish"), help="of --causal (default: none)")
+    parser.add_argument("--initial-state", action="store_true", help="of --causal: with an initial state")
     parser.add_argument("--stride", type=_ints, default=1, help="one value, or one per axis: 2,1 (default: 1)")
     parser.add_argument(
         "--padding",
@@ -278,6 +283,13 @@ def explain(arguments: argparse.Namespace) -> int:
         parameters["output_padding"] = arguments.output_padding or 0
     elif arguments.output_padding is not None:
         raise CommandError("argument --output-padding: only a transposed convolution has one")
+    if arguments.causal:
+        given = {name: getattr(arguments, name) for name in names if _unlike_default(arguments, name)}
+        if given or arguments.output_padding is not None:
+            raise CommandError(f"argument --causal: does not go with {', '.join(given) or 'output_padding'}")
+        parameters = {name: getattr(arguments, name) for name in ("causal", "activation", "initial_state")}
+    elif arguments.activation or arguments.initial_state:
+        raise CommandError("arguments --activation and --initial-state: only --causal has them")
     try:
         text = explaining.text(
             arguments.input,
@@ -295,8 +307,16 @@ def explain(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _unlike_default(arguments: argparse.Namespace, name: str) -> bool:
+    defaults = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, "padding_mode": ("zeros",)}
+    return getattr(arguments, name) != defaults.get(name)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # audit
+
+
+_AUDITED_ROLES = ("fprop", "dgrad", "wgrad", "forward", "backward", "update")  # the last three are causal_conv1d's
 
 
 def _add_audit(sub: Any) -> None:
@@ -318,7 +338,7 @@ def _add_audit(sub: Any) -> None:
         help="compute capability to compile for, ten times the one of data sheets; may be repeated (default: 90)",
     )
     parser.add_argument("--layer", type=_layer, action="append", help="only this layer; may be repeated")
-    parser.add_argument("--role", choices=("fprop", "dgrad", "wgrad"), help="only plans of this role")
+    parser.add_argument("--role", choices=_AUDITED_ROLES, help="only plans of this role")
     parser.add_argument("--kernel", action="append", help="only launches of this kernel, such as box; may be repeated")
     parser.add_argument("--jobs", type=_positive, help="compilers at a time (default: one for each processor)")
     parser.add_argument("--json", action="store_true", help="print JSON, not a table")

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from . import config, cost, execute, functional, plan
+from . import causal, config, cost, execute, functional, plan
+from .causal_plan import CausalPlan
 from .config import Device
 
 _NAMES = ("forward", "input gradient", "weight gradient")
@@ -33,7 +34,7 @@ def plans(
     bias: bool = False,
     device: Device = config.DEVICES["H200"],
     **parameters: Any,
-) -> dict[str, plan.Plan]:
+) -> dict[str, plan.Plan] | dict[str, CausalPlan]:
     """The plans of a convolution and, for dtypes that have them, of its two gradients; needs no GPU.
 
         >>> p = plans((8, 64, 56, 56), (128, 64, 3, 3), padding=1, dtype=torch.bfloat16)
@@ -44,8 +45,11 @@ def plans(
     (stride, padding, dilation, groups, padding_mode, precision, ...), whose errors this raises too. With the dtype
     float8_e4m3fn they are those of `scaled_conv2d`, with int8 and an `out_dtype` of int32 those of `int_conv2d`.
     `channels_last` lays out input and weight so; `device` is the one that plans are for. A complex convolution shows
-    the plan of the four real ones it is made of.
+    the plan of the four real ones it is made of. With `causal` the plans are those of `causal_conv1d`, of its gradients
+    and of `causal_conv1d_update`; the parameters are then `activation` and `initial_state`, whether there is one.
     """
+    if parameters.pop("causal", False):
+        return _causal_plans(input_shape, weight_shape, transposed, dtype, channels_last, bias, device, **parameters)
     _, calls = _traced(input_shape, weight_shape, transposed, dtype, channels_last, bias, parameters)
     return _plans(calls, device)
 
@@ -65,6 +69,13 @@ def text(
 
     That time is predicted by `triton_conv.cost`, and compared with the least that the device's data sheet allows.
     """
+    if parameters.pop("causal", False):
+        how = (transposed, dtype, channels_last, bias, device)
+        shown = _causal_plans(input_shape, weight_shape, *how, **parameters)
+        lines = [f"causal_conv1d {shown['forward'].asked} {_written(dtype)} on {device.name}"]
+        for title, causal_one in shown.items():
+            lines += [f"\n{title}", str(causal_one), _times(causal_one)]
+        return "\n".join(lines)
     name = _name(weight_shape, transposed, dtype, parameters.get("out_dtype"))
     output_shape, calls = _traced(input_shape, weight_shape, transposed, dtype, channels_last, bias, parameters)
     shapes = {"input": input_shape, "weight": weight_shape, "output": output_shape}
@@ -86,11 +97,51 @@ def text(
     return "\n".join(lines)
 
 
-def _times(p: plan.Plan) -> str:
+def _causal_plans(
+    input_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    transposed: bool,
+    dtype: torch.dtype,
+    channels_last: bool,
+    bias: bool,
+    device: Device,
+    activation: str | None = None,
+    initial_state: bool = False,
+) -> dict[str, CausalPlan]:
+    if transposed:
+        raise ValueError("a causal convolution is not transposed")
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, w = empty(*input_shape), empty(*weight_shape)
+    if channels_last and x.dim() == 3:
+        x = x.transpose(1, 2).contiguous().transpose(1, 2)
+    b = empty(weight_shape[0]) if bias else None
+    state = None
+    if x.dim() == 3 and w.dim() == 2:
+        state = empty(*input_shape[:2], max(weight_shape[1] - 1, 0))
+    y = causal.causal_conv1d(x, w, b, activation, state if initial_state else None)  # which raises what is wrong
+    assert isinstance(y, torch.Tensor)
+    assert state is not None
+    given, silu = state if initial_state else None, activation is not None
+    step = x[:, :, :1]
+    return {
+        "forward": causal.forward_plan(x, w, b, given, silu, device, y),
+        "all gradients": causal.backward_plan(y, x, w, b, given, silu, device, y),
+        "update by one step": causal.update_plan(step, state, w, b, silu, device, step),
+    }
+
+
+def _times(p: plan.Plan | CausalPlan) -> str:
     least = p.roofline
     scaled = f", numbers {p.device.source}" if p.device.source.startswith("scaled") else ""
     moved = f"{_with_prefix(least.flops)}FLOP, {_with_prefix(least.bytes)}B"
     limit = f"roofline   {moved}: at least {_with_prefix(least.seconds)}s, by {least.limit}{scaled}"
+    if isinstance(p, CausalPlan):
+        share = f"{least.seconds / p.seconds:.0%} of that limit, most of it by {p.limit}"
+        programs = f"programs {p.prediction.tiles}, waves {p.prediction.waves}"
+        return f"{limit}\ntime       {_with_prefix(p.seconds)}s predicted, not measured: {share}; {programs}"
     if p.kernel not in cost.TILES:
         return f"{limit}\ntime       not predicted: there is no model of this kernel"
     kernel, share = p.prediction, f"{least.seconds / p.seconds:.0%} of that limit"

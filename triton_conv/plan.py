@@ -74,6 +74,10 @@ class Plan:
     reason: str
 
     @property
+    def N(self) -> int:
+        return self.asked.N
+
+    @property
     def dtypes(self) -> dict[str, str]:
         """The dtype of every operand that a launch may name."""
         output = {Role.FPROP: "y", Role.DGRAD: "x", Role.WGRAD: "w"}[self.role]

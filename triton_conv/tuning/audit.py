@@ -17,7 +17,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from .. import explain, tiles
+from .. import causal_cost, explain, tiles
+from ..causal_config import CausalConfig
+from ..causal_plan import CausalPlan
 from ..config import ITEM_BYTES, DepthwiseConfig, KernelConfig
 from ..plan import Plan
 from .code import TARGETS, TENSOR_MEMORY, Code, compiled_kernels, compiling_for, read
@@ -48,6 +50,7 @@ class Wanted:
     shared_operands: bool = False
     whole_vectors: bool = False
     wide_loads: bool = False
+    wide_stores: bool = False
     tma_loads: bool = False
     tma_stores: bool = False
 
@@ -56,7 +59,7 @@ class Subject(NamedTuple):
     """A plan to audit, and the layer it is for."""
 
     layer: str
-    plan: Plan
+    plan: Plan | CausalPlan
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Row:
     role: str
     kernel: str
     dtype: str
-    config: KernelConfig | None
+    config: KernelConfig | CausalConfig | None
     wanted: Wanted
     code: Code | None = None
     error: str = ""
@@ -120,6 +123,8 @@ def faults(row: Row) -> list[str]:
         found.append("copies fewer than 16 bytes at a time")
     if wanted.wide_loads and not code.wide_loads:
         found.append("loads fewer than 16 bytes at a time")
+    if wanted.wide_stores and not code.wide_stores:
+        found.append("stores fewer than 16 bytes at a time")
     if wanted.tma_loads and not code.tma_loads:
         found.append("loads no operand by the bulk copy engine")
     if wanted.tma_stores and not code.tma_stores:
@@ -221,18 +226,22 @@ def _row(task: _Task, launch: Any) -> Row:
     main = launch.name == plan.kernel
     wanted = _wanted(plan, launch, task.arch) if main else Wanted()
     config = plan.config if main else None
-    return Row(task.arch, layer, plan.asked.N, plan.role.value, launch.name, plan.dtype, config, wanted)
+    return Row(task.arch, layer, plan.N, plan.role.value, launch.name, plan.dtype, config, wanted)
 
 
 def _failed(task: _Task, error: str) -> Row:
     layer, plan = task.subject
-    what = (plan.asked.N, plan.role.value, plan.kernel, plan.dtype, plan.config)
+    what = (plan.N, plan.role.value, plan.kernel, plan.dtype, plan.config)
     return Row(task.arch, layer, *what, Wanted(), error=error)
 
 
-def _wanted(plan: Plan, launch: Any, arch: int) -> Wanted:
+def _wanted(plan: Plan | CausalPlan, launch: Any, arch: int) -> Wanted:
     """What the main kernel of a plan is chosen for; sums of products without a dot have little to lose."""
     config: Any = plan.config
+    if isinstance(plan, CausalPlan):
+        # backward, five taps and more leave registers for 8 bytes of a row, and an update goes where strides lead
+        whole = causal_cost.vector(plan.asked, config) * plan.asked.item_bytes == 16
+        return Wanted(wide_loads=whole, wide_stores=whole)
     if isinstance(config, DepthwiseConfig):
         g, channels_last = plan.geometry, plan.strides.x[1] == plan.strides.y[1] == 1
         along_c = channels_last and g.C == g.K and g.C % config.vector == 0

@@ -21,6 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from .. import devices
+from ..causal_plan import CausalPlan
 from ..plan import Plan
 
 TARGETS = {80: devices.A100, 90: devices.H200, 100: devices.B200, 120: devices.RTX_5090}
@@ -50,7 +51,7 @@ class Code:
                    come from shared memory, "registers" where one passes through registers, "" for other instructions
     tma_loads, tma_stores  bulk tensor copies in the code
     copies, narrow_copies  asynchronous copies in the code of 16 bytes a thread, and of fewer
-    wide_loads     plain loads in the code of 16 bytes a thread
+    wide_loads, wide_stores  plain loads and stores in the code of 16 bytes a thread
     ahead          steps of the main loop that its loads run ahead of their use, the least of them
     """
 
@@ -70,6 +71,7 @@ class Code:
     narrow_copies: int
     wide_loads: int
     ahead: int
+    wide_stores: int = 0
 
 
 class _NoDevice:
@@ -105,7 +107,7 @@ def compiling_for(arch: int) -> Iterator[None]:
         driver._active = before
 
 
-def compiled_kernels(plan: Plan, names: Collection[str] = ()) -> Iterator[tuple[Any, Any]]:
+def compiled_kernels(plan: Plan | CausalPlan, names: Collection[str] = ()) -> Iterator[tuple[Any, Any]]:
     """(launch, compiled kernel) of what the plan launches, of all names or of these; within `compiling_for`."""
     dtypes = {operand: getattr(torch, dtype) for operand, dtype in plan.dtypes.items()}
     for launch in plan.launches:
@@ -144,6 +146,7 @@ def read(kernel: Any, arch: int) -> Code:
         narrow_copies=narrow,
         wide_loads=len(re.findall(r"\bLDG\.\S*\.128\b", text)),
         ahead=_steps_ahead(ir),
+        wide_stores=len(re.findall(r"\bSTG\.\S*\.128\b", text)),
     )
 
 

@@ -22,6 +22,7 @@ FLOAT16 = {**BFLOAT16, "dtype": torch.float16}
 FLOAT32 = {**BFLOAT16, "dtype": torch.float32}
 FLOAT8 = {**BFLOAT16, "dtype": torch.float8_e4m3fn}
 INT8 = {**BFLOAT16, "dtype": torch.int8, "out_dtype": torch.int32}
+CAUSAL = {"causal": True, "dtype": torch.bfloat16, "channels_last": False, "activation": "silu"}
 
 LAYERS = {
     "3x3": Layer((32, 256, 56, 56), (256, 256, 3, 3), BFLOAT16),
@@ -82,4 +83,13 @@ LAYERS = {
     "int8": Layer((32, 256, 56, 56), (256, 256, 3, 3), INT8),
     "int8 circular": Layer((32, 128, 56, 56), (256, 128, 3, 3), {**INT8, "padding_mode": "circular"}),
     "int64": Layer((32, 64, 56, 56), (64, 64, 3, 3), {**BFLOAT16, "dtype": torch.int64}),
+    "causal": Layer((2, 12288, 16384), (12288, 4), {**CAUSAL, "channels_last": True}),
+    "causal contiguous": Layer((2, 12288, 16384), (12288, 4), CAUSAL),
+    "causal state": Layer((2, 5120, 2048), (5120, 4), {**CAUSAL, "channels_last": True, "initial_state": True}),
+    "causal state contiguous": Layer((2, 5120, 2048), (5120, 4), {**CAUSAL, "initial_state": True}),
+    "causal float32": Layer(
+        (8, 2048, 4096), (2048, 3), {**CAUSAL, "dtype": torch.float32, "channels_last": True, "activation": None}
+    ),
+    "causal 8 taps": Layer((8, 2048, 4096), (2048, 8), {**CAUSAL, "dtype": torch.float16, "channels_last": True}),
+    "causal 8 taps contiguous": Layer((8, 2048, 4096), (2048, 8), {**CAUSAL, "dtype": torch.float16}),
 }
