@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,6 +151,15 @@ def test_the_examples_of_the_documentation(name):
     names = {"torch": torch, "triton_conv": triton_conv, **vars(module)}
     result = doctest.testmod(module, extraglobs=names)
     assert result.attempted > 0
+    assert result.failed == 0
+
+
+def test_the_examples_of_the_readme():
+    readme = Path(triton_conv.__file__).parent.parent / "README.md"
+    if not readme.exists():
+        pytest.skip("the package is installed without its README")
+    result = doctest.testfile(str(readme), module_relative=False)
+    assert result.attempted > 5
     assert result.failed == 0
 
 

@@ -170,7 +170,8 @@ def launches(p: CausalProblem, config: CausalConfig) -> tuple[Launch, Launch]:
     given = ("x", "w", "bias" if p.has_bias else None, "state" if p.has_state else None, "dy")
     made = ("dx", "dstate" if p.has_state else None, "slabs")
     found = arguments(p, config, x=p.x, y=p.y, dx=p.dx)
-    if p.W > 4 and not p.rows:
+    many = 4 if p.dtype == "float32" else 5  # taps
+    if not p.rows and p.W >= many:
         found["maxnreg"] = 255  # told the limit, the assembler does not aim at fewer registers and then spill
     count, terms, channels = slabs(p, config)
     numel = terms * channels
