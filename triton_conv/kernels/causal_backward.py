@@ -171,7 +171,7 @@ def launches(p: CausalProblem, config: CausalConfig) -> tuple[Launch, Launch]:
     made = ("dx", "dstate" if p.has_state else None, "slabs")
     found = arguments(p, config, x=p.x, y=p.y, dx=p.dx)
     many = 4 if p.dtype == "float32" else 5  # taps
-    if not p.rows and p.W >= many:
+    if not p.rows and many <= p.W:
         found["maxnreg"] = 255  # told the limit, the assembler does not aim at fewer registers and then spill
     count, terms, channels = slabs(p, config)
     numel = terms * channels
