@@ -137,6 +137,10 @@ def test_dtypes(dtype, layout, kernels, poisoned):
     check(1, 16, 40, 4, dtype=dtype, layout=layout, device=kernels)
 
 
+def test_rows_of_which_a_thread_holds_one_channel(kernels, poisoned):
+    check(1, 48, 20, 8, dtype=torch.float64, layout="rows", device=kernels)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "rows"])
 @pytest.mark.parametrize("dtype", [*HALF, torch.float64], ids=str)
 def test_float32_weights_with_other_inputs(dtype, layout, kernels, poisoned):

@@ -100,7 +100,7 @@ def default(p: CausalProblem) -> CausalConfig:
     if p.rows:
         unit = max(p.W - 1, 3 if backward else 4)  # W - 1 at least: only a sequence's first run reaches the state
         # what a thread holds of a row: 16 bytes, if there are registers for so many windows, taps and sums of dw
-        room = (32 if backward else 64) // (2 if p.item_bytes == 8 else 1)
+        room = (8 if backward else 32) if p.item_bytes == 8 else (32 if backward else 64)
         held = min(16 // p.item_bytes, room // _power_of_two(p.W))
         channels = min(_power_of_two(p.C), max(power_of_two_in(p.C, threads * held), 32 * held))
         runs = threads * held // channels
