@@ -296,9 +296,10 @@ def default_box(
     while whole_blocks and src % block_k:
         block_k //= 2
     widest = 64 if _through_registers(dtype, device) else 128
-    # after Hopper, the addresses of a fourth stage spill from the few registers that small tiles are given
-    cramped = device.capability >= 120 or (device.capability >= 100 and block_k < deepest)
-    return BoxConfig(little_waste(counts, 128), _tile(dst, 64, widest), block_k, num_stages=3 if cramped else 4)
+    # after Hopper, the addresses of more stages spill from the few registers that small tiles are given
+    shallow = device.capability >= 100 and block_k < deepest
+    stages = 3 if device.capability >= 120 else 2 if shallow else 4
+    return BoxConfig(little_waste(counts, 128), _tile(dst, 64, widest), block_k, num_stages=stages)
 
 
 def default_banded(geometry: ConvGeometry, role: Role, item_bytes: int, device: Device) -> BandedConfig:

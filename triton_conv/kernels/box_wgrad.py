@@ -68,7 +68,7 @@ def box_wgrad_kernel(
     slabs,
     runs_per_slab,
     slab_stride,
-    flt_strides,  # of group, k, c and the three taps in dw or in a slab; all but c's in units of FLT_VEC elements
+    flt_strides,  # of group, k and the three taps in dw or in a slab, in units of FLT_VEC elements
     axis_d,
     axis_h,
     axis_w,
@@ -80,6 +80,7 @@ def box_wgrad_kernel(
     BP: tl.constexpr,
     BQ: tl.constexpr,
     FLT_VEC: tl.constexpr,
+    SC: tl.constexpr,  # stride of c, which makes offsets of channels part of the stores, not of registers
     C_VEC: tl.constexpr,
     K_VEC: tl.constexpr,
     INDEX: tl.constexpr,
@@ -124,10 +125,10 @@ def box_wgrad_kernel(
 
     k, k_valid = channel_block(k0, K, BLOCK_N, K_VEC)
     c, c_valid = channel_block(c0, C, BLOCK_K, C_VEC)
-    sg, sk, sc, st, sr, ss = flt_strides
+    sg, sk, st, sr, ss = flt_strides
     tap = jd.to(INDEX) * st + jh.to(INDEX) * sr + jw.to(INDEX) * ss
     dw += (slab.to(INDEX) * slab_stride + group.to(INDEX) * sg + tap) * FLT_VEC
-    offset = k.to(INDEX)[:, None] * sk * FLT_VEC + c.to(INDEX)[None, :] * sc  # [BLOCK_N, BLOCK_K]
+    offset = k.to(INDEX)[:, None] * sk * FLT_VEC + c.to(INDEX)[None, :] * SC  # [BLOCK_N, BLOCK_K]
     tl.store(dw + offset, acc.to(dw.dtype.element_ty), mask=k_valid[:, None] & c_valid[None, :])
 
 
@@ -155,7 +156,7 @@ def launches(geometry: ConvGeometry, strides: Strides, config, numerics) -> list
         "slabs": config.splits,
         "runs_per_slab": counted.longest,
         "slab_stride": numel // flt_vec,  # whole: dw is dense
-        "flt_strides": flt_strides,
+        "flt_strides": (*flt_strides[:2], *flt_strides[3:]),
         "axis_d": axes[0],
         "axis_h": axes[1],
         "axis_w": axes[2],
@@ -167,6 +168,7 @@ def launches(geometry: ConvGeometry, strides: Strides, config, numerics) -> list
         "BP": bp,
         "BQ": bq,
         "FLT_VEC": flt_vec,
+        "SC": flt_strides[2],
         "C_VEC": min(power_of_two_in(C), config.BLOCK_K),
         "K_VEC": min(power_of_two_in(K), config.BLOCK_N),
         "INDEX": getattr(tl, f"int{numerics.index_bits}"),

@@ -25,11 +25,12 @@ from ..plan import Plan
 from .code import TARGETS, TENSOR_MEMORY, Code, compiled_kernels, compiling_for, read
 from .layers import LAYERS
 
-# By what is multiplied: 16-bit floats and TF32, 8-bit floats, 8-bit integers, float64. Those left out have none.
+# By what is multiplied: 16-bit floats and TF32, 8-bit floats, 8-bit integers, float64. Those left out have none; of two,
+# older Tritons give the first.
 MATRIX_INSTRUCTIONS = {
     80: {"half": "HMMA", "int8": "IMMA", "double": "DMMA"},
     90: {"half": "HGMMA", "float8": "QGMMA", "int8": "IGMMA", "double": "DMMA"},
-    100: {"half": "UTCHMMA", "float8": "UTCQMMA", "int8": "IMMA"},
+    100: {"half": "UTCHMMA", "float8": "UTCQMMA", "int8": "IMMA UTCIMMA"},
     120: {"half": "HMMA", "float8": "QMMA", "int8": "IMMA"},
 }
 _FROM_SHARED_MEMORY = {"HGMMA", "QGMMA", "IGMMA", "UTCHMMA", "UTCQMMA"}  # the others read operands from registers
@@ -110,9 +111,9 @@ def faults(row: Row) -> list[str]:
     if code.tensor_memory > TENSOR_MEMORY:
         found.append(f"needs {code.tensor_memory} columns of tensor memory, {TENSOR_MEMORY} are there")
     wide = code.rows >= _LEAST_ROWS
-    accepted = {wanted.matrix} if wide else {wanted.matrix, wanted.few_rows}
-    if wanted.matrix and not accepted & set(code.matrix.split()):
-        found.append(f"its dot became no {wanted.matrix} instruction")
+    accepted = wanted.matrix.split() if wide else [*wanted.matrix.split(), wanted.few_rows]
+    if wanted.matrix and not set(accepted) & set(code.matrix.split()):
+        found.append(f"its dot became no {' or '.join(wanted.matrix.split())} instruction")
     if wanted.pipelined and not code.ahead:
         found.append("its loads are not pipelined")
     if wanted.pipelined and not code.tma_loads + code.copies + code.narrow_copies:
