@@ -24,9 +24,11 @@ LAYERS = [
     {"choose", "causal_cost"},
     {"ways"},
     {"plan", "causal_plan"},
+    {"separable_plan"},
     {"execute"},
     {"ops"},
     {"functional", "causal"},
+    {"separable"},
     {"nn", "override", "explain"},
     {"check", "demo", "tuning"},
     {"cli"},
@@ -88,7 +90,7 @@ def test_imports_point_one_way(path):
         assert RANK[name] < RANK[mine] or name == mine, where
         assert mine not in NARROW or name in NARROW[mine], where
         assert name != "tuning" or mine in ("tuning", "cli", "__main__"), where
-        assert name != "kernels" or mine in ("kernels", "plan", "causal_plan"), where
+        assert name != "kernels" or mine in ("kernels", "plan", "causal_plan", "separable_plan"), where
 
 
 def test_the_parser_sees_every_form_of_import(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from .functional import (
 )
 from .nn import convert
 from .override import override
+from .separable import separable_conv1d, separable_conv2d, separable_conv3d
 from .version import VERSION as __version__  # noqa: F401, N811
 
 __all__ = [
@@ -38,4 +39,7 @@ __all__ = [
     "scaled_conv1d",
     "scaled_conv2d",
     "scaled_conv3d",
+    "separable_conv1d",
+    "separable_conv2d",
+    "separable_conv3d",
 ]

@@ -25,8 +25,8 @@ from ..plan import Plan
 from .code import TARGETS, TENSOR_MEMORY, Code, compiled_kernels, compiling_for, read
 from .layers import LAYERS
 
-# By what is multiplied: 16-bit floats and TF32, 8-bit floats, 8-bit integers, float64. Those left out have none; of two,
-# older Tritons give the first.
+# By what is multiplied: 16-bit floats and TF32, 8-bit floats, 8-bit integers, float64. Those left out have none; of
+# two, older Tritons give the first.
 MATRIX_INSTRUCTIONS = {
     80: {"half": "HMMA", "int8": "IMMA", "double": "DMMA"},
     90: {"half": "HGMMA", "float8": "QGMMA", "int8": "IGMMA", "double": "DMMA"},
