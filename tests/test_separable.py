@@ -8,10 +8,12 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import triton_conv
-from triton_conv import config, separable_plan
+from triton_conv import cli, config, separable_plan
 from triton_conv.geometry import ConvGeometry
 from triton_conv.kernels.launch import Launch
 from triton_conv.plan import dense_strides
+from triton_conv.tuning import audit
+from triton_conv.tuning.audit import faults
 from triton_conv.tuning.code import TARGETS
 
 FUNCTIONS = {1: triton_conv.separable_conv1d, 2: triton_conv.separable_conv2d, 3: triton_conv.separable_conv3d}
@@ -294,3 +296,34 @@ def test_a_plan_says_what_it_is_and_why():
 def test_tiles_fit_every_device(arch):
     for dtype in separable_plan.DTYPES:
         assert planned(8, 64, 28, 64, dtype=dtype, device=TARGETS[arch]).prediction.resident >= 1
+
+
+def test_explain_shows_one_kernel_and_two(capsys):
+    command = "explain 32x128x56x56 128x1x3x3 --pointwise 256 --padding 1 --dtype bfloat16 --channels-last"
+    assert cli.main(command.split()) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("separable convolution 32x128x56x56, depthwise 128x1x3x3, pointwise 256 bfloat16")
+    titles = [line for line in printed.splitlines() if line in ("both in one kernel", "depthwise", "pointwise")]
+    assert titles == ["both in one kernel", "depthwise", "pointwise"]
+    assert printed.count("predicted, not measured") == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--transposed", "does not go with --causal, --transposed or --out-dtype"),
+        ("--groups 2", "as many groups as channels"),
+        ("--dtype int32", "no sums of int32"),
+    ],
+)
+def test_explain_says_what_does_not_fit(options, words, capsys):
+    assert cli.main(f"explain 2x8x9x9 8x1x3x3 --pointwise 4 {options}".split()) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_the_fused_kernel_has_wide_loads_and_a_matrix_instruction():
+    subjects = [s for s in audit.shipped(90) if s.layer == "separable" and s.plan.kernel == "separable"]
+    rows = [row for _, found in audit.audit(subjects, 90, jobs=1) for row in found]
+    assert rows
+    assert [faults(row) for row in rows] == [[] for _ in rows]
+    assert all(row.wanted.wide_loads and row.wanted.matrix == "HGMMA" for row in rows)

@@ -228,6 +228,9 @@ def _add_explain(sub: Any) -> None:
     parser.add_argument(
         "--causal", action="store_true", help="causal_conv1d: an input B x C x L and a weight C x taps; its layout only"
     )
+    parser.add_argument(
+        "--pointwise", type=_positive, metavar="K", help="separable_conv: the weight is depthwise, then come K channels"
+    )
     parser.add_argument("--activation", choices=("silu", "swish"), help="of --causal (default: none)")
     parser.add_argument("--initial-state", action="store_true", help="of --causal: with an initial state")
     parser.add_argument("--stride", type=_ints, default=1, help="one value, or one per axis: 2,1 (default: 1)")
@@ -290,6 +293,10 @@ def explain(arguments: argparse.Namespace) -> int:
         parameters = {name: getattr(arguments, name) for name in ("causal", "activation", "initial_state")}
     elif arguments.activation or arguments.initial_state:
         raise CommandError("arguments --activation and --initial-state: only --causal has them")
+    if arguments.pointwise is not None:
+        if arguments.causal or arguments.transposed or arguments.out_dtype is not None:
+            raise CommandError("argument --pointwise: does not go with --causal, --transposed or --out-dtype")
+        parameters["pointwise"] = arguments.pointwise
     try:
         text = explaining.text(
             arguments.input,

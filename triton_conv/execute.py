@@ -67,9 +67,14 @@ def empty_output(call: Call) -> Tensor:
 
     That is PyTorch's rule for cuDNN convolutions (for float64 too, which cuDNN cannot do).
     """
+    record(call)
+    return _empty_like_output(call)
+
+
+def record(call: Call) -> None:
+    """Tells whoever is `recording`."""
     if _recorded is not None:
         _recorded.append(call)
-    return _empty_like_output(call)
 
 
 def _empty_like_output(call: Call) -> Tensor:

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from . import causal, config, cost, execute, functional, plan
+from . import causal, config, cost, execute, functional, plan, separable
 from .causal_plan import CausalPlan
 from .config import Device
+from .separable_plan import SeparablePlan
 
 _NAMES = ("forward", "input gradient", "weight gradient")
 # What those of a transposed convolution are of the convolution whose input gradient it is.
@@ -34,7 +35,7 @@ def plans(
     bias: bool = False,
     device: Device = config.DEVICES["H200"],
     **parameters: Any,
-) -> dict[str, plan.Plan] | dict[str, CausalPlan]:
+) -> dict[str, plan.Plan] | dict[str, CausalPlan] | dict[str, plan.Plan | SeparablePlan]:
     """The plans of a convolution and, for dtypes that have them, of its two gradients; needs no GPU.
 
         >>> p = plans((8, 64, 56, 56), (128, 64, 3, 3), padding=1, dtype=torch.bfloat16)
@@ -47,7 +48,11 @@ def plans(
     `channels_last` lays out input and weight so; `device` is the one that plans are for. A complex convolution shows
     the plan of the four real ones it is made of. With `causal` the plans are those of `causal_conv1d`, of its gradients
     and of `causal_conv1d_update`; the parameters are then `activation` and `initial_state`, whether there is one.
+    With `pointwise`, a number of output channels, they are those of a separable convolution for inference: both in one
+    kernel, then one after the other.
     """
+    if parameters.get("pointwise") is not None:
+        return _separable_plans(input_shape, weight_shape, transposed, dtype, channels_last, bias, device, **parameters)
     if parameters.pop("causal", False):
         return _causal_plans(input_shape, weight_shape, transposed, dtype, channels_last, bias, device, **parameters)
     _, calls = _traced(input_shape, weight_shape, transposed, dtype, channels_last, bias, parameters)
@@ -75,6 +80,16 @@ def text(
         lines = [f"causal_conv1d {shown['forward'].asked} {_written(dtype)} on {device.name}"]
         for title, causal_one in shown.items():
             lines += [f"\n{title}", str(causal_one), _times(causal_one)]
+        return "\n".join(lines)
+    if parameters.get("pointwise") is not None:
+        how = (transposed, dtype, channels_last, bias, device)
+        both = _separable_plans(input_shape, weight_shape, *how, **parameters)
+        sizes = f"{'x'.join(map(str, input_shape))}, depthwise {'x'.join(map(str, weight_shape))}"
+        lines = [
+            f"separable convolution {sizes}, pointwise {parameters['pointwise']} {_written(dtype)} on {device.name}"
+        ]
+        for title, p in both.items():
+            lines += [f"\n{title}", str(p), _times(p)]
         return "\n".join(lines)
     name = _name(weight_shape, transposed, dtype, parameters.get("out_dtype"))
     output_shape, calls = _traced(input_shape, weight_shape, transposed, dtype, channels_last, bias, parameters)
@@ -133,7 +148,36 @@ def _causal_plans(
     }
 
 
-def _times(p: plan.Plan | CausalPlan) -> str:
+def _separable_plans(
+    input_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    transposed: bool,
+    dtype: torch.dtype,
+    channels_last: bool,
+    bias: bool,
+    device: Device,
+    pointwise: int,
+    groups: int = 1,
+    **parameters: Any,
+) -> dict[str, plan.Plan | SeparablePlan]:
+    if transposed or groups not in (1, input_shape[1]):
+        raise ValueError("a separable convolution is not transposed, and has as many groups as channels")
+    rank = len(weight_shape) - 2
+    layout = _CHANNELS_LAST.get(rank, torch.contiguous_format) if channels_last else torch.contiguous_format
+    x = torch.empty(list(input_shape), dtype=dtype, device="meta").contiguous(memory_format=layout)
+    depthwise = torch.empty(list(weight_shape), dtype=dtype, device="meta")
+    mixing = torch.empty([pointwise, weight_shape[0], *(1,) * rank], dtype=dtype, device="meta")
+    biases = [torch.empty(n, dtype=dtype, device="meta") if bias else None for n in (weight_shape[0], pointwise)]
+    convolve = getattr(separable, f"separable_conv{rank}d")
+    with execute.recording() as calls:
+        y = convolve(x, depthwise, mixing, *biases, **parameters)
+    fused = separable.plan_of(calls[0], calls[1], mixing, biases[1], y, device)
+    if isinstance(fused, str):
+        raise RuntimeError(f"the fused kernel cannot compute this: {fused}")
+    return {"both in one kernel": fused, **dict(zip(("depthwise", "pointwise"), fused.apart, strict=True))}
+
+
+def _times(p: plan.Plan | CausalPlan | SeparablePlan) -> str:
     least = p.roofline
     scaled = f", numbers {p.device.source}" if p.device.source.startswith("scaled") else ""
     moved = f"{_with_prefix(least.flops)}FLOP, {_with_prefix(least.bytes)}B"
@@ -142,7 +186,7 @@ def _times(p: plan.Plan | CausalPlan) -> str:
         share = f"{least.seconds / p.seconds:.0%} of that limit, most of it by {p.limit}"
         programs = f"programs {p.prediction.tiles}, waves {p.prediction.waves}"
         return f"{limit}\ntime       {_with_prefix(p.seconds)}s predicted, not measured: {share}; {programs}"
-    if p.kernel not in cost.TILES:
+    if isinstance(p, plan.Plan) and p.kernel not in cost.TILES:
         return f"{limit}\ntime       not predicted: there is no model of this kernel"
     kernel, share = p.prediction, f"{least.seconds / p.seconds:.0%} of that limit"
     tiles = f"tiles {kernel.tiles}, waves {kernel.waves}, {kernel.useful:.0%} of the products useful"

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import execute, functional, ops
+from .devices import Device
 from .functional import Ints, Modes, Padding
 from .separable_plan import Problem, SeparablePlan, make, obstacle
 
@@ -183,7 +184,10 @@ def _empty(input: Tensor, second: execute.Call) -> Tensor:
 
 
 def _fake(*args) -> Tensor:
-    return _empty(args[0], _calls(*args[:-1])[1])
+    calls = _calls(*args[:-1])
+    for call in calls:
+        execute.record(call)
+    return _empty(args[0], calls[1])
 
 
 def _run(input, depthwise, pointwise, depthwise_bias, bias, *params) -> Tensor:
@@ -192,7 +196,7 @@ def _run(input, depthwise, pointwise, depthwise_bias, bias, *params) -> Tensor:
     output, device = _empty(input, second), execute.device_of(input.device)
     numbers = output.numel() and first.a.numel() and second.a.numel()
     if device is not None and numbers and fused is not False:
-        made = _planned(first, second, pointwise, bias, output, device)
+        made = plan_of(first, second, pointwise, bias, output, device)
         if isinstance(made, str):
             if fused:
                 raise RuntimeError(
@@ -212,7 +216,10 @@ def _run(input, depthwise, pointwise, depthwise_bias, bias, *params) -> Tensor:
     return y if y.stride() == output.stride() else output.copy_(y)
 
 
-def _planned(first, second, pointwise, bias, output, device) -> SeparablePlan | str:
+def plan_of(
+    first: execute.Call, second: execute.Call, pointwise: Tensor, bias: Tensor | None, output: Tensor, device: Device
+) -> SeparablePlan | str:
+    """The plan of the fused kernel, or in words why there is none."""
     dtype = str(first.a.dtype).removeprefix("torch.")
     why = obstacle(dtype, first.geometry)
     if why:

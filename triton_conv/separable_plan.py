@@ -58,6 +58,14 @@ class SeparablePlan:
         return self.problem.depthwise
 
     @property
+    def N(self) -> int:
+        return self.asked.N
+
+    @property
+    def device(self) -> Device:
+        return self.problem.device
+
+    @property
     def pointwise(self) -> ConvGeometry:
         g = self.problem.depthwise
         return ConvGeometry.forward((g.N, g.K, *g.output), (self.problem.K, g.K, 1, 1, 1))

@@ -22,6 +22,7 @@ from ..causal_config import CausalConfig
 from ..causal_plan import CausalPlan
 from ..config import ITEM_BYTES, DepthwiseConfig, KernelConfig
 from ..plan import Plan
+from ..separable_plan import SeparablePlan
 from .code import TARGETS, TENSOR_MEMORY, Code, compiled_kernels, compiling_for, read
 from .layers import LAYERS
 
@@ -60,7 +61,7 @@ class Subject(NamedTuple):
     """A plan to audit, and the layer it is for."""
 
     layer: str
-    plan: Plan | CausalPlan
+    plan: Plan | CausalPlan | SeparablePlan
 
 
 @dataclass(frozen=True)
@@ -236,13 +237,21 @@ def _failed(task: _Task, error: str) -> Row:
     return Row(task.arch, layer, *what, Wanted(), error=error)
 
 
-def _wanted(plan: Plan | CausalPlan, launch: Any, arch: int) -> Wanted:
+def _kind(dtype: str, precision: str) -> str:
+    return "ieee" if (dtype, precision) == ("float32", "ieee") else _KINDS[dtype]
+
+
+def _wanted(plan: Plan | CausalPlan | SeparablePlan, launch: Any, arch: int) -> Wanted:
     """What the main kernel of a plan is chosen for; sums of products without a dot have little to lose."""
     config: Any = plan.config
     if isinstance(plan, CausalPlan):
         # backward, five taps and more leave registers for 8 bytes of a row, and an update goes where strides lead
         whole = causal_cost.vector(plan.asked, config) * plan.asked.item_bytes == 16
         return Wanted(wide_loads=whole, wide_stores=whole)
+    if isinstance(plan, SeparablePlan):
+        kind, vector = _kind(plan.dtype, plan.numerics.precision), 16 // ITEM_BYTES[plan.dtype]
+        along_c = plan.problem.x[1] == 1 and plan.asked.C == plan.asked.K and plan.asked.C % vector == 0
+        return Wanted(MATRIX_INSTRUCTIONS[arch].get(kind, ""), _OF_FEW_ROWS.get(kind, ""), wide_loads=along_c)
     if isinstance(config, DepthwiseConfig):
         g, channels_last = plan.geometry, plan.strides.x[1] == plan.strides.y[1] == 1
         along_c = channels_last and g.C == g.K and g.C % config.vector == 0
@@ -251,7 +260,7 @@ def _wanted(plan: Plan | CausalPlan, launch: Any, arch: int) -> Wanted:
     boxed = plan.kernel.startswith("box")
     if not getattr(config, "dot", True):
         return Wanted()
-    kind = "ieee" if (plan.dtype, plan.numerics.precision) == ("float32", "ieee") else _KINDS[plan.dtype]
+    kind = _kind(plan.dtype, plan.numerics.precision)
     matrix = MATRIX_INSTRUCTIONS[arch].get(kind, "")
     channels_last = plan.strides.x[1] == plan.strides.y[1] == 1
     flatten = getattr(config, "flatten", False)

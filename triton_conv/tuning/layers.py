@@ -66,6 +66,16 @@ LAYERS = {
         (8, 1024, 4096), (1024, 1, 4), {**BFLOAT16, "groups": 1024, "padding": ((3, 0),), "channels_last": False}
     ),
     "two filters a channel": Layer((32, 64, 56, 56), (128, 1, 3, 3), {**BFLOAT16, "groups": 64}),
+    "separable": Layer((32, 128, 56, 56), (128, 1, 3, 3), {**BFLOAT16, "pointwise": 128}),
+    "separable 7x7": Layer((32, 96, 56, 56), (96, 1, 7, 7), {**FLOAT16, "pointwise": 384, "padding": 3}),
+    "separable contiguous": Layer(
+        (32, 64, 56, 56), (128, 1, 3, 3), {**BFLOAT16, "pointwise": 64, "channels_last": False}
+    ),
+    "separable float32": Layer((32, 64, 56, 56), (64, 1, 5, 5), {**FLOAT32, "pointwise": 64, "padding": 2}),
+    "separable float64": Layer((8, 64, 28, 28), (64, 1, 3, 3), {**BFLOAT16, "dtype": torch.float64, "pointwise": 64}),
+    "separable video": Layer(
+        (2, 64, 8, 28, 28), (64, 1, 3, 3, 3), {**BFLOAT16, "pointwise": 128, "padding_mode": "replicate"}
+    ),
     "transposed 4x4": Layer((32, 256, 28, 28), (256, 128, 4, 4), {**BFLOAT16, "transposed": True, "stride": 2}),
     "transposed 2x2": Layer(
         (32, 128, 28, 28), (128, 64, 2, 2), {**BFLOAT16, "transposed": True, "stride": 2, "padding": 0}
