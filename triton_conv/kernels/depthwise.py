@@ -33,13 +33,23 @@ def depthwise_kernel(
     dst,
     N,
     DST_C,
-    dst_extents,
-    src_extents,
+    dst_d,
+    dst_h,
+    dst_w,
+    src_d,
+    src_h,
+    src_w,
     # strides: of the dimension along which vectors run in elements, of the others in units of DST_VEC or SRC_VEC
+    dst_sn,
     dst_sc,
+    dst_sd,
+    dst_sh,
+    dst_sw,
+    src_sn,
     src_sc,
-    dst_strides,  # of images, depths, rows and columns
-    src_strides,
+    src_sd,
+    src_sh,
+    src_sw,
     flt_strides,  # of k and the three taps
     first_tap,  # offset of the tap that the axes call 0
     axis_d,
@@ -88,12 +98,8 @@ def depthwise_kernel(
         phase_h = part // axis_w.phases % axis_h.phases
         phase_d = part // axis_w.phases // axis_h.phases
 
-    dst_d, dst_h, dst_w = dst_extents
-    src_d, src_h, src_w = src_extents
-    dst_sn, dst_sd, dst_sh, dst_sw = dst_strides
-    src_sn, src_sd, src_sh, src_sw = src_strides
     n, ud, uh, block_w = lanes_of(
-        tile, dst_extents, axis_d, axis_h, axis_w, spread, walk, HAS_D, HAS_H, ROWS, COLUMNS, LANES, INDEX
+        tile, dst_d, dst_h, dst_w, axis_d, axis_h, axis_w, spread, walk, HAS_D, HAS_H, ROWS, COLUMNS, LANES, INDEX
     )
     uw = block_w * COLUMNS
     block_w *= COLUMNS * COLUMN_STEP // VECTOR

@@ -32,13 +32,23 @@ def depthwise_wgrad_kernel(
     dw,
     N,
     K,
-    dst_extents,
-    src_extents,
+    dst_d,
+    dst_h,
+    dst_w,
+    src_d,
+    src_h,
+    src_w,
     # strides: of the dimension along which vectors run in elements, of the others in units of DST_VEC or SRC_VEC
+    dst_sn,
     dst_sc,
+    dst_sd,
+    dst_sh,
+    dst_sw,
+    src_sn,
     src_sc,
-    dst_strides,  # of images, depths, rows and columns
-    src_strides,
+    src_sd,
+    src_sh,
+    src_sw,
     flt_strides,  # of k and the three taps, in dw or in a slab
     axis_d,
     axis_h,
@@ -89,10 +99,6 @@ def depthwise_wgrad_kernel(
     channel_valid = channel_valid[:, None]
     source_channel = channel if MULTIPLIER == 1 else channel // MULTIPLIER
     DST_VECTOR: tl.constexpr = min(VECTOR, COLUMNS)
-    _, dst_h, dst_w = dst_extents
-    src_d, src_h, src_w = src_extents
-    dst_sn, dst_sd, dst_sh, dst_sw = dst_strides
-    src_sn, src_sd, src_sh, src_sw = src_strides
 
     acc: tl.tuple = ()
     for _ in tl.static_range(UNROLL_R * UNROLL_S):
@@ -100,7 +106,7 @@ def depthwise_wgrad_kernel(
     for step in range(tiles_per_slab):
         tile = slab * tiles_per_slab + step
         n, z, p, block_w = lanes_of(
-            tile, dst_extents, axis_d, axis_h, axis_w, spread, walk, HAS_D, HAS_H, ROWS, COLUMNS, LANES, INDEX
+            tile, dst_d, dst_h, dst_w, axis_d, axis_h, axis_w, spread, walk, HAS_D, HAS_H, ROWS, COLUMNS, LANES, INDEX
         )
         q = block_w * COLUMNS
         block_w *= COLUMNS * COLUMN_STEP // VECTOR

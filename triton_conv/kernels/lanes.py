@@ -15,8 +15,10 @@ import triton.language as tl
 from ..geometry import ConvGeometry, Strides
 from .indexing import MODE_CODES, in_vectors
 
-# What changes with the image must not be specialised, or every image size would be compiled anew.
-IMAGE_SIZED = ["N", "dst_extents", "src_extents", "dst_strides", "src_strides", "walk", "tiles"]
+# What changes with the image must not be specialised, or every image size would be compiled anew: one by one, for what
+# is in a tuple always is.
+IMAGE_SIZED = ["N", "dst_d", "dst_h", "dst_w", "src_d", "src_h", "src_w", "walk", "tiles"]
+IMAGE_SIZED += ["dst_sn", "dst_sd", "dst_sh", "dst_sw", "src_sn", "src_sd", "src_sh", "src_sw"]
 CHANNEL_STRIDES = ["dst_sc", "src_sc"]
 
 
@@ -32,7 +34,9 @@ def divided(index, extent):
 @triton.jit
 def lanes_of(
     tile,
-    dst_extents,
+    dst_d,
+    dst_h,
+    dst_w,
     axis_d,
     axis_h,
     axis_w,
@@ -49,7 +53,6 @@ def lanes_of(
 
     They are counted within a residue class. Images past the last are of lanes that are not there.
     """
-    dst_d, dst_h, dst_w = dst_extents
     lane = (tile.to(INDEX) * LANES + tl.arange(0, LANES))[None, :]
     n, block_w = divided(lane, tl.cdiv(dst_w, axis_w.phases * COLUMNS))
     h = tl.zeros_like(n)
@@ -91,12 +94,9 @@ def tiling(g: ConvGeometry, strides: Strides, axes, forward: bool, unroll: tuple
     mode_d, mode_h, mode_w = (MODE_CODES[mode] for mode in g.modes)
     return {
         "N": g.N,
-        "dst_extents": dst_extents,
-        "src_extents": src_extents,
-        "dst_sc": dst_strides[1],
-        "src_sc": src_strides[1],
-        "dst_strides": (dst_strides[0], *dst_strides[2:]),
-        "src_strides": (src_strides[0], *src_strides[2:]),
+        **dict(zip(("dst_d", "dst_h", "dst_w", "src_d", "src_h", "src_w"), (*dst_extents, *src_extents), strict=True)),
+        **dict(zip(("dst_sn", "dst_sc", "dst_sd", "dst_sh", "dst_sw"), dst_strides, strict=True)),
+        **dict(zip(("src_sn", "src_sc", "src_sd", "src_sh", "src_sw"), src_strides, strict=True)),
         "axis_d": axes[0],
         "axis_h": axes[1],
         "axis_w": axes[2],
