@@ -12,6 +12,7 @@ from math import gcd
 import triton
 import triton.language as tl
 
+from .. import tiles
 from ..geometry import ConvGeometry, Strides
 from .indexing import MODE_CODES, in_vectors
 
@@ -87,10 +88,9 @@ def tiling(g: ConvGeometry, strides: Strides, axes, forward: bool, unroll: tuple
         reach = axes[1].src_tap_step
         common = gcd(axes[1].src_step, reach)
         spread, row_step = reach // common, axes[1].src_step // common
-    blocks = -(-dst_extents[1] // (axes[1].phases * spread * config.rows))
-    walk = -(-blocks // -(-blocks // config.walk))
-    lanes = g.N * -(-dst_extents[0] // axes[0].phases) * -(-blocks // walk) * spread
-    lanes *= -(-dst_extents[2] // (axes[2].phases * columns))
+    walks, walk = tiles.walks_of(tiles.ceil_div(dst_extents[1], axes[1].phases * spread * config.rows), config.walk)
+    lanes = g.N * tiles.ceil_div(dst_extents[0], axes[0].phases) * walks * spread
+    lanes *= tiles.ceil_div(dst_extents[2], axes[2].phases * columns)
     mode_d, mode_h, mode_w = (MODE_CODES[mode] for mode in g.modes)
     return {
         "N": g.N,
@@ -103,7 +103,7 @@ def tiling(g: ConvGeometry, strides: Strides, axes, forward: bool, unroll: tuple
         "spread": spread,
         "reach": reach,
         "walk": walk,
-        "tiles": -(-lanes // config.lanes),
+        "tiles": tiles.ceil_div(lanes, config.lanes),
         "HAS_D": dst_extents[0] > 1,
         "HAS_H": dst_extents[1] > 1,
         "MODE_D": mode_d,
