@@ -356,10 +356,11 @@ def default_depthwise(
         unroll = _unrolled(R, S, _TAP_REGISTERS // block)
         taps = block * prod(unroll)
         room = 64 if taps <= 60 else 32 if taps <= 72 else 24
-        apart = g.K != g.C or (dense and g.stride[1] > 1)  # a row's sources, which are therefore more
-        rows = max(1, min(8, room // block) // (2 if apart else 1))
+        several = g.K != g.C
+        apart = several or (dense and g.stride[1] > 1)  # a row's sources, which are therefore more
+        rows = max(1, min(8, room // block) // (4 if several and role is Role.WGRAD else 2 if apart else 1))
         config = DepthwiseConfig(min(rows, P), 1, _THREADS * vector // channels, channels, vector, unroll)
-        programs, registers = 8, 100 + taps  # the latter as compiled, of a thread in wgrad
+        programs, registers = 6, 100 + taps  # the latter as compiled, of a thread in wgrad
     else:
         columns = _columns(g, role, P, Q, vector) if dense and S <= 64 else 1
         unroll = (R, S) if R * S * wide <= 49 else (1, S if S <= 64 else 1)

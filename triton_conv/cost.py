@@ -87,6 +87,12 @@ class Prediction:
     split_seconds: float = 0.0
     launch_seconds: float = LAUNCH
 
+    @property
+    def limit(self) -> str:
+        """What takes longest: "main loop", "L2" or "memory"."""
+        seconds = {"main loop": self.loop_seconds, "L2": self.l2_seconds, "memory": self.memory_seconds}
+        return max(seconds, key=seconds.__getitem__)
+
 
 def roofline(
     geometry: ConvGeometry, role: Role, dtype: str, precision: str, device: Device, out_dtype: str | None = None
@@ -178,6 +184,8 @@ def copy_seconds(size: int, device: Device) -> float:
 TILES: dict[str, Callable[[Role, ConvGeometry, Any], Tiles]] = {
     "gather": counting.gather,
     "box": counting.box,
+    "depthwise": counting.depthwise,
+    "depthwise_wgrad": counting.depthwise,
     "wgrad": lambda role, geometry, config: counting.wgrad(geometry, config),
     "box_wgrad": lambda role, geometry, config: counting.box_wgrad(geometry, config),
 }
@@ -231,16 +239,17 @@ def _depthwise(
     launch = LAUNCH * (2 if config.splits > 1 else 1)
     waiting = TILE + tiles.longest * LATENCY  # for data: no step is loaded ahead, but other programs go on meanwhile
     loop = max(issuing + TILE, waves * (waiting + alone))
-    fetched = tiles.steps * values * sources * item
+    # what several taps of a row read comes from L1 but for the first time
+    fetching = tiles.steps * values * rows * own * parts * s / g.filter[2] * item / device.l2_bandwidth
     return Prediction(
-        seconds=max(loop, memory) + split + launch,
+        seconds=max(loop, fetching, memory) + split + launch,
         tiles=tiles.total,
         waves=waves,
         resident=resident,
         useful=least.flops / max(2 * tiles.steps * values * products, 1),
         loop_seconds=loop,
         compute_seconds=tiles.steps * values * products / rate * ISSUED,
-        l2_seconds=fetched / device.l2_bandwidth,
+        l2_seconds=fetching,
         memory_seconds=memory,
         split_seconds=split,
         launch_seconds=launch,
