@@ -67,7 +67,7 @@ def kernels_of(case: Case, device: str) -> tuple[str, ...]:
 
 @pytest.fixture
 def direct(monkeypatch):
-    """Where a channel has several filters other kernels may be predicted to be quicker, for tensors as small as here."""
+    """Other kernels may be predicted to be quicker where a channel has several filters and images are tiny."""
     monkeypatch.setattr(choose, "WORTH_LEAVING", 0.0)
     plan._make.cache_clear()
     yield

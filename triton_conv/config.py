@@ -370,8 +370,13 @@ def default_depthwise(
         lanes = _tile(ceil_div(P, rows) * ceil_div(Q, columns), 1, _THREADS)
         config = DepthwiseConfig(min(rows, P), columns, lanes, _tile(dst, 1, _THREADS // lanes), vector, unroll)
         programs, registers = 24, 64 + prod(unroll)
-    lanes_down = max(ceil_div(P, config.rows), 1)
-    config = replace(config, rows=max(ceil_div(P, lanes_down), 1))  # none of which reaches past the image, if possible
+    rows = config.rows
+    if channels_last:  # where columns vary as well, too many kernels would be compiled
+        rows = max(ceil_div(P, max(ceil_div(P, rows), 1)), 1)
+    if role is Role.WGRAD and rows > 1 and P % rows and P % (rows - 1) == 0:
+        rows -= 1
+    config = replace(config, rows=rows)
+    lanes_down = max(ceil_div(P, rows), 1)
     whole = tiles.depthwise(role, g, config)
     spare = whole.total // (programs * device.multiprocessors)
     if role is not Role.WGRAD:
