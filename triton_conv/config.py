@@ -132,8 +132,8 @@ class DepthwiseConfig:
     A tile is `lanes` x `channels`. A lane is `rows` x `columns` positions, columns side by side in memory and fetched
     in vectors of `vector`; where channels lie so instead it has one column, as it has under strides and dilations that
     vectors cannot follow. A program walks down `walk` lanes. `unroll` rows and columns of the filter are unrolled; in
-    fprop and dgrad the columns are where that is all of them. In wgrad a lane has one row less where these divide the
-    output's rows, and as many columns as divide its columns; `splits` cuts the tiles into that many slabs.
+    fprop and dgrad the columns are where that is all of them. In wgrad a lane has as many columns as divide the
+    output's; `splits` cuts the tiles into that many slabs.
     """
 
     rows: int
@@ -371,10 +371,10 @@ def default_depthwise(
         config = DepthwiseConfig(min(rows, P), columns, lanes, _tile(dst, 1, _THREADS // lanes), vector, unroll)
         programs, registers = 24, 64 + prod(unroll)
     rows = config.rows
-    if channels_last:  # where columns vary as well, too many kernels would be compiled
+    if channels_last:  # elsewhere columns vary, and too many kernels would be compiled
         rows = max(ceil_div(P, max(ceil_div(P, rows), 1)), 1)
-    if role is Role.WGRAD and rows > 1 and P % rows and P % (rows - 1) == 0:
-        rows -= 1
+        fewer = role is Role.WGRAD and rows > 1 and P % rows and P % (rows - 1) == 0
+        rows -= 1 if fewer else 0
     config = replace(config, rows=rows)
     lanes_down = max(ceil_div(P, rows), 1)
     whole = tiles.depthwise(role, g, config)

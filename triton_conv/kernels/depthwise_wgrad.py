@@ -193,7 +193,8 @@ def launches(geometry: ConvGeometry, strides: Strides, config, numerics) -> list
     T, R, S = g.filter
     unroll_r, unroll_s = min(config.unroll[0], R), min(config.unroll[1], S)
     axes = g.axes(Role.WGRAD)
-    config = _whole(config, g)
+    columns = min(config.columns, power_of_two_in(g.output[2], limit=config.columns))  # so that lanes end where rows do
+    config = replace(config, columns=columns)
     shared = tiling(g, strides, axes, True, (unroll_r, unroll_s), config, numerics)
     numel = g.K * g.taps
     arguments = dict(
@@ -217,10 +218,3 @@ def launches(geometry: ConvGeometry, strides: Strides, config, numerics) -> list
         Launch("depthwise_wgrad", depthwise_wgrad_kernel, programs, ("x", "y", "workspace"), arguments),
         sum_launch(numel, config.splits, arguments["INDEX"]),
     ]
-
-
-def _whole(config, g: ConvGeometry):
-    """A config whose lanes end where y does, if one row less is enough for it: each number is a compilation."""
-    columns = min(config.columns, power_of_two_in(g.output[2], limit=config.columns))
-    even = config.rows > 1 and g.output[1] % config.rows and g.output[1] % (config.rows - 1) == 0
-    return replace(config, columns=columns, rows=config.rows - 1 if even else config.rows)
