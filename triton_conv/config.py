@@ -365,8 +365,8 @@ def default_depthwise(
         columns = _columns(g, role, P, Q, vector) if dense and S <= 64 else 1
         unroll = (R, S) if R * S * wide <= 49 else (1, S if S <= 64 else 1)
         rows = max(1, min(8, 32 // (columns * wide), _UNROLLED // (prod(unroll) * columns)))
-        if role is Role.WGRAD and g.stride[1] > 1:
-            rows = max(1, rows // 2)  # whose sources are twice as many, beside the sums
+        if role is Role.WGRAD:
+            rows = max(1, rows // 2)  # beside the sums of taps there are fewer registers for them
         lanes = _tile(ceil_div(P, rows) * ceil_div(Q, columns), 1, _THREADS)
         config = DepthwiseConfig(min(rows, P), columns, lanes, _tile(dst, 1, _THREADS // lanes), vector, unroll)
         programs, registers = 24, 64 + prod(unroll)
