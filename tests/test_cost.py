@@ -325,6 +325,52 @@ def test_groups_that_share_sectors_of_channels_last_images_are_fetched_together(
     assert last > 1.5 * first
 
 
+# bfloat16, channels-last, as trained on one H200: input, filter, padding, stride.
+BY_MEMORY = {
+    "MobileNetV3 3x3": ((128, 16, 112, 112), (3, 3), 1, 1),
+    "MobileNetV3 3x3 stride 2": ((128, 64, 112, 112), (3, 3), 1, 2),
+    "EfficientNetV2 3x3": ((128, 512, 24, 24), (3, 3), 1, 1),
+    "EfficientNetV2 3x3 stride 2": ((128, 256, 48, 48), (3, 3), 1, 2),
+    "3x3": ((128, 256, 56, 56), (3, 3), 1, 1),
+    "spatial": ((8, 256, 16, 28, 28), (1, 3, 3), (0, 1, 1), 1),
+    "temporal": ((8, 256, 16, 28, 28), (3, 1, 1), (1, 0, 0), 1),
+    "temporal of 5": ((8, 54, 16, 56, 56), (5, 1, 1), (2, 0, 0), 1),
+}
+BY_INSTRUCTIONS = {
+    "MobileNetV3 5x5": ((128, 120, 28, 28), (5, 5), 2, 1),
+    "MobileNetV3 5x5 stride 2": ((128, 72, 56, 56), (5, 5), 2, 2),
+    "ConvNeXt 7x7": ((128, 96, 56, 56), (7, 7), 3, 1),
+    "3x3x3": ((8, 256, 16, 28, 28), (3, 3, 3), 1, 1),
+}
+
+
+def depthwise(shape, filters, padding, stride):
+    C = shape[1]
+    options = {"padding": padding, "stride": stride, "groups": C, "dtype": torch.bfloat16, "channels_last": True}
+    return (shape, (C, 1, *filters)), options
+
+
+@pytest.mark.parametrize("name", BY_MEMORY)
+def test_depthwise_layers_of_few_taps_run_at_the_speed_of_memory(name):
+    shapes, options = depthwise(*BY_MEMORY[name])
+    for p in explain.plans(*shapes, **options).values():
+        assert p.kernel.startswith("depthwise")
+        assert p.roofline.limit == "memory bandwidth"
+        assert p.roofline.seconds < p.seconds < 1.55 * p.roofline.seconds, p
+    assert "bound by " in explain.text(*shapes, **options)
+
+
+@pytest.mark.parametrize("name", BY_INSTRUCTIONS)
+def test_depthwise_layers_of_many_taps_are_bound_by_their_instructions(name):
+    """What a kernel without matrix instructions cannot do better: an instruction for each product at the least."""
+    shapes, options = depthwise(*BY_INSTRUCTIONS[name])
+    for p in explain.plans(*shapes, **options).values():
+        assert p.prediction.limit == "main loop"
+        products = p.roofline.flops / 2
+        assert p.prediction.loop_seconds > products / (cost.LANES * H200.clock * H200.multiprocessors)
+    assert "bound by main loop" in explain.text(*shapes, **options)
+
+
 def test_a_padded_gradient_is_folded_at_the_speed_of_memory():
     g = conv(32, 256, 256, (56, 56), modes=("circular", "circular"))
     padded, image = 32 * 256 * 58 * 58, 32 * 256 * 56 * 56

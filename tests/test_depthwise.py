@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.autograd import gradcheck
 
-from triton_conv import config, execute, explain, plan
+import triton_conv
+from triton_conv import choose, config, execute, explain, plan
 from triton_conv.check import Case, check_case
 from triton_conv.config import Config, DepthwiseConfig
 from triton_conv.geometry import Role
@@ -63,9 +65,80 @@ def kernels_of(case: Case, device: str) -> tuple[str, ...]:
     return tuple(plan.make(execute.problem_of(c, found)).kernel for c in calls)
 
 
+@pytest.fixture
+def direct(monkeypatch):
+    """Other kernels may be predicted to be quicker where a channel has several filters and images are tiny."""
+    monkeypatch.setattr(choose, "WORTH_LEAVING", 0.0)
+    plan._make.cache_clear()
+    yield
+    plan._make.cache_clear()
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_right_and_picked(case, kernels, poisoned):
+def test_right_and_picked(case, kernels, poisoned, direct):
     assert set(kernels_of(case, kernels)) <= set(DIRECT)
+
+
+# Layers that people train, with fewer images, channels and pixels.
+REAL = {
+    "MobileNetV3 5x5 stride 2": _of((9, 9), 5, padding=2, stride=2, memory_format="channels_last"),
+    "EfficientNetV2 3x3": _of((9, 9), 3, padding=1, C=16, K=16, groups=16, memory_format="channels_last", N=2),
+    "ConvNeXt 7x7": _of((9, 9), 7, padding=3, memory_format="channels_last"),
+    "RegNetY of 8 channels": _of((6, 6), 3, padding=1, C=32, K=32, groups=4, memory_format="channels_last"),
+    "temporal": _of((5, 3, 4), (3, 1, 1), padding=(1, 0, 0), memory_format="channels_last"),
+    "temporal, causal": _of((9, 2, 8), (5, 1, 1), padding=((4, 0), 0, 0), C=2, K=2, groups=2),
+    "spatial": _of((2, 5, 5), (1, 3, 3), padding=(0, 1, 1), memory_format="channels_last"),
+    "two filters a channel": _of((5, 6), 3, padding=1, K=16, memory_format="channels_last"),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_layers_that_people_train(name, dtype, kernels, poisoned, direct):
+    picked = set(kernels_of(replace(REAL[name], dtype=dtype), kernels))
+    assert picked.isdisjoint(DIRECT) if "RegNet" in name else picked <= set(DIRECT)
+
+
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("rank", "filters", "options"),
+    [
+        (1, 1, {"padding": ((2, 1),), "padding_mode": "circular"}),
+        (2, 1, {"padding": 1, "stride": (2, 1)}),
+        (2, 2, {"padding": (1, 2), "dilation": (1, 2)}),
+        (3, 1, {"padding": ((2, 0), 1, 1)}),
+    ],
+    ids=str,
+)
+def test_gradcheck(rank, filters, options, memory_format, kernels, direct):
+    size = {1: (7,), 2: (4, 5), 3: (2, 3, 3)}[rank]
+    torch.manual_seed(0)
+    x, w, b = (
+        torch.randn(shape, dtype=torch.float64, device=kernels)
+        for shape in ((1, 2, *size), (2 * filters, 1, *(3,) * rank), (2 * filters,))
+    )
+    if memory_format == "channels_last":
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    conv = getattr(triton_conv, f"conv{rank}d")
+
+    def f(x, w, b):
+        return conv(x, w, b, groups=2, **options)
+
+    tensors = [t.requires_grad_() for t in (x, w, b)]
+    with execute.recording() as calls:
+        torch.autograd.grad(f(*tensors).sum(), tensors)
+    found = execute.device_of(x.device)
+    assert {plan.make(execute.problem_of(c, found)).kernel for c in calls} == set(DIRECT)
+    assert gradcheck(f, tensors, fast_mode=True)
+
+
+def test_the_longest_filter_is_walked_along_rows():
+    options = {"groups": 64, "dtype": torch.bfloat16, "channels_last": True}
+    for filters, padding in (((3, 1, 1), (1, 0, 0)), ((1, 1, 5), (0, 0, 2)), ((3, 1, 5), (1, 0, 2))):
+        for p in explain.plans((2, 64, 8, 14, 14), (64, 1, *filters), padding=padding, **options).values():
+            assert p.geometry.filter[1] == max(filters), p
+    for p in explain.plans((2, 64, 8, 14, 14), (64, 1, 3, 1, 1), padding=(1, 0, 0), groups=64).values():
+        assert p.geometry.filter == (1, 3, 1), p  # contiguous: vectors run along W, which stays
 
 
 FEW = [

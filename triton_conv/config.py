@@ -132,8 +132,8 @@ class DepthwiseConfig:
     A tile is `lanes` x `channels`. A lane is `rows` x `columns` positions, columns side by side in memory and fetched
     in vectors of `vector`; where channels lie so instead it has one column, as it has under strides and dilations that
     vectors cannot follow. A program walks down `walk` lanes. `unroll` rows and columns of the filter are unrolled; in
-    fprop and dgrad the columns are where that is all of them. In wgrad a lane has one row less where these divide the
-    output's rows, and as many columns as divide its columns; `splits` cuts the tiles into that many slabs.
+    fprop and dgrad the columns are where that is all of them. In wgrad a lane has as many columns as divide the
+    output's; `splits` cuts the tiles into that many slabs.
     """
 
     rows: int
@@ -354,28 +354,49 @@ def default_depthwise(
     if channels_last:
         block = vector * wide
         channels = _little_waste_of(dst, max(128 // item, 1), max(32 // item, 1))
-        unroll = _unrolled(R, S, role, _TAP_REGISTERS // block)
+        unroll = _unrolled(R, S, _TAP_REGISTERS // block)
         taps = block * prod(unroll)
         room = 64 if taps <= 60 else 32 if taps <= 72 else 24
-        apart = g.K != g.C or (dense and g.stride[1] > 1)  # a row's sources, which are therefore more
-        rows = max(1, min(8, room // block) // (2 if apart else 1))
+        several = g.K != g.C
+        apart = several or (dense and g.stride[1] > 1)  # a row's sources, which are therefore more
+        rows = max(1, min(8, room // block) // (4 if several and role is Role.WGRAD else 2 if apart else 1))
         config = DepthwiseConfig(min(rows, P), 1, _THREADS * vector // channels, channels, vector, unroll)
-        programs = 8
+        programs, registers = 6, 100 + taps  # the latter as compiled, of a thread in wgrad
     else:
         columns = _columns(g, role, P, Q, vector) if dense and S <= 64 else 1
         unroll = (R, S) if R * S * wide <= 49 else (1, S if S <= 64 else 1)
         rows = max(1, min(8, 32 // (columns * wide), _UNROLLED // (prod(unroll) * columns)))
+        if role is Role.WGRAD:
+            rows = max(1, rows // 2)  # beside the sums of taps there are fewer registers for them
         lanes = _tile(ceil_div(P, rows) * ceil_div(Q, columns), 1, _THREADS)
         config = DepthwiseConfig(min(rows, P), columns, lanes, _tile(dst, 1, _THREADS // lanes), vector, unroll)
-        programs = 24
+        programs, registers = 24, 64 + prod(unroll)
+    rows = config.rows
+    if channels_last:  # elsewhere columns vary, and too many kernels would be compiled
+        rows = max(ceil_div(P, max(ceil_div(P, rows), 1)), 1)
+        fewer = role is Role.WGRAD and rows > 1 and P % rows and P % (rows - 1) == 0
+        rows -= 1 if fewer else 0
+    config = replace(config, rows=rows)
+    lanes_down = max(ceil_div(P, rows), 1)
     whole = tiles.depthwise(role, g, config)
     spare = whole.total // (programs * device.multiprocessors)
     if role is not Role.WGRAD:
-        return replace(config, walk=max(1, min(spare, ceil_div(P, config.rows))))
-    walk = min(4, ceil_div(P, config.rows))
+        return replace(config, walk=_walk(lanes_down, max(1, min(spare, lanes_down))))
+    walk = next(walk for walk in (4, 3, 2, 1) if lanes_down % walk == 0)  # lanes past the image cost a selection each
     whole = tiles.depthwise(role, g, replace(config, walk=walk))
-    wanted = ceil_div(programs * device.multiprocessors // 2, max(whole.total, 1))
-    return replace(config, walk=walk, splits=max(1, min(wanted, most_splits(g, whole.longest * walk))))
+    resident = device.registers // (registers * _THREADS)
+    fitting = resident * device.multiprocessors // max(whole.total, 1)  # slabs of as many programs as run at a time
+    return replace(config, walk=walk, splits=max(1, min(fitting, most_splits(g, whole.longest * walk))))
+
+
+def _walk(lanes: int, most: int) -> int:
+    """How many lanes a program walks down, up to `most`: its start takes about as long as half a lane."""
+
+    def steps(walk: int) -> float:
+        walks, each = tiles.walks_of(lanes, walk)
+        return walks * (each + 0.5)
+
+    return min(range(1, most + 1), key=steps)
 
 
 # Threads of a program that runs without a dot; how many registers of each may hold taps, or sums of taps; how many
@@ -385,11 +406,10 @@ _TAP_REGISTERS = 80
 _UNROLLED = 1024
 
 
-def _unrolled(R: int, S: int, role: Role, most: int) -> tuple[int, int]:
-    """Rows and columns of a filter of which no more than `most` taps are unrolled, in parts of about the same size."""
-    rows = _part(R, min(most, 7))
-    columns = _part(S, max(most // rows, 1))
-    return (rows, columns) if role is Role.WGRAD or (rows, columns) == (R, S) else (rows, 1)
+def _unrolled(R: int, S: int, most: int) -> tuple[int, int]:
+    """Rows and columns of a filter that are unrolled: all of it, or of one column as many as make even parts."""
+    whole = min(7, most // S) >= R
+    return (R, S) if whole else (_part(R, min(most, 7)), 1)
 
 
 def _part(extent: int, most: int) -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import inf, prod
+from math import ceil, inf, prod
 from typing import Any, NamedTuple
 
 from . import tiles as counting
@@ -36,8 +36,11 @@ LINK = 64  # bytes that a multiprocessor gets from L2 in a clock
 ISSUED = 0.7  # share of its instruction slots that a multiprocessor uses without a dot
 SPILLED = 4  # how many times longer a step takes whose accumulator does not fit into registers
 
-VECTOR_ADDRESS = 6  # instructions for the address and the mask of a vector in depthwise kernels, as compiled
-START = 300  # instructions of a depthwise program before its first product, as compiled
+# Instructions of depthwise kernels as compiled for sm_90 by Triton 3.7.1, and their registers beside sums and operands.
+VECTOR_LOAD = 10  # a masked load of 16 bytes: address, mask, zeros, the load
+ELEMENT_LOAD = 6  # a masked load of one element in a row whose other loads are vectors
+START = 450  # of a program outside its main loop; twice that where it sums over its lanes at the end
+SUMS = 40
 REGISTERS = 64  # of a thread, beside its accumulator: as compiled default configs have them
 LANES = 128  # instructions that a multiprocessor issues in a clock, counted by thread: four schedulers of 32
 SECTOR = 32  # bytes that memory and L2 hand out at least
@@ -83,6 +86,12 @@ class Prediction:
     memory_seconds: float
     split_seconds: float = 0.0
     launch_seconds: float = LAUNCH
+
+    @property
+    def limit(self) -> str:
+        """What takes longest: "main loop", "L2" or "memory"."""
+        seconds = {"main loop": self.loop_seconds, "L2": self.l2_seconds, "memory": self.memory_seconds}
+        return max(seconds, key=seconds.__getitem__)
 
 
 def roofline(
@@ -175,6 +184,8 @@ def copy_seconds(size: int, device: Device) -> float:
 TILES: dict[str, Callable[[Role, ConvGeometry, Any], Tiles]] = {
     "gather": counting.gather,
     "box": counting.box,
+    "depthwise": counting.depthwise,
+    "depthwise_wgrad": counting.depthwise,
     "wgrad": lambda role, geometry, config: counting.wgrad(geometry, config),
     "box_wgrad": lambda role, geometry, config: counting.box_wgrad(geometry, config),
 }
@@ -196,18 +207,26 @@ def _depthwise(
     if role is not Role.WGRAD:
         r, s = (1, 1) if classes > 1 else (r, s if s == g.filter[2] else 1)
     parts = 1.0 if role is Role.WGRAD else g.taps / classes / (r * s)  # of the filter, one after the other
-    positions = config.rows * config.columns
+    positions, own = config.rows * config.columns, config.columns * axes[2].src_step
     across = (config.columns - 1) * axes[2].src_step + s
-    sources = parts * across * min((config.rows - 1) * axes[1].src_step + r, config.rows * r)
-    vectors = sources / config.vector if channels_last else sources * (1 / config.vector + (s - 1) / across)
-    products = parts * r * s * positions
-    issued = products + sources + positions + VECTOR_ADDRESS * vectors  # for each channel of a lane, a step
+    rows = min((config.rows - 1) * axes[1].src_step + r, config.rows * r)
+    sources, products = parts * rows * across, parts * r * s * positions
+    if channels_last:
+        loading = VECTOR_LOAD * (sources + (positions if role is Role.WGRAD else 0)) / config.vector
+    else:
+        side = max(across - own, 0) / 2  # of a row of sources, left and right of the lane's own
+        beside = ceil_div(ceil(side), config.vector) * VECTOR_LOAD if side > 2 else side * ELEMENT_LOAD
+        loading = parts * rows * (own / config.vector * VECTOR_LOAD + 2 * beside)
+    widened = (sources if item < 4 else 0) + positions + (parts * r * s if parts > 1 and channels_last else 0)
+    issued = products + widened + loading  # for each channel of a lane, a step
     threads, values = 32 * config.num_warps, config.lanes * config.channels
+    start = threads * START * (2 if role is Role.WGRAD else 1)
     rate = LANES * device.clock * device.multiprocessors * ISSUED
-    issuing = (tiles.steps * values * issued + tiles.total * threads * START) / rate
-    alone = (tiles.steps / max(tiles.total, 1) * values * issued + threads * START) / rate * device.multiprocessors
-    held = positions + (r * s if channels_last or role is Role.WGRAD else 0)
-    registers = REGISTERS + max(values // threads, 1) * held * max(item, 4) // 4
+    issuing = (tiles.steps * values * issued + tiles.total * start) / rate
+    alone = (tiles.longest * values * issued + start) / rate * device.multiprocessors
+    # dy and x are held as narrow as they are loaded, sums and taps are not
+    held = r * s + positions / 2 if role is Role.WGRAD else positions + rows / 2 + (r * s if channels_last else 0)
+    registers = SUMS + int(max(values // threads, 1) * held * max(item, 4) / 4)
     resident = max(device.registers // (min(registers, 255) * threads), 1)
     waves = ceil_div(tiles.total, resident * device.multiprocessors)
 
@@ -218,17 +237,19 @@ def _depthwise(
     memory = (least.bytes + again) / bandwidth
     split = prod(g.shape("w")) * 2 * config.splits * max(item, 4) / bandwidth if config.splits > 1 else 0.0
     launch = LAUNCH * (2 if config.splits > 1 else 1)
-    loop = max(issuing, alone) + TILE * waves
-    fetched = tiles.steps * values * sources * item
+    waiting = TILE + tiles.longest * LATENCY  # for data: no step is loaded ahead, but other programs go on meanwhile
+    loop = max(issuing + TILE, waves * (waiting + alone))
+    # what several taps of a row read comes from L1 but for the first time
+    fetching = tiles.steps * values * rows * own * parts * s / g.filter[2] * item / device.l2_bandwidth
     return Prediction(
-        seconds=max(loop, memory) + split + launch,
+        seconds=max(loop, fetching, memory) + split + launch,
         tiles=tiles.total,
         waves=waves,
         resident=resident,
         useful=least.flops / max(2 * tiles.steps * values * products, 1),
         loop_seconds=loop,
         compute_seconds=tiles.steps * values * products / rate * ISSUED,
-        l2_seconds=fetched / device.l2_bandwidth,
+        l2_seconds=fetching,
         memory_seconds=memory,
         split_seconds=split,
         launch_seconds=launch,

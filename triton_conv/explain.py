@@ -190,7 +190,8 @@ def _times(p: plan.Plan | CausalPlan | SeparablePlan) -> str:
         return f"{limit}\ntime       not predicted: there is no model of this kernel"
     kernel, share = p.prediction, f"{least.seconds / p.seconds:.0%} of that limit"
     tiles = f"tiles {kernel.tiles}, waves {kernel.waves}, {kernel.useful:.0%} of the products useful"
-    return f"{limit}\ntime       {_with_prefix(p.seconds)}s predicted, not measured: {share}; {tiles}"
+    time = f"{_with_prefix(p.seconds)}s predicted, not measured: {share}; {tiles}; bound by {kernel.limit}"
+    return f"{limit}\ntime       {time}"
 
 
 def _with_prefix(value: float) -> str:

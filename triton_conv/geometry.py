@@ -358,18 +358,23 @@ def tap_step(geometry: ConvGeometry, strides: Strides) -> int | None:
     return step
 
 
-def rows_first(geometry: ConvGeometry, strides: Strides) -> tuple[ConvGeometry, Strides]:
-    """The same convolution with H and W exchanged if its filter is longer along W."""
-    g = geometry
-    if g.filter[2] <= g.filter[1]:
-        return g, strides
+def rows_first(
+    geometry: ConvGeometry, strides: Strides, keep_w: bool
+) -> tuple[ConvGeometry, Strides, tuple[int, int, int]]:
+    """The same convolution with its axes in another order, and that order: the filter longest along H, then along W.
 
-    def exchanged(values):
-        return (*values[:-2], values[-1], values[-2])
+    `keep_w` leaves W where it is. Filters of one length stay in place.
+    """
+    g, free = geometry, (1, 0) if keep_w else (1, 2, 0)
+    longest = sorted(free, key=lambda axis: -g.filter[axis])
+    h, w, d = (longest[0], 2, longest[1]) if keep_w else longest
+
+    def ordered(values):
+        return values[d], values[h], values[w]
 
     names = ("input", "filter", "output", "stride", "padding", "dilation", "modes")
-    turned = replace(g, **{name: exchanged(getattr(g, name)) for name in names})
-    return turned, Strides(*(exchanged(tensor) for tensor in strides))
+    turned = replace(g, **{name: ordered(getattr(g, name)) for name in names})
+    return turned, Strides(*((*tensor[:2], *ordered(tensor[2:])) for tensor in strides)), (d, h, w)
 
 
 def describable(extents: tuple[int, ...], steps: list[int]) -> bool:

@@ -74,16 +74,22 @@ def depthwise(role: Role, geometry: ConvGeometry, config: Any) -> Tiles:
     """
     g = geometry
     images, depths, rows, columns = positions(Role.FPROP if role is Role.WGRAD else role, g)
-    walks = ceil_div(ceil_div(rows, config.rows), config.walk)
+    walks, walk = walks_of(ceil_div(rows, config.rows), config.walk)
     lanes = images * depths * walks * ceil_div(columns, config.columns)
     tiles_m, tiles_n = ceil_div(lanes, config.lanes), ceil_div(g.C if role is Role.DGRAD else g.K, config.channels)
     if role is not Role.WGRAD:
-        tiles = Tiles(tiles_m, tiles_n, prod(axis.phases for axis in g.axes(role)), 0, config.walk)
-        return tiles._replace(steps=tiles.total * config.walk)
+        tiles = Tiles(tiles_m, tiles_n, prod(axis.phases for axis in g.axes(role)), 0, walk)
+        return tiles._replace(steps=tiles.total * walk)
     chunks = g.filter[0] * ceil_div(g.filter[1], config.unroll[0]) * ceil_div(g.filter[2], config.unroll[1])
-    steps = ceil_div(tiles_m, config.splits) * config.walk
+    steps = ceil_div(tiles_m, config.splits) * walk
     tiles = Tiles(chunks, tiles_n, config.splits, 0, steps)
     return tiles._replace(steps=tiles.total * steps)
+
+
+def walks_of(lanes: int, most: int) -> tuple[int, int]:
+    """(walks, lanes of each) down a column of lanes, as long as each other and no longer than `most`."""
+    walks = max(ceil_div(lanes, most), 1)
+    return walks, ceil_div(lanes, walks)
 
 
 def blocks(counts: tuple[int, ...], box: tuple[int, ...]) -> tuple[int, ...]:

@@ -164,10 +164,10 @@ def _direct(problem: Problem, layout: Layout, explicit: DepthwiseConfig | None =
     role, why = problem.role, "groups of one channel are summed in registers, without a dot"
     kernel = "depthwise_wgrad" if role is Role.WGRAD else "depthwise"
     channels_last = layout.strides.x[1] == layout.strides.y[1] == 1
-    if channels_last:
-        g, strides = rows_first(layout.geometry, layout.strides)
-        turned = ("exchange H and W",) if g is not layout.geometry else ()
-        layout = layout._replace(geometry=g, strides=strides, steps=(*layout.steps, *turned))
+    g, strides, order = rows_first(layout.geometry, layout.strides, keep_w=not channels_last)
+    if order != (0, 1, 2):
+        turned = f"D, H and W in the order {', '.join('DHW'[axis] for axis in order)}"
+        layout = layout._replace(geometry=g, strides=strides, steps=(*layout.steps, turned))
     if explicit is not None:
         return Way(kernel, layout, explicit, f"{why}; config given explicitly")
     config = configs.default_depthwise(layout.geometry, role, problem.dtype, channels_last, problem.device)

@@ -2,7 +2,7 @@
 
     dw[k, tap] = sum over positions of y of x[k // MULTIPLIER, where the tap reads] * dy[k]
 
-Tiles and lanes are those of `depthwise`, over positions of y. A program sums up UNROLL_R x UNROLL_S taps of CHANNELS
+Tiles and `lanes` are as in `depthwise`, over positions of y. A program sums up UNROLL_R x UNROLL_S taps of CHANNELS
 channels over one slab of tiles: every value of dy and x is loaded and widened once, then multiplied by all that it
 meets within a lane. Sums of lanes are added up at the end. Each slab writes a copy of dw of its own; `sum_slabs` adds
 them up, always in the same order, so that no atomics are needed and every run gives the same bits.
@@ -16,37 +16,39 @@ import triton
 import triton.language as tl
 
 from ..geometry import ConvGeometry, Role, Strides
-from .depthwise import IMAGE_SIZED, apart, divided, multiply_add, read_at, tiling, together, widen, window_of
 from .indexing import channel_block, launchable, power_of_two_in
+from .lanes import CHANNEL_STRIDES, IMAGE_SIZED, divided, lanes_of, tiling
 from .launch import Launch
 from .wgrad import sum_launch
+from .window import apart, multiply_add, read_at, together, widen, window_of
 
 
-@triton.jit(do_not_specialize=[*IMAGE_SIZED, "slabs", "tiles_per_slab", "slab_stride"])
+@triton.jit(
+    do_not_specialize=[*IMAGE_SIZED, "tiles_per_slab", "slab_stride"], do_not_specialize_on_alignment=CHANNEL_STRIDES
+)
 def depthwise_wgrad_kernel(
     src,  # x
     dst,  # dy
     dw,
     N,
     K,
-    # extents of y and x, and strides: of the dimension along which vectors run in elements, of the others in units of
-    # SRC_VEC or DST_VEC
     dst_d,
     dst_h,
     dst_w,
     src_d,
     src_h,
     src_w,
-    src_sn,
-    src_sc,
-    src_sd,
-    src_sh,
-    src_sw,
+    # strides: of the dimension along which vectors run in elements, of the others in units of DST_VEC or SRC_VEC
     dst_sn,
     dst_sc,
     dst_sd,
     dst_sh,
     dst_sw,
+    src_sn,
+    src_sc,
+    src_sd,
+    src_sh,
+    src_sw,
     flt_strides,  # of k and the three taps, in dw or in a slab
     axis_d,
     axis_h,
@@ -97,25 +99,17 @@ def depthwise_wgrad_kernel(
     channel_valid = channel_valid[:, None]
     source_channel = channel if MULTIPLIER == 1 else channel // MULTIPLIER
     DST_VECTOR: tl.constexpr = min(VECTOR, COLUMNS)
-    lanes_w = tl.cdiv(dst_w, COLUMNS)
-    lanes_h = tl.cdiv(dst_h, spread * ROWS * walk) * spread
 
     acc: tl.tuple = ()
     for _ in tl.static_range(UNROLL_R * UNROLL_S):
         acc += (tl.zeros((CHANNELS, LANES), ACC),)
     for step in range(tiles_per_slab):
         tile = slab * tiles_per_slab + step
-        lane = (tile.to(INDEX) * LANES + tl.arange(0, LANES))[None, :]  # [1, LANES]
-        n, block_w = divided(lane, lanes_w)
+        n, z, p, block_w = lanes_of(
+            tile, dst_d, dst_h, dst_w, axis_d, axis_h, axis_w, spread, walk, HAS_D, HAS_H, ROWS, COLUMNS, LANES, INDEX
+        )
         q = block_w * COLUMNS
         block_w *= COLUMNS * COLUMN_STEP // VECTOR
-        p = tl.zeros_like(n)
-        if HAS_H:
-            n, p = divided(n, lanes_h)
-        p = p // spread * (spread * ROWS * walk) + p % spread
-        z = tl.zeros_like(n)
-        if HAS_D:
-            n, z = divided(n, dst_d)
         lane_valid = n < N
         n = tl.where(lane_valid, n, 0)
         d, valid_d = read_at(z * axis_d.src_step + axis_d.offset + jd * axis_d.src_tap_step, src_d, MODE_D)
@@ -199,7 +193,8 @@ def launches(geometry: ConvGeometry, strides: Strides, config, numerics) -> list
     T, R, S = g.filter
     unroll_r, unroll_s = min(config.unroll[0], R), min(config.unroll[1], S)
     axes = g.axes(Role.WGRAD)
-    config = _whole(config, g)
+    columns = min(config.columns, power_of_two_in(g.output[2], limit=config.columns))  # so that lanes end where rows do
+    config = replace(config, columns=columns)
     shared = tiling(g, strides, axes, True, (unroll_r, unroll_s), config, numerics)
     numel = g.K * g.taps
     arguments = dict(
@@ -223,10 +218,3 @@ def launches(geometry: ConvGeometry, strides: Strides, config, numerics) -> list
         Launch("depthwise_wgrad", depthwise_wgrad_kernel, programs, ("x", "y", "workspace"), arguments),
         sum_launch(numel, config.splits, arguments["INDEX"]),
     ]
-
-
-def _whole(config, g: ConvGeometry):
-    """A config whose lanes end where y does, if one row less is enough for it: each number is a compilation."""
-    columns = min(config.columns, power_of_two_in(g.output[2], limit=config.columns))
-    even = config.rows > 1 and g.output[1] % config.rows and g.output[1] % (config.rows - 1) == 0
-    return replace(config, columns=columns, rows=config.rows - 1 if even else config.rows)
