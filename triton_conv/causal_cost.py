@@ -15,15 +15,16 @@ from .cost import (
     LAUNCH,
     MEMORY_SHARE,
     REGISTERS,
-    START,
     TILE,
-    VECTOR_ADDRESS,
     Prediction,
     Roofline,
     _vector_rate,
 )
 from .tiles import ceil_div
 
+# Instructions of causal kernels as compiled.
+VECTOR_ADDRESS = 6  # for the address and the mask of a vector
+START = 300  # of a program before its first product
 SPECIAL = 16  # exponentials and reciprocals of a multiprocessor in a clock: CUDA Programming Guide 13, throughputs
 SIGMOID = 4  # instructions, two of them special
 SLOPE = 5  # instructions that make of a sigmoid and dy what arrives at the sum
