@@ -6,7 +6,7 @@ from math import prod
 import pytest
 import torch
 
-from triton_conv import config
+from triton_conv import config, tiles
 from triton_conv.config import BandedConfig, Numerics
 from triton_conv.geometry import ConvGeometry, Role, Strides
 
@@ -29,30 +29,30 @@ class Layer:
         self.expected = {Role.FPROP: y.detach(), Role.DGRAD: dx, Role.WGRAD: dw}
         self.tensors = {name: _laid_out(t, layout if name in "xy" else "dense") for name, t in values.items()}
 
-    def check(self, role, device, tiles=None, index_bits=32):
+    def check(self, role, device, tiling=None, index_bits=32):
         """Runs a role into memory full of NaN and compares every element with the tolerance of `triton_conv check`."""
         from triton_conv.kernels import banded, banded_wgrad
 
         g, dtype = self.geometry, self.tensors["w"].dtype
-        tiles = tiles or config.default_banded(g, role, dtype.itemsize, H200)
+        tiling = tiling or config.default_banded(g, role, dtype.itemsize, H200)
         name = {Role.FPROP: "y", Role.DGRAD: "x", Role.WGRAD: "w"}[role]
         tensors = {n: t.to(device) for n, t in self.tensors.items()}
         tensors[name] = torch.empty_like(tensors[name]).fill_(torch.nan)
         strides = Strides(*((*t.stride()[:2], 0, *t.stride()[2:]) for t in (tensors[n] for n in "xwy")))
         numerics = Numerics(index_bits, "float32", "ieee", has_bias=role is Role.FPROP)
         if role is Role.WGRAD:
-            tensors["workspace"] = torch.full((tiles.splits, g.C, *g.filter), torch.nan, device=device)
-            launches = banded_wgrad.launches(g, strides, tiles, numerics)
+            tensors["workspace"] = torch.full((tiling.splits, g.C, *g.filter), torch.nan, device=device)
+            launches = banded_wgrad.launches(g, strides, tiling, numerics)
         else:
-            shape = banded.shifted_shape(g, dtype.itemsize)
+            shape = tiles.shifted_shape(g, dtype.itemsize)
             tensors["workspace"] = torch.full(shape, torch.nan, dtype=dtype, device=device)
-            launches = banded.launches(role, g, strides, tiles, numerics, dtype.itemsize)
+            launches = banded.launches(role, g, strides, tiling, numerics, dtype.itemsize)
         for launch in launches:
             launch.run(tensors)
         expected, depth = self.expected[role], g.N * prod(g.output) if role is Role.WGRAD else g.taps
         error = (tensors[name].cpu().double() - expected).abs()
         bound = torch.finfo(dtype).eps * expected.abs() + 10 * 2.0**-23 * depth
-        assert (error <= bound).all(), f"{role} {g} {tiles}: {error.max()}"
+        assert (error <= bound).all(), f"{role} {g} {tiling}: {error.max()}"
         return tensors[name]
 
 
@@ -135,9 +135,9 @@ TILES = [
 
 
 @pytest.mark.parametrize("role", Role, ids=lambda role: role.value)
-@pytest.mark.parametrize("tiles", TILES, ids=str)
-def test_tiling_does_not_change_the_numbers(tiles, role, kernels):
-    Layer(3, 1, (7, 37), (5, 15), ((2, 3), (7, 3))).check(role, kernels, tiles)
+@pytest.mark.parametrize("tiling", TILES, ids=str)
+def test_tiling_does_not_change_the_numbers(tiling, role, kernels):
+    Layer(3, 1, (7, 37), (5, 15), ((2, 3), (7, 3))).check(role, kernels, tiling)
 
 
 def test_slabs_are_summed_to_the_same_bits_every_run(kernels):

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import ceil, inf, prod
+from math import ceil, gcd, inf, prod
 from typing import Any, NamedTuple
 
 from . import tiles as counting
-from .config import ITEM_BYTES, BoxConfig, DepthwiseConfig, KernelConfig
+from .config import ITEM_BYTES, BandedConfig, BoxConfig, DepthwiseConfig, KernelConfig
 from .devices import H200, Device
 from .geometry import ConvGeometry, Role
 from .tiles import Tiles, ceil_div
@@ -36,6 +36,9 @@ LINK = 64  # bytes that a multiprocessor gets from L2 in a clock
 ISSUED = 0.7  # share of its instruction slots that a multiprocessor uses without a dot
 SPILLED = 4  # how many times longer a step takes whose accumulator does not fit into registers
 
+BANDED_STEP, BANDED_WGRAD_STEP = 100, 190  # instructions of a thread in a step of banded kernels, as compiled
+BANDED_LOAD = 12  # more for each load, as compiled
+BANDED_GATHER = 36  # instructions for each sum that banded weight gradients gather from a diagonal, as compiled
 # Instructions of depthwise kernels as compiled for sm_90 by Triton 3.7.1, and their registers beside sums and operands.
 VECTOR_LOAD = 10  # a masked load of 16 bytes: address, mask, zeros, the load
 ELEMENT_LOAD = 6  # a masked load of one element in a row whose other loads are vectors
@@ -71,7 +74,7 @@ class Prediction:
     compute_seconds  the multiplications, were every multiprocessor always at them
     l2_seconds       what main loops load, through L2
     memory_seconds   what memory moves: the least bytes, and those that L2 has lost before they are read again
-    split_seconds    slabs of a weight gradient written, read and summed
+    split_seconds    slabs of a weight gradient written, read and summed; of shifted filters, written and read
     launch_seconds   starts of kernels
     """
 
@@ -138,12 +141,16 @@ def predict(
     if isinstance(config, DepthwiseConfig):
         return _depthwise(geometry, role, config, dtype, device, channels_last, out_dtype)
     g, item, out_item = geometry, ITEM_BYTES[dtype], ITEM_BYTES[out_dtype or dtype]
-    tiles, step = TILES[kernel](role, g, config), _step(role, g, config, item, out_item, channels_last)
+    tiles, banded = TILES[kernel](role, g, config), isinstance(config, BandedConfig)
+    if isinstance(config, BandedConfig):
+        step = _banded_step(role, g, config, item, tiles.steps / max(tiles.total, 1))
+    else:
+        step = _step(role, g, config, item, out_item, channels_last)
     resident, spilled = _residents(config, step, dtype, device)
     matrix = step.dot and _matrix_rate(dtype, precision, device)
     share = MATRIX_SHARE * (FEW_ROWS if step.rows < 64 and device.capability in (90, 100) else 1)
     rate = matrix * share if matrix else _vector_rate(dtype, device) * VECTOR_SHARE
-    multiplying, issuing = step.flops / rate, step.loads * ADDRESS / (LANES * device.clock * device.multiprocessors)
+    multiplying, issuing = step.flops / rate, step.issued / (LANES * device.clock * device.multiprocessors)
     busy = (max(multiplying, issuing) if matrix else multiplying + issuing) * device.multiprocessors
     busy = max(busy, step.bytes / (LINK * device.clock)) * (SPILLED if spilled else 1)
     waves, loop = _waves(tiles, busy, step, resident, device) if resident else (0, inf)
@@ -153,7 +160,10 @@ def predict(
     passes = ceil_div(tiles.tiles_m * tiles.tiles_n, max(resident, 1) * device.multiprocessors)
     memory = (least.bytes + _read_again(role, g, step, item, config.splits, passes, device)) / bandwidth
     split = prod(g.shape("w")) * 2 * config.splits * max(item, 4) / bandwidth if config.splits > 1 else 0.0
-    launch = LAUNCH * (2 if config.splits > 1 else 1)
+    shifts = banded and role is not Role.WGRAD
+    if shifts:
+        split = 2 * prod(counting.shifted_shape(g, item)) * item / bandwidth
+    launch = LAUNCH * (2 if config.splits > 1 or shifts else 1)
     return Prediction(
         seconds=max(loop, fetching, memory) + split + launch,
         tiles=tiles.total,
@@ -188,6 +198,8 @@ TILES: dict[str, Callable[[Role, ConvGeometry, Any], Tiles]] = {
     "depthwise_wgrad": counting.depthwise,
     "wgrad": lambda role, geometry, config: counting.wgrad(geometry, config),
     "box_wgrad": lambda role, geometry, config: counting.box_wgrad(geometry, config),
+    "banded": counting.banded,
+    "banded_wgrad": lambda role, geometry, config: counting.banded_wgrad(geometry, config),
 }
 
 
@@ -263,13 +275,48 @@ class _Step(NamedTuple):
     columns: int
     flops: int
     bytes: float  # fetched through L2
-    loads: int  # by pointer: each has an address of its own
+    issued: float  # instructions of a thread, beside the products
     ahead: int  # steps whose data are on the way
     shared: int  # bytes of shared memory
     dot: bool
     programs: int  # a multiprocessor's most, which are 32 where each is a tile of its own
     joined: bool  # a tile's first loads are on the way before the tile before it is stored
     waste: float  # bytes fetched for each that a group needs of a pixel
+
+
+def _banded_step(role: Role, g: ConvGeometry, config: BandedConfig, item: int, steps: float) -> _Step:
+    """Of a tile that takes so many steps. Activations are contiguous; their rows are read in vectors that divide them.
+
+    What a weight gradient does after the last step for a chunk of columns is divided among its steps.
+    """
+    blocks, threads = prod(config.blocks), 32 * config.num_warps
+    filters = 16 // item
+    source, grads = (g.output, g.input) if role is Role.DGRAD else (g.input, g.output)
+    pixels = min(gcd(source[2], 8), filters) if g.modes[2] == "zeros" else 1
+    if role is Role.WGRAD:
+        rows, columns, depth, width = config.height * config.chunk, config.columns, blocks, min(gcd(grads[2], 8), filters)
+        loads = blocks * (rows // pixels + columns // width)
+        chunks = ceil_div(config.columns + min(g.filter[2], counting.BANDED_TAPS) - 1, config.chunk)
+        gathered = config.height * min(g.filter[2], counting.BANDED_TAPS) * columns
+        issued = BANDED_WGRAD_STEP * threads + BANDED_LOAD * loads + BANDED_GATHER * gathered * chunks / max(steps, chunks)
+    else:
+        rows, columns, depth, width = blocks, config.height * config.columns, config.chunk, filters
+        issued = BANDED_STEP * threads + BANDED_LOAD * depth * (rows // pixels + columns // filters)
+    stages = config.num_stages if min(pixels, width) * item >= 4 else 1  # no less is copied asynchronously
+    elements = (rows + columns) * depth
+    return _Step(
+        rows=rows,
+        columns=columns,
+        flops=2 * rows * columns * depth,
+        bytes=elements * item,
+        issued=issued / ISSUED,
+        ahead=max(stages - 1, 1),
+        shared=stages * elements * item,
+        dot=True,
+        programs=32,
+        joined=False,
+        waste=1.0,
+    )
 
 
 def _step(role: Role, g: ConvGeometry, config: Any, item: int, out_item: int, channels_last: bool) -> _Step:
@@ -298,7 +345,7 @@ def _step(role: Role, g: ConvGeometry, config: Any, item: int, out_item: int, ch
     programs = config.programs if persistent else 32
     joined = persistent and all(axis.phases == 1 for axis in g.axes(role))
     flops, ahead = 2 * rows * columns * depth, max(stages - 1, 1)
-    return _Step(rows, columns, flops, fetched * item, loads, ahead, shared, dot, programs, joined, waste)
+    return _Step(rows, columns, flops, fetched * item, loads * ADDRESS, ahead, shared, dot, programs, joined, waste)
 
 
 def _residents(config: Any, step: _Step, dtype: str, device: Device) -> tuple[int, bool]:

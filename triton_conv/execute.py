@@ -190,7 +190,11 @@ def _kernels(call: Call, device: Device, output: Tensor) -> Tensor:
         tensors["scale_a"], tensors["scale_b"] = call.scales
     with _on_device(output.device):
         for name in p.packs:
-            tensors[name] = _five(tensors[name]).permute(0, 2, 3, 4, 1).contiguous()
+            t = tensors[name]
+            if name == names[2]:
+                tensors[name] = torch.empty_like(t, memory_format=torch.contiguous_format)
+            else:
+                tensors[name] = _five(t).permute(0, 2, 3, 4, 1).contiguous() if p.channels_last else t.contiguous()
         if p.bundle > 1:
             K, C, T, R, S = p.asked.shape("w")
             wide = output.new_zeros((K, T, R, S, p.bundle * C), dtype=call.b.dtype)
@@ -205,6 +209,8 @@ def _kernels(call: Call, device: Device, output: Tensor) -> Tensor:
             launch.run(tensors)
         if p.bundle > 1 and call.role is Role.WGRAD:
             dense.copy_(blocks)
+        if names[2] in p.packs:
+            output.copy_(tensors[names[2]])
     return output
 
 

@@ -10,9 +10,9 @@ from functools import cached_property, lru_cache
 from math import prod
 from typing import TYPE_CHECKING
 
-from . import choose, cost, ways
+from . import choose, cost, tiles, ways
 from . import config as configs
-from .config import ITEM_BYTES, BoxConfig, Device, KernelConfig, Numerics
+from .config import ITEM_BYTES, BandedConfig, BoxConfig, Device, KernelConfig, Numerics
 from .cost import Prediction, Roofline
 from .geometry import ConvGeometry, Role, Strides
 from .ways import Problem, Way, dense_strides
@@ -51,7 +51,7 @@ class Plan:
     """A kernel and everything it is launched with, for tensors of any address.
 
     `geometry` and `strides` are canonical: they describe the same memory as the caller's tensors, in fewer axes.
-    `asked` is the caller's geometry. `packs` names the tensors that are copied to channels-last first, `bundle` says
+    `asked` is the caller's geometry. `packs` names the tensors that are copied to another memory format, `bundle` says
     how many of the caller's groups are computed as one (`ways.Layout`).
     """
 
@@ -66,6 +66,7 @@ class Plan:
     numerics: Numerics
     device: Device
     packs: tuple[str, ...]
+    channels_last: bool
     bundle: int
     steps: tuple[str, ...]
     fold: Fold | None
@@ -99,12 +100,14 @@ class Plan:
     @cached_property
     def launches(self) -> tuple[Launch, ...]:
         """What runs, in order; needs Triton, and is first asked for when TRITON_INTERPRET can no longer be set."""
-        from .kernels import box, box_wgrad, depthwise, depthwise_wgrad, fold, gather, wgrad
+        from .kernels import banded, banded_wgrad, box, box_wgrad, depthwise, depthwise_wgrad, fold, gather, wgrad
 
         what = (self.geometry, self.strides, self.config, self.numerics)
         if self.role is Role.WGRAD:
-            room = {"wgrad": wgrad, "box_wgrad": box_wgrad, "depthwise_wgrad": depthwise_wgrad}[self.kernel]
-            return tuple(room.launches(*what))
+            rooms = {"box_wgrad": box_wgrad, "depthwise_wgrad": depthwise_wgrad, "banded_wgrad": banded_wgrad}
+            return tuple(rooms.get(self.kernel, wgrad).launches(*what))
+        if self.kernel == "banded":
+            return tuple(banded.launches(self.role, *what, ITEM_BYTES[self.dtype]))
         into = "workspace" if self.fold else ""
         if self.kernel == "box":
             vector = 16 // ITEM_BYTES[self.workspace_dtype if self.fold else self.out_dtype]
@@ -158,6 +161,8 @@ class Plan:
         uses = [f"a copy of {name}" for name in self._copies]
         if self.fold is not None:
             uses.append("the gradient of the padded input, folded onto dx")
+        elif self.kernel == "banded":
+            uses.append("the filters at every shift within a vector")
         elif self.workspace_shape:
             uses.append(f"{self.config.splits} slabs of dw, summed in order")
         return f" ({'; '.join(uses)})" if uses else ""
@@ -205,12 +210,13 @@ def _against(chosen: Plan, other: Plan) -> Plan:
 def _assembled(problem: Problem, original: ConvGeometry, strides: Strides, way: Way) -> Plan:
     """The plan of one way; `original` and `strides` are of the padded input where a border is folded."""
     role, geometry, accumulator = problem.role, problem.geometry, ACCUMULATORS[problem.dtype]
-    kernel, (packs, bundle, inner, inner_strides, steps), config, why = way
+    kernel, (packs, channels_last, bundle, inner, inner_strides, steps), config, why = way
     folds = original is not geometry
     bits = 64 if _reach(inner, inner_strides, role, config) >= 2**31 else 32
     numerics = Numerics(bits, accumulator, problem.precision, problem.has_bias and not folds, problem.has_scale)
     fold: Fold | None = None
     workspace: tuple[int, ...] = ()
+    workspace_dtype = accumulator
     if folds:
         padded_shape = original.shape("x")
         span = max(_span(padded_shape, strides.x), _span(geometry.shape("x"), problem.strides.x))
@@ -218,6 +224,8 @@ def _assembled(problem: Problem, original: ConvGeometry, strides: Strides, way: 
         fold = Fold(geometry, padded_shape, strides.x, problem.strides.x, fold_numerics)
         workspace = padded_shape
         steps = ("compute dx on the padded extents, then fold the border", *steps)
+    elif kernel == "banded":
+        workspace, workspace_dtype = tiles.shifted_shape(inner, ITEM_BYTES[problem.dtype]), problem.dtype
     elif config.splits > 1:
         workspace = (config.splits, *replace(geometry, groups=geometry.groups // bundle).shape("w"))
     return Plan(
@@ -232,11 +240,12 @@ def _assembled(problem: Problem, original: ConvGeometry, strides: Strides, way: 
         numerics,
         problem.device,
         packs,
+        channels_last,
         bundle,
         steps,
         fold,
         workspace,
-        accumulator,
+        workspace_dtype,
         why,
     )
 
@@ -249,6 +258,8 @@ def _reach(g: ConvGeometry, strides: Strides, role: Role, config: KernelConfig) 
         _span((g.N, g.K, *g.output), strides.y),
         _span((g.K, g.C // g.groups, *g.filter), strides.w) * config.splits,
     ]
+    if isinstance(config, BandedConfig):
+        spans.append(prod(tiles.shifted_shape(g, 1)))  # of bytes; of wider elements there are fewer
     positions = g.N * prod(i + p for i, p in zip(g.input if role is Role.DGRAD else g.output, phases, strict=True))
     return max(*spans, positions + config.BLOCK_M * config.splits)
 

@@ -92,6 +92,67 @@ def walks_of(lanes: int, most: int) -> tuple[int, int]:
     return walks, ceil_div(lanes, walks)
 
 
+def banded(role: Role, geometry: ConvGeometry, config: Any) -> Tiles:
+    """FPROP or DGRAD by `kernels.banded`, a step for each source row and chunk of its columns that a tile sees."""
+    g = geometry
+    source, extents = (g.input, g.output) if role is Role.FPROP else (g.output, g.input)
+    steps, most, tiles = [], [], []
+    for axis, size, side in zip((1, 2), (config.height, config.columns), config.blocks[1:], strict=True):
+        lower = g.padding[axis][0] if role is Role.FPROP else g.filter[axis] - 1 - g.padding[axis][0]
+        starts = range(0, ceil_div(extents[axis], size), side)
+        spans = [
+            _seen(lower, g.filter[axis], first, first + side - 1, source[axis], size, g.modes[axis]) for first in starts
+        ]
+        counts = [max(end - begin, 0) if axis == 1 else _chunks(begin, end, config.chunk) for begin, end in spans]
+        steps.append(sum(counts))
+        most.append(max(counts, default=0))
+        tiles.append(len(starts))
+    images = ceil_div(g.N, config.blocks[0])
+    return Tiles(images * prod(tiles), 1, g.C, g.C * images * prod(steps), prod(most))
+
+
+# Columns of a filter that a program of `kernels.banded_wgrad` keeps the sums of, at most.
+BANDED_TAPS = 64
+
+
+def banded_wgrad(geometry: ConvGeometry, config: Any) -> Tiles:
+    """WGRAD by `kernels.banded_wgrad`; tiles_m counts parts of a filter, and every slab has the steps of the longest."""
+    g, zeros = geometry, geometry.modes[1] == "zeros"
+    (_, taps_h, taps_w), (lower_h, _), (lower_w, _) = g.filter, *g.padding[1:]
+    images, rows, columns = config.blocks
+    tiles_q = ceil_div(g.output[2], columns * config.columns)
+    chunks = []
+    for s in range(0, taps_w, BANDED_TAPS):
+        taps, last = min(BANDED_TAPS, taps_w - s), tiles_q * columns - 1
+        span = _seen(lower_w - s, taps, 0, last, g.input[2], config.columns, g.modes[2])
+        chunks.append(_chunks(*span, config.chunk))
+    steps = []
+    for r in range(0, taps_h, config.height):
+        begin, end = max(lower_h - r - config.height + 1, 0), min(g.input[1] + lower_h - r, g.output[1])
+        reached = max(end - begin, 0) if zeros else g.output[1]
+        steps.append(ceil_div(ceil_div(g.N, images) * ceil_div(reached, rows) * tiles_q, config.splits))
+    parts = g.C * config.splits
+    return Tiles(len(chunks) * len(steps), 1, parts, parts * sum(chunks) * sum(steps), max(chunks) * max(steps))
+
+
+def shifted_shape(geometry: ConvGeometry, item_bytes: int) -> tuple[int, int, int, int]:
+    """Of the filters as `kernels.banded` reads them: (channels, shifts within a vector, filter rows, columns)."""
+    _, taps_h, taps_w = geometry.filter
+    vector = 16 // item_bytes
+    return geometry.C, vector, taps_h, (ceil_div(taps_w, vector) + 1) * vector
+
+
+def _seen(lower: int, taps: int, first: int, last: int, extent: int, size: int, mode: str) -> tuple[int, int]:
+    """`kernels.banded.seen`."""
+    begin, end = -lower, size + taps - 1 - lower
+    return (max(begin, -last * size), min(end, extent - first * size)) if mode == "zeros" else (begin, end)
+
+
+def _chunks(begin: int, end: int, chunk: int) -> int:
+    """Of columns, the first of which are read from a multiple of eight on."""
+    return max(ceil_div(end - begin // 8 * 8, chunk), 1)
+
+
 def blocks(counts: tuple[int, ...], box: tuple[int, ...]) -> tuple[int, ...]:
     """How often a box fits along (images, depths, rows, columns), the last time perhaps in part."""
     return tuple(ceil_div(count, side) for count, side in zip(counts, box, strict=True))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from . import choose, tiles
 from . import config as configs
 from .choose import AnyConfig
-from .config import ITEM_BYTES, BoxConfig, Config, DepthwiseConfig, KernelConfig
+from .config import ITEM_BYTES, BandedConfig, BoxConfig, Config, DepthwiseConfig, KernelConfig
 from .devices import Device
 from .geometry import ConvGeometry, Role, Strides, canonical, describable, rows_first, tap_step
 
@@ -35,13 +35,15 @@ class Problem(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """A canonical problem, once the tensors in `packs` have been copied to channels-last.
+    """A canonical problem, once the tensors in `packs` stand in memory otherwise.
 
+    They are copied to channels-last, or to contiguous where not `channels_last`; an output among them is copied back.
     With `bundle` groups in one, filters are copied into blocks along the diagonal of fewer and wider groups, and of
     their gradient only these blocks are kept.
     """
 
     packs: tuple[str, ...]
+    channels_last: bool
     bundle: int
     geometry: ConvGeometry
     strides: Strides
@@ -76,13 +78,22 @@ def of(
         if direct:
             raise RuntimeError(f"a depthwise config was given for {g}, but {direct}")
         return [_direct(problem, given, explicit)]
+    columns = _laid_out(g, strides, role, _columns_apart(given), keep_channels, channels_last=False)
+    banded = direct or _banded_obstacle(problem, columns.geometry, folds=g is not problem.geometry)
+    if isinstance(explicit, BandedConfig):
+        if explicit.splits > 1 and role is not Role.WGRAD:
+            banded = banded or f"its {explicit.splits} splits are for weight gradients"
+        if banded:
+            raise RuntimeError(f"a banded config was given for {g}, but {banded}")
+        return [_banded(problem, columns, explicit)]
     if explicit is not None:
         misfit = obstacle or _box_misfit(explicit, problem.dtype, role, copied.geometry)
         if misfit:
             raise RuntimeError(f"a box config was given for {g}, but {misfit}")
         return [_boxed(problem, copied, explicit)]
     if not direct and g.K == g.C:
-        return [_direct(problem, given)]
+        long = not banded and max(g.filter) >= _LONG
+        return [_direct(problem, given), *([_banded(problem, columns)] if long else [])]
     moves = set(packs) - {"w"}
     if not obstacle and not moves:
         obstacle = _idle_runs(copied.geometry) if role is Role.WGRAD else None
@@ -99,25 +110,40 @@ def of(
 
 
 _WORDS = {"x": "the input", "w": "the filters", "y": "the output's gradient"}
+_WRITTEN = {Role.FPROP: ("y", "the output"), Role.DGRAD: ("x", "the input's gradient")}
 
 
 def _laid_out(
-    g: ConvGeometry, strides: Strides, role: Role, packs: tuple[str, ...], keep_channels: bool, bundle: int = 1
+    g: ConvGeometry,
+    strides: Strides,
+    role: Role,
+    packs: tuple[str, ...],
+    keep_channels: bool,
+    bundle: int = 1,
+    channels_last: bool = True,
 ) -> Layout:
-    steps = [f"copy {_WORDS[name]} to channels-last" for name in packs]
+    written, words = _WRITTEN.get(role, ("w", ""))
+    where = "channels-last" if channels_last else "contiguous"
+    steps = [f"copy {_WORDS[name]} to {where}" if name != written else f"copy {words} from {where}" for name in packs]
     made = set(packs)
     if bundle > 1:
         g, made = replace(g, groups=g.groups // bundle), made | {"w"}
         steps.append(f"{bundle} groups in one, with zeros between their filters")
-    strides = strides._replace(**{name: dense_strides(g.shape(name), True) for name in made})
+    strides = strides._replace(**{name: dense_strides(g.shape(name), channels_last) for name in made})
     inner, inner_strides, more = canonical(g, strides, role, keep_channels)
-    return Layout(packs, bundle, inner, inner_strides, (*steps, *more))
+    return Layout(packs, channels_last, bundle, inner, inner_strides, (*steps, *more))
 
 
 def _not_channels_last(g: ConvGeometry, strides: Strides, role: Role) -> tuple[str, ...]:
     """The operands that a box kernel could not fetch as they lie."""
     operands = {Role.FPROP: ("x", "w"), Role.DGRAD: ("y", "w"), Role.WGRAD: ("x", "y")}[role]
     return tuple(name for name in operands if getattr(strides, name)[1] != 1 and g.shape(name)[1] > 1)
+
+
+def _columns_apart(layout: Layout) -> tuple[str, ...]:
+    """The activations whose columns do not lie side by side."""
+    g, strides = layout.geometry, layout.strides
+    return tuple(name for name in ("x", "y") if getattr(strides, name)[4] != 1 and g.shape(name)[4] > 1)
 
 
 def _bundles(g: ConvGeometry) -> list[int]:
@@ -172,6 +198,34 @@ def _direct(problem: Problem, layout: Layout, explicit: DepthwiseConfig | None =
         return Way(kernel, layout, explicit, f"{why}; config given explicitly")
     config = configs.default_depthwise(layout.geometry, role, problem.dtype, channels_last, problem.device)
     return Way(kernel, layout, config, f"{why}; lanes by rule for {problem.device.name}")
+
+
+# Filters with fewer taps along every axis are mostly zeros as banded matrices.
+_LONG = 13
+
+
+def _banded(problem: Problem, layout: Layout, explicit: BandedConfig | None = None) -> Way:
+    role, why = problem.role, "filter rows as banded matrices"
+    kernel = "banded_wgrad" if role is Role.WGRAD else "banded"
+    if explicit is not None:
+        return Way(kernel, layout, explicit, f"{why}; config given explicitly")
+    config = configs.default_banded(layout.geometry, role, ITEM_BYTES[problem.dtype], problem.device)
+    return Way(kernel, layout, config, f"{why}; blocks by rule for {problem.device.name}")
+
+
+def _banded_obstacle(problem: Problem, g: ConvGeometry, folds: bool) -> str | None:
+    """What keeps a depthwise problem from the banded kernels, in words; `folds` is of a border of other than zeros."""
+    if g.K != g.C:
+        return f"an input channel has {g.K // g.C} filters"
+    if problem.dtype not in ("float16", "bfloat16") and (problem.dtype, problem.precision) != ("float32", "tf32"):
+        return f"{problem.dtype} as {problem.precision} is not multiplied on matrix units"
+    if max(g.stride) > 1:
+        return "its stride is more than 1"
+    if any(d > 1 and taps > 1 for d, taps in zip(g.dilation, g.filter, strict=True)):
+        return "its filter is dilated"
+    if max(g.input[0], g.output[0], g.filter[0]) > 1:
+        return "it has three spatial axes"
+    return "the border of its gradient is folded" if folds else None
 
 
 # Above it, an input channel meets so many filters that a dot is fuller of them than of zeros.

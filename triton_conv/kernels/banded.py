@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from ..geometry import ConvGeometry, Role, Strides
+from ..tiles import shifted_shape
 from .epilogue import finish
 from .indexing import MODE_CODES, launchable, matrix_product, power_of_two_in, read_position
 from .launch import Launch
@@ -140,10 +141,12 @@ def banded_kernel(
 ):
     ROWS: tl.constexpr = BLOCKS_N * BLOCKS_P * BLOCKS_Q
     pid = tl.program_id(0)
-    channel = (pid % C).to(INDEX)
-    first_q = pid // C % tiles_q * BLOCKS_Q
-    first_p = pid // C // tiles_q % tiles_p * BLOCKS_P
-    first_n = pid // C // tiles_q // tiles_p * BLOCKS_N
+    tiles_n = tl.cdiv(N, BLOCKS_N)
+    # tiles of a channel run beside each other: they read the same rows and filters
+    first_q = pid % tiles_q * BLOCKS_Q
+    first_p = pid // tiles_q % tiles_p * BLOCKS_P
+    first_n = pid // tiles_q // tiles_p % tiles_n * BLOCKS_N
+    channel = (pid // tiles_q // tiles_p // tiles_n).to(INDEX)
     begin_h, end_h = seen(lower_h, taps_h, first_p, first_p + BLOCKS_P - 1, x_h, HEIGHT, MODE_H)
     begin_w, end_w = seen(lower_w, taps_w, first_q, first_q + BLOCKS_Q - 1, x_w, COLUMNS, MODE_W)
     begin_w = aligned(begin_w)
@@ -195,13 +198,6 @@ def banded_kernel(
     ow, valid_w = in_columns(row_w + q, q, y_w, y_w, ZEROS, Y_VEC)
     target = y + channel * y_sc * Y_VEC + (n * y_sn + oh * y_sh) * Y_VEC + ow * y_sw
     tl.store(target, out, mask=image_valid & (oh < y_h) & valid_w)
-
-
-def shifted_shape(geometry: ConvGeometry, item_bytes: int) -> tuple[int, ...]:
-    """Of what `shift_kernel` writes: (channels, shifts, filter rows, columns)."""
-    _, taps_h, taps_w = geometry.filter
-    vec = 16 // item_bytes
-    return geometry.C, vec, taps_h, (triton.cdiv(taps_w, vec) + 1) * vec
 
 
 def launches(role: Role, geometry: ConvGeometry, strides: Strides, config, numerics, item_bytes: int) -> list[Launch]:

@@ -14,13 +14,11 @@ import triton
 import triton.language as tl
 
 from ..geometry import ConvGeometry, Strides
+from ..tiles import BANDED_TAPS
 from .banded import SIZES, UNALIGNED, ZEROS, activations, aligned, constants, in_columns, seen
 from .indexing import launchable, matrix_product, read_position
 from .launch import Launch
 from .wgrad import sum_launch
-
-_MOST_TAPS = 64  # columns of a filter that a program keeps the sums of
-
 
 @triton.jit(do_not_specialize=[*SIZES, "slabs", "slab_stride"], do_not_specialize_on_alignment=UNALIGNED)
 def banded_wgrad_kernel(
@@ -69,12 +67,13 @@ def banded_wgrad_kernel(
 ):
     ROWS: tl.constexpr = BLOCKS_N * BLOCKS_P * BLOCKS_Q
     pid = tl.program_id(0)
-    channel = (pid % C).to(INDEX)
     tiles_s = tl.cdiv(taps_w, TAPS)
     tiles_r = tl.cdiv(taps_h, HEIGHT)
-    s0 = pid // C % tiles_s * TAPS
-    r0 = pid // C // tiles_s % tiles_r * HEIGHT
-    slab = pid // C // tiles_s // tiles_r
+    # parts of a filter run beside each other: they read the same channel
+    s0 = pid % tiles_s * TAPS
+    r0 = pid // tiles_s % tiles_r * HEIGHT
+    channel = (pid // tiles_s // tiles_r % C).to(INDEX)
+    slab = pid // tiles_s // tiles_r // C
 
     # output rows that these filter rows connect to the image
     begin_p = 0
@@ -139,7 +138,7 @@ def launches(geometry: ConvGeometry, strides: Strides, config, numerics) -> list
     """w from x and y, by way of slabs in the workspace where config.splits is more than 1."""
     g = geometry
     _, taps_h, taps_w = g.filter
-    taps = min(triton.next_power_of_2(taps_w), _MOST_TAPS)
+    taps = min(triton.next_power_of_2(taps_w), BANDED_TAPS)
     numel = g.C * taps_h * taps_w
     arguments = {
         **activations(g, strides.x, g.input, strides.y, g.output),

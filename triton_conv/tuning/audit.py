@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from .. import causal_cost, explain, tiles
 from ..causal_config import CausalConfig
 from ..causal_plan import CausalPlan
-from ..config import ITEM_BYTES, DepthwiseConfig, KernelConfig
+from ..config import ITEM_BYTES, BandedConfig, DepthwiseConfig, KernelConfig
 from ..plan import Plan
 from ..separable_plan import SeparablePlan
 from .code import TARGETS, TENSOR_MEMORY, Code, compiled_kernels, compiling_for, read
@@ -257,7 +257,7 @@ def _wanted(plan: Plan | CausalPlan | SeparablePlan, launch: Any, arch: int) -> 
         along_c = channels_last and g.C == g.K and g.C % config.vector == 0
         vector = config.vector if along_c else launch.arguments["VECTOR"] * launch.arguments["WHOLE"]
         return Wanted(wide_loads=vector * ITEM_BYTES[plan.dtype] == 16)
-    boxed = plan.kernel.startswith("box")
+    boxed, item = plan.kernel.startswith("box"), ITEM_BYTES[plan.dtype]
     if not getattr(config, "dot", True):
         return Wanted()
     kind = _kind(plan.dtype, plan.numerics.precision)
@@ -265,11 +265,14 @@ def _wanted(plan: Plan | CausalPlan | SeparablePlan, launch: Any, arch: int) -> 
     channels_last = plan.strides.x[1] == plan.strides.y[1] == 1
     flatten = getattr(config, "flatten", False)
     whole_vectors = boxed or (channels_last and tiles.whole_vectors(plan.geometry) and not flatten)
+    if isinstance(config, BandedConfig):  # filters always are whole vectors, the rows of a weight gradient's operands
+        vectors = [launch.arguments["X_VEC"], launch.arguments.get("FLT_VEC", launch.arguments["Y_VEC"])]
+        whole_vectors = min(vectors) * item >= 16 and plan.geometry.modes[2] == "zeros"
     return Wanted(
         matrix=matrix,
         few_rows=_OF_FEW_ROWS[kind] if matrix else "",
         pipelined=whole_vectors and config.num_stages > 1,
-        whole_vectors=whole_vectors and ITEM_BYTES[plan.dtype] <= 2,  # wider types are transposed as they are copied
+        whole_vectors=whole_vectors and item <= 2,  # wider types are transposed as they are copied
         shared_operands=boxed and matrix in _FROM_SHARED_MEMORY,
         tma_loads=boxed,
         tma_stores=launch.arguments.get("STORE_BOX", False),
