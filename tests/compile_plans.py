@@ -21,10 +21,22 @@ from triton_conv.tuning.layers import BFLOAT16
 
 def sizes() -> dict[str, int]:
     """How often each kernel was compiled for fifty image sizes of one layer, per memory format."""
-    from triton_conv.kernels import box, box_wgrad, depthwise, depthwise_wgrad, fold, gather, wgrad
+    from triton_conv.kernels import (
+        banded,
+        banded_wgrad,
+        box,
+        box_wgrad,
+        depthwise,
+        depthwise_wgrad,
+        fold,
+        gather,
+        wgrad,
+    )
 
     counts = {}
     kernels = {
+        "banded": banded.banded_kernel,
+        "banded_wgrad": banded_wgrad.banded_wgrad_kernel,
         "box": box.box_kernel,
         "box_wgrad": box_wgrad.box_wgrad_kernel,
         "depthwise": depthwise.depthwise_kernel,
@@ -43,6 +55,10 @@ def sizes() -> dict[str, int]:
                 plans = explain.plans(*shapes, **options)
                 if channels_last:  # runs of pixels know no border but zeros
                     plans["box weight gradient"] = explain.plans(*shapes, **BFLOAT16)["weight gradient"]
+                    long = explain.plans(
+                        shapes[0], (64, 1, 31, 31), groups=64, **BFLOAT16 | {"padding": 15, "channels_last": False}
+                    )
+                    plans |= {f"long {name}": plan for name, plan in long.items()}
                 single = explain.plans(
                     shapes[0], (64, 1, 3, 3), groups=64, **BFLOAT16 | {"channels_last": channels_last}
                 )

@@ -32,11 +32,12 @@ def test_fifty_image_sizes_compile_few_kernels():
     """One for each role; a box kernel once more for each shape of box that images of these sizes want.
 
     Contiguous depthwise images want another kernel for each number of columns that divides theirs, and their weight
-    gradients one more where lanes do not end with the image. Other contiguous images may be small enough to be
-    gathered as they lie or large enough to be copied first: both are here.
+    gradients one more where lanes do not end with the image. Long filters want one for each shape of tile and of vector. Other
+    contiguous images may be small enough to be gathered as they lie or large enough to be copied first: both are here.
     """
     counts = compiled("sizes")
     few = {"box": 6, "box_wgrad": 4, "depthwise": 10, "depthwise_wgrad": 10, "gather": 3, "wgrad": 2, "fold": 1}
+    few |= {"banded": 8, "banded_wgrad": 6}
     assert all(count <= few[name.split()[0]] for name, count in counts.items()), counts
     assert all(counts[f"{kernel} channels_last"] for kernel in few), counts
     once = ("gather channels_last", "wgrad channels_last", "fold channels_last", "fold contiguous")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from triton_conv import choose, config, cost, devices, execute, explain, plan, tiles
-from triton_conv.config import BoxConfig, Config
+from triton_conv.config import BandedConfig, BoxConfig, Config
 from triton_conv.devices import DEVICES
 from triton_conv.geometry import Axis, ConvGeometry, Role
 
@@ -483,3 +483,131 @@ def test_predictions_rank_plans_as_measurements_do():
             measured.append(row["seconds"])
         correlation = torch.corrcoef(torch.tensor([ranks(predicted), ranks(measured)]))
         assert correlation[0, 1] > 0.7, path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Banded matrices
+
+
+def long_filter(rng) -> ConvGeometry:
+    taps = rng.randint(1, 20), rng.randint(1, 80)
+    size = rng.randint(1, 40), rng.randint(1, 90)
+    padding = [(rng.randint(0, t + 2), rng.randint(t - 1, t + 3)) for t in taps]
+    C = rng.randint(1, 3)
+    return conv(rng.randint(1, 5), C, C, size, taps, C, padding=padding)
+
+
+def span(values) -> tuple[int, int]:
+    """The first of the values and one past the last."""
+    values = list(values)
+    return (min(values), max(values) + 1) if values else (0, 0)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_banded_steps_are_those_of_every_tile(seed):
+    """A tile sees every row from the first to the last that a tap of one of its blocks meets."""
+    rng = random.Random(seed)
+    g = long_filter(rng)
+    images, rows, columns = rng.choice(((2, 4, 2), (4, 1, 4), (16, 1, 1)))
+    tiling = BandedConfig((images, rows, columns), rng.choice((1, 2, 4)), 16, rng.choice((16, 32)))
+    tiles_n, height, chunk = -(-g.N // images), tiling.height, tiling.chunk
+    (_, P, Q), (_, H, W), (_, R, S) = g.output, g.input, g.filter
+
+    def counted(first, last, axis):
+        """Steps of a tile along one axis: of which blocks its own start at first ... last."""
+        size, extent, taps = ((height, H, R), (16, W, S))[axis - 1]
+        lower = g.padding[axis][0]
+        seen = [
+            p + t - lower
+            for p, t in itertools.product(range(size), range(taps))
+            if last * size + p + t - lower >= 0 and first * size + p + t - lower < extent
+        ]
+        begin, end = span(seen)
+        return end - begin if axis == 1 else max(-(-(end - begin // 8 * 8) // chunk), 1)
+
+    over_h = [counted(p, p + rows - 1, 1) for p in range(0, -(-P // height), rows)]
+    over_w = [counted(q, q + columns - 1, 2) for q in range(0, -(-Q // 16), columns)]
+    found = tiles.banded(Role.FPROP, g, tiling)
+    assert found.total == g.C * tiles_n * len(over_h) * len(over_w)
+    assert found.steps == g.C * tiles_n * sum(over_h) * sum(over_w)
+    assert found.longest == max(over_h) * max(over_w)
+
+    tiles_q = -(-Q // (16 * columns))
+    total = 0
+    for r, s in itertools.product(range(0, R, height), range(0, S, tiles.BANDED_TAPS)):
+        part_s = range(s, min(s + tiles.BANDED_TAPS, S))
+        begin, end = span(p for p in range(P) if any(0 <= p + t - g.padding[1][0] < H for t in range(r, r + height)))
+        first, last = span(
+            q + t - g.padding[2][0]
+            for q, t in itertools.product(range(16), part_s)
+            if (tiles_q * columns - 1) * 16 + q + t - g.padding[2][0] >= 0 and q + t - g.padding[2][0] < W
+        )
+        total += tiles_n * -(-(end - begin) // rows) * tiles_q * max(-(-(last - first // 8 * 8) // chunk), 1)
+    assert tiles.banded_wgrad(g, tiling).steps == g.C * total
+
+
+BANDED = {Role.FPROP: "banded", Role.DGRAD: "banded", Role.WGRAD: "banded_wgrad"}
+REPLKNET = [(128, 56, 31), (256, 28, 29), (512, 14, 27), (1024, 7, 13)]
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=lambda d: d.name)
+@pytest.mark.parametrize("role", Role, ids=lambda role: role.value)
+def test_banded_predictions_grow_with_the_layer_and_stay_above_the_roofline(role, device):
+    def predicted(N, C, size, taps):
+        g = conv(N, C, C, (size, size), taps, C)
+        tiling = config.default_banded(g, role, 2, device)
+        found = cost.predict(g, role, BANDED[role], tiling, "bfloat16", "ieee", device)
+        assert found.seconds > cost.roofline(g, role, "bfloat16", "ieee", device).seconds
+        assert 0 < found.useful < 1
+        assert found.resident > 0
+        return found.seconds
+
+    for C, size, taps in REPLKNET:
+        over_taps = [predicted(64, C, size, t) for t in range(3, taps + 1, 2)]
+        over_images = [predicted(n, C, size, taps) for n in (1, 4, 16, 64, 256)]
+        for times in (over_taps, over_images):  # other tiles come with other numbers
+            assert all(b >= 0.9 * a for a, b in itertools.pairwise(times)), times
+
+
+@pytest.mark.parametrize("device", [H200, DEVICES["A100"], DEVICES["B200"]], ids=lambda d: d.name)
+@pytest.mark.parametrize("role", Role, ids=lambda role: role.value)
+def test_long_filters_cross_over_from_sums_in_registers_to_banded_matrices(role, device):
+    """Contiguous, 64 images: three taps are for sums, thirty-one for matrices, and there is one change between."""
+    for C, size, _ in REPLKNET[:2]:
+        sums, bands = [], []
+        for taps in range(3, 33, 4):
+            g = conv(64, C, C, (size, size), taps, C)
+            direct = config.default_depthwise(g, role, "bfloat16", False, device)
+            kernel = "depthwise_wgrad" if role is Role.WGRAD else "depthwise"
+            sums.append(seconds(g, kernel, direct, role, device=device, channels_last=False))
+            bands.append(seconds(g, BANDED[role], config.default_banded(g, role, 2, device), role, device=device))
+        better = [band < choose.WORTH_LEAVING * total for band, total in zip(bands, sums, strict=True)]
+        assert better == sorted(better)
+        assert not better[0]
+        assert bands[-1] < 0.5 * sums[-1]
+
+
+def test_rows_that_are_no_whole_vectors_and_wide_types_cost_more():
+    whole, odd = (conv(64, 128, 128, (56, w), 31, 128) for w in (56, 55))
+    for role in Role:
+        tiling = config.default_banded(odd, role, 2, H200)
+        assert seconds(odd, BANDED[role], tiling, role) > seconds(whole, BANDED[role], tiling, role)
+        tiling = config.default_banded(whole, role, 4, H200)
+        assert seconds(whole, BANDED[role], tiling, role, "float32") > seconds(whole, BANDED[role], tiling, role)
+
+
+def test_shifted_filters_are_written_and_read():
+    g = conv(64, 128, 128, (56, 56), 31, 128)
+    tiling = config.default_banded(g, Role.FPROP, 2, H200)
+    found = cost.predict(g, Role.FPROP, "banded", tiling, "bfloat16", "ieee", H200)
+    assert found.split_seconds == pytest.approx(2 * 2 * 128 * 8 * 31 * 40 / H200.measured_copy)
+    assert found.launch_seconds == 2 * cost.LAUNCH
+
+
+def test_depthwise_filters_may_use_as_much_of_a_matrix_as_a_band_fills():
+    dense, depthwise = (conv(64, 64, 64, (56, 56), 31, groups) for groups in (1, 64))
+    rates = [
+        found.flops / found.seconds
+        for found in (cost.roofline(g, Role.FPROP, "bfloat16", "ieee", H200) for g in (dense, depthwise))
+    ]
+    assert rates[1] == pytest.approx(rates[0] * 31 / 38)

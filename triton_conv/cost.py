@@ -53,7 +53,7 @@ class Roofline(NamedTuple):
     """What any kernel needs: flops of the taps that meet the input; each operand and the output moved once, uncached.
 
     `limit` is what `seconds`, the least time on this device, are spent on: "matrix rate", "vector rate" or "memory
-    bandwidth". Groups narrower than a matrix instruction leave the rest of it idle.
+    bandwidth". Groups narrower than a matrix instruction leave the rest of it idle, but for filter rows as bands.
     """
 
     flops: int
@@ -117,6 +117,8 @@ def roofline(
     moved = sum(elements.values()) * ITEM_BYTES[dtype] + elements[output] * wider
     sides = (C, K * g.taps) if role is Role.DGRAD else (K, C * g.taps)
     fill = prod(side / (8 * ceil_div(side, 8)) for side in sides if side)  # 8: the least side of a matrix instruction
+    if C == K == 1:  # or of such a side of a band, in which filter rows are moved on by one tap each time
+        fill = max(g.filter) / (max(g.filter) + 7)
     matrix, vector = _matrix_rate(dtype, precision, device) * fill, _vector_rate(dtype, device)
     computing, moving = flops / max(matrix, vector), moved / device.bandwidth
     limit = "memory bandwidth" if moving >= computing else "matrix rate" if matrix > vector else "vector rate"
@@ -198,6 +200,8 @@ TILES: dict[str, Callable[[Role, ConvGeometry, Any], Tiles]] = {
     "depthwise_wgrad": counting.depthwise,
     "wgrad": lambda role, geometry, config: counting.wgrad(geometry, config),
     "box_wgrad": lambda role, geometry, config: counting.box_wgrad(geometry, config),
+    "depthwise": counting.depthwise,
+    "depthwise_wgrad": counting.depthwise,
     "banded": counting.banded,
     "banded_wgrad": lambda role, geometry, config: counting.banded_wgrad(geometry, config),
 }
@@ -294,11 +298,18 @@ def _banded_step(role: Role, g: ConvGeometry, config: BandedConfig, item: int, s
     source, grads = (g.output, g.input) if role is Role.DGRAD else (g.input, g.output)
     pixels = min(gcd(source[2], 8), filters) if g.modes[2] == "zeros" else 1
     if role is Role.WGRAD:
-        rows, columns, depth, width = config.height * config.chunk, config.columns, blocks, min(gcd(grads[2], 8), filters)
+        rows, columns, depth, width = (
+            config.height * config.chunk,
+            config.columns,
+            blocks,
+            min(gcd(grads[2], 8), filters),
+        )
         loads = blocks * (rows // pixels + columns // width)
         chunks = ceil_div(config.columns + min(g.filter[2], counting.BANDED_TAPS) - 1, config.chunk)
         gathered = config.height * min(g.filter[2], counting.BANDED_TAPS) * columns
-        issued = BANDED_WGRAD_STEP * threads + BANDED_LOAD * loads + BANDED_GATHER * gathered * chunks / max(steps, chunks)
+        issued = (
+            BANDED_WGRAD_STEP * threads + BANDED_LOAD * loads + BANDED_GATHER * gathered * chunks / max(steps, chunks)
+        )
     else:
         rows, columns, depth, width = blocks, config.height * config.columns, config.chunk, filters
         issued = BANDED_STEP * threads + BANDED_LOAD * depth * (rows // pixels + columns // filters)

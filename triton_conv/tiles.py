@@ -116,7 +116,7 @@ BANDED_TAPS = 64
 
 
 def banded_wgrad(geometry: ConvGeometry, config: Any) -> Tiles:
-    """WGRAD by `kernels.banded_wgrad`; tiles_m counts parts of a filter, and every slab has the steps of the longest."""
+    """WGRAD by `kernels.banded_wgrad`; tiles_m counts parts of a filter, every slab has the steps of the longest."""
     g, zeros = geometry, geometry.modes[1] == "zeros"
     (_, taps_h, taps_w), (lower_h, _), (lower_w, _) = g.filter, *g.padding[1:]
     images, rows, columns = config.blocks

@@ -20,6 +20,7 @@ from .indexing import launchable, matrix_product, read_position
 from .launch import Launch
 from .wgrad import sum_launch
 
+
 @triton.jit(do_not_specialize=[*SIZES, "slabs", "slab_stride"], do_not_specialize_on_alignment=UNALIGNED)
 def banded_wgrad_kernel(
     x,

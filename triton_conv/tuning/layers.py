@@ -55,6 +55,25 @@ LAYERS = {
         (32, 96, 56, 56), (96, 1, 7, 7), {**BFLOAT16, "groups": 96, "padding": 3, "channels_last": False}
     ),
     "depthwise 31x31": Layer((32, 64, 28, 28), (64, 1, 31, 31), {**BFLOAT16, "groups": 64, "padding": 15}),
+    "depthwise 31x31 contiguous": Layer(
+        (32, 128, 56, 56), (128, 1, 31, 31), {**BFLOAT16, "groups": 128, "padding": 15, "channels_last": False}
+    ),
+    "depthwise 31x31 circular": Layer(
+        (32, 128, 56, 56), (128, 1, 31, 31), {**BFLOAT16, "groups": 128, "padding": 15, "padding_mode": "circular"}
+    ),
+    "depthwise 31x31 float32 tf32": Layer(
+        (32, 64, 56, 56), (64, 1, 31, 31), {**FLOAT32, "groups": 64, "padding": 15, "precision": "tf32"}
+    ),
+    "depthwise 31x31 float32 ieee": Layer(
+        (32, 64, 28, 28), (64, 1, 31, 31), {**FLOAT32, "groups": 64, "padding": 15, "precision": "ieee"}
+    ),
+    "depthwise 13x13": Layer((32, 384, 14, 14), (384, 1, 13, 13), {**FLOAT16, "groups": 384, "padding": 6}),
+    "depthwise 51x5": Layer(
+        (32, 96, 56, 56), (96, 1, 5, 51), {**BFLOAT16, "groups": 96, "padding": (2, 25), "channels_last": False}
+    ),
+    "depthwise long audio": Layer(
+        (8, 512, 4096), (512, 1, 64), {**BFLOAT16, "groups": 512, "padding": ((63, 0),), "channels_last": False}
+    ),
     "depthwise float32": Layer((32, 64, 56, 56), (64, 1, 3, 3), {**FLOAT32, "groups": 64}),
     "depthwise float64": Layer(
         (8, 64, 28, 28), (64, 1, 3, 3), {**BFLOAT16, "dtype": torch.float64, "groups": 64, "padding_mode": "circular"}
