@@ -344,6 +344,8 @@ def test_nothing_that_ships_has_a_fault(arch):
     main = [row for row in found if row.config is not None]
     scalar = {row.layer for row in main if not row.wanted.matrix and not isinstance(row.config, CausalConfig)}
     assert scalar == {"depthwise", "int64", "float32 ieee"} | ({"float64"} if arch >= 100 else set())
+    banded = {(row.layer, row.role) for row in main if row.kernel.startswith("banded")}
+    assert banded >= {("depthwise 31x31", "fprop"), ("depthwise 31x31", "dgrad")}
     whole = [row for row in main if row.layer in WHOLE_VECTORS]
     assert {(row.layer, row.role) for row in whole} == set(product(WHOLE_VECTORS, ("fprop", "dgrad", "wgrad")))
     assert all(row.wanted.whole_vectors and row.wanted.pipelined for row in whole)

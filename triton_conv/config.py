@@ -314,16 +314,15 @@ def default_banded(geometry: ConvGeometry, role: Role, item_bytes: int, device: 
     # elsewhere a third stage, and in weight gradients wide blocks, spill a few registers
     ample = device.capability == 90 or (role is not Role.WGRAD and device.capability < 120)
     columns, stages = _tile(Q, 16, 64 if P == 1 and ample else 32), 3 if ample else 2
-    least = 32 if device.capability >= 120 else 64
     if role is not Role.WGRAD:
         height = _tile(P, 1, 128 // columns)
         counts = (g.N, ceil_div(P, height), ceil_div(Q, columns))
-        size = _tile(prod(counts), 16, 128 if wide_rows else least)
+        size = _tile(prod(counts), 16, 128 if wide_rows else 64)
         return BandedConfig(_most_images(counts, size), height, columns, chunk, num_stages=stages)
     taps = _tile(g.filter[2], 16, tiles.BANDED_TAPS)  # of which programs gather sums, in registers
     height = _tile(g.filter[1], 1, min((128 if wide_rows and device.capability < 120 else 64) // chunk, 128 // taps))
     counts = (g.N, P, ceil_div(Q, columns))
-    size = _tile(prod(counts), 16, 64 if wide_rows else least // 2)
+    size = _tile(prod(counts), 16, 64 if wide_rows else 32)
     config = BandedConfig(_most_images(counts, size), height, columns, chunk, num_stages=stages)
     wanted = ceil_div(2 * device.multiprocessors, g.C * ceil_div(g.filter[1], height))
     return replace(config, splits=max(1, min(wanted, prod(counts) // size // _STEPS_PER_SPLIT)))

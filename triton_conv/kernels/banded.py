@@ -288,4 +288,5 @@ def constants(g: ConvGeometry, config, numerics) -> dict:
         "CHUNK": config.chunk,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
+        "maxnreg": 255,  # unless told so, the assembler spills a few registers to make room for another program
     }
