@@ -32,8 +32,9 @@ def test_fifty_image_sizes_compile_few_kernels():
     """One for each role; a box kernel once more for each shape of box that images of these sizes want.
 
     Contiguous depthwise images want another kernel for each number of columns that divides theirs, and their weight
-    gradients one more where lanes do not end with the image. Long filters want one for each shape of tile and of vector. Other
-    contiguous images may be small enough to be gathered as they lie or large enough to be copied first: both are here.
+    gradients one more where lanes do not end with the image; long filters want one for each shape of tile and vector.
+    Other contiguous images may be small enough to be gathered as they lie or large enough to be copied first: both are
+    here.
     """
     counts = compiled("sizes")
     few = {"box": 6, "box_wgrad": 4, "depthwise": 10, "depthwise_wgrad": 10, "gather": 3, "wgrad": 2, "fold": 1}

@@ -200,8 +200,6 @@ TILES: dict[str, Callable[[Role, ConvGeometry, Any], Tiles]] = {
     "depthwise_wgrad": counting.depthwise,
     "wgrad": lambda role, geometry, config: counting.wgrad(geometry, config),
     "box_wgrad": lambda role, geometry, config: counting.box_wgrad(geometry, config),
-    "depthwise": counting.depthwise,
-    "depthwise_wgrad": counting.depthwise,
     "banded": counting.banded,
     "banded_wgrad": lambda role, geometry, config: counting.banded_wgrad(geometry, config),
 }
