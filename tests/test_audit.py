@@ -18,7 +18,7 @@ import triton
 
 from triton_conv import cli, config, explain
 from triton_conv.causal_config import CausalConfig
-from triton_conv.config import BoxConfig, Config
+from triton_conv.config import BoxConfig, Config, DepthwiseConfig
 from triton_conv.geometry import Role
 from triton_conv.tuning import audit
 from triton_conv.tuning.audit import Row, Subject, Wanted, faults
@@ -330,6 +330,7 @@ def command_line(pid: int) -> str:
 # Everything that ships; `triton-conv audit` shows the same as a table
 
 WHOLE_VECTORS = ("3x3", "1x1", "video", "3x3 stride 2", "24 channels", "72 to 200 channels", "transposed 4x4")
+DIRECT = {n for n, layer in LAYERS.items() if n.startswith("depthwise") and max(layer.weight[2:]) < 13}
 BOXED = {"3x3", "3x3 stride 2", "3x3 circular", "1x1", "video", "float32 tf32"}
 BOXED_GRADIENTS = {"3x3", "3x3 stride 2", "24 channels", "72 to 200 channels", "1x1", "video"}
 
@@ -342,8 +343,10 @@ def test_nothing_that_ships_has_a_fault(arch):
     assert len(found) >= len(subjects) > 70
     assert [(row.layer, row.role, row.kernel, faults(row)) for row in found if faults(row)] == []
     main = [row for row in found if row.config is not None]
-    scalar = {row.layer for row in main if not row.wanted.matrix and not isinstance(row.config, CausalConfig)}
-    assert scalar == {"depthwise", "int64", "float32 ieee"} | ({"float64"} if arch >= 100 else set())
+    summed = (CausalConfig, DepthwiseConfig)
+    scalar = {row.layer for row in main if not row.wanted.matrix and not isinstance(row.config, summed)}
+    assert scalar == {"int64", "float32 ieee"} | ({"float64", "separable float64"} if arch >= 100 else set())
+    assert {row.layer for row in main if isinstance(row.config, DepthwiseConfig)} >= DIRECT
     banded = {(row.layer, row.role) for row in main if row.kernel.startswith("banded")}
     assert banded >= {("depthwise 31x31", "fprop"), ("depthwise 31x31", "dgrad")}
     whole = [row for row in main if row.layer in WHOLE_VECTORS]
@@ -379,6 +382,8 @@ def test_every_layer_is_planned_for_every_role(arch):
         expected = ["dgrad", "fprop", "wgrad"] if differentiable else ["fprop"]
         if "causal" in layer.options:
             expected = ["backward", "forward", "update"]
+        elif "pointwise" in layer.options:
+            expected = ["fprop"]
         assert roles == (expected if arch >= layer.since else [])
         plans = {(s.plan.role, s.plan.kernel, replace(s.plan.config, splits=1)) for s in subjects if s.layer == name}
         for images in (4, 1) if arch >= layer.since else ():
