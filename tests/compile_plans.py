@@ -19,8 +19,33 @@ from triton_conv.tuning.code import TARGETS, compiled_kernels, compiling_for
 from triton_conv.tuning.layers import BFLOAT16
 
 
+def channels_last_plans(image):
+    # runs of pixels know no border but zeros, which is what the weight gradient of a box wants
+    return [*_plans_of(image, channels_last=True), explain.plans(*_dense(image), **BFLOAT16)["weight gradient"]]
+
+
+def contiguous_plans(image):
+    return _plans_of(image, channels_last=False)
+
+
+def long_plans(image):
+    options = BFLOAT16 | {"padding": 15, "channels_last": False}
+    return explain.plans((8, 64, *image), (64, 1, 31, 31), groups=64, **options).values()
+
+
+def _dense(image):
+    return (8, 64, *image), (64, 64, 3, 3)
+
+
+def _plans_of(image, channels_last: bool):
+    options = BFLOAT16 | {"channels_last": channels_last}
+    dense = explain.plans(*_dense(image), **options | {"padding_mode": "circular"})
+    depthwise = explain.plans((8, 64, *image), (64, 1, 3, 3), groups=64, **options)
+    return [*dense.values(), *depthwise.values()]
+
+
 def sizes() -> dict[str, int]:
-    """How often each kernel was compiled for fifty image sizes of one layer, per memory format."""
+    """How often each kernel was compiled for fifty image sizes, per memory format and for long filters."""
     from triton_conv.kernels import (
         banded,
         banded_wgrad,
@@ -46,27 +71,16 @@ def sizes() -> dict[str, int]:
         "fold": fold.fold_kernel,
     }
     with compiling_for(90):
-        for channels_last in (True, False):
+        for layers in (channels_last_plans, contiguous_plans, long_plans):
             for kernel in kernels.values():
                 kernel.device_caches.clear()
             for size in range(40, 90):
-                shapes = ((8, 64, size, size + 3), (64, 64, 3, 3))
-                options = {**BFLOAT16, "channels_last": channels_last, "padding_mode": "circular"}
-                plans = explain.plans(*shapes, **options)
-                if channels_last:  # runs of pixels know no border but zeros
-                    plans["box weight gradient"] = explain.plans(*shapes, **BFLOAT16)["weight gradient"]
-                    long = explain.plans(
-                        shapes[0], (64, 1, 31, 31), groups=64, **BFLOAT16 | {"padding": 15, "channels_last": False}
-                    )
-                    plans |= {f"long {name}": plan for name, plan in long.items()}
-                single = explain.plans(
-                    shapes[0], (64, 1, 3, 3), groups=64, **BFLOAT16 | {"channels_last": channels_last}
-                )
-                for plan in (*plans.values(), *single.values()):
+                for plan in layers((size, size + 3)):
                     list(compiled_kernels(plan))
             for name, kernel in kernels.items():
-                layout = "channels_last" if channels_last else "contiguous"
-                counts[f"{name} {layout}"] = sum(len(cache[0]) for cache in kernel.device_caches.values())
+                counts[f"{name} {layers.__name__.removesuffix('_plans')}"] = sum(
+                    len(cache[0]) for cache in kernel.device_caches.values()
+                )
     return counts
 
 
