@@ -254,6 +254,8 @@ def launch(role: Role, geometry: ConvGeometry, strides: Strides, config, numeric
         DST_C_VEC=min(power_of_two_in(dst_c), config.channels),
         **shared,
     )
+    if dense and (unroll_r, unroll_s) != g.filter[1:]:
+        arguments["maxnreg"] = 255  # told the limit, the assembler does not aim at fewer registers and then spill
     classes = axes[0].phases * axes[1].phases * axes[2].phases
     programs = launchable(-(-dst_c // config.channels) * shared["tiles"] * classes, g)
     src, dst = ("x", into or "y") if forward else ("y", into or "x")

@@ -210,7 +210,7 @@ def launches(geometry: ConvGeometry, strides: Strides, config, numerics) -> list
         DST_C_VEC=min(power_of_two_in(g.K), config.channels),
         **shared,
     )
-    if arguments["COLUMNS"] > 1:
+    if arguments["COLUMNS"] > 1 or (unroll_r, unroll_s) != (R, S):
         arguments["maxnreg"] = 255  # told the limit, the assembler does not aim at fewer registers and then spill
     chunks = T * -(-R // unroll_r) * -(-S // unroll_s)
     programs = launchable(config.splits * chunks * -(-g.K // config.channels), g)
