@@ -187,19 +187,31 @@ def of(
     A known GPU has its own name in its name and all its multiprocessors. Numbers of another one scale with its
     multiprocessors and clock, except for those given; 0 says that one is unknown.
     """
-    for device in DEVICES.values():
-        product = device.name.removeprefix("NVIDIA ")
-        if re.search(rf"\b{product}\b", name) and device.multiprocessors == multiprocessors:
-            return device._replace(name=name)
-    known = max((d.capability for d in DEVICES.values() if d.capability <= capability), default=A100.capability)
+    same = known(name, multiprocessors)
+    if same is not None:
+        return same._replace(name=name)
+    nearest = max((d.capability for d in DEVICES.values() if d.capability <= capability), default=A100.capability)
     kin = min(
-        (device for device in DEVICES.values() if device.capability == known),
+        (device for device in DEVICES.values() if device.capability == nearest),
         key=lambda device: abs(device.multiprocessors - multiprocessors),
     )
     scaled = _scaled(kin, name, multiprocessors, clock or kin.clock)
     return scaled._replace(
         capability=capability, bandwidth=bandwidth or scaled.bandwidth, l2_bytes=l2_bytes or scaled.l2_bytes
     )
+
+
+def known(name: str, multiprocessors: int) -> Device | None:
+    """The known GPU that calls itself `name`, None if it is none of them.
+
+    >>> known("NVIDIA H100 80GB HBM3", 132).name
+    'NVIDIA H100'
+    """
+    for device in DEVICES.values():
+        product = device.name.removeprefix("NVIDIA ")
+        if re.search(rf"\b{product}\b", name) and device.multiprocessors == multiprocessors:
+            return device
+    return None
 
 
 def _scaled(device: Device, name: str, multiprocessors: int, clock: float) -> Device:

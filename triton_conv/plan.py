@@ -10,7 +10,7 @@ from functools import cached_property, lru_cache
 from math import prod
 from typing import TYPE_CHECKING
 
-from . import choose, cost, tiles, ways
+from . import choose, cost, stored, tiles, ways
 from . import config as configs
 from .config import ITEM_BYTES, BandedConfig, BoxConfig, Device, KernelConfig, Numerics
 from .cost import Prediction, Roofline
@@ -52,7 +52,7 @@ class Plan:
 
     `geometry` and `strides` are canonical: they describe the same memory as the caller's tensors, in fewer axes.
     `asked` is the caller's geometry. `packs` names the tensors that are copied to another memory format, `bundle` says
-    how many of the caller's groups are computed as one (`ways.Layout`).
+    how many of the caller's groups are computed as one (`ways.Layout`). `measured` and `rival` are those of `ways.Way`.
     """
 
     kernel: str
@@ -73,6 +73,8 @@ class Plan:
     workspace_shape: tuple[int, ...]
     workspace_dtype: str
     reason: str
+    measured: float | None = None
+    rival: float | None = None
 
     @property
     def N(self) -> int:
@@ -135,9 +137,17 @@ class Plan:
     @cached_property
     def seconds(self) -> float:
         """The predicted time of everything: copies, kernel and fold."""
+        return self.prediction.seconds + self._around
+
+    @property
+    def measured_seconds(self) -> float | None:
+        """The time of everything where the kernel's was measured; what stands around the kernel is predicted."""
+        return None if self.measured is None else self.measured + self._around
+
+    @property
+    def _around(self) -> float:
         copying = sum(cost.copy_seconds(size, self.device) for size in self._copies.values())
-        folding = cost.fold_seconds(self.fold.geometry, self.dtype, self.device) if self.fold else 0.0
-        return copying + self.prediction.seconds + folding
+        return copying + (cost.fold_seconds(self.fold.geometry, self.dtype, self.device) if self.fold else 0.0)
 
     def __str__(self) -> str:
         numerics = self.numerics
@@ -170,30 +180,37 @@ class Plan:
 
 def make(problem: Problem) -> Plan:
     """The plan of a problem; the second time it is a look-up."""
-    return _make(problem, configs.chosen(problem.role))
+    return _make(problem, configs.chosen(problem.role), stored.generation())
 
 
 @lru_cache(maxsize=4096)
-def _make(problem: Problem, explicit: KernelConfig | None) -> Plan:
-    role, geometry, strides = problem.role, problem.geometry, problem.strides
+def _make(problem: Problem, explicit: KernelConfig | None, _generation: int) -> Plan:
+    geometry = problem.geometry
     if problem.dtype == "float8_e4m3fn" and problem.device.capability < 89:
         raise NotImplementedError(
             f"{problem.device.name} has no float8_e4m3fn arithmetic, which came with compute capability 8.9: {geometry}"
         )
-    folds = role is Role.DGRAD and any(mode != "zeros" for mode in geometry.modes)
-    original = geometry.padded() if folds else geometry
-    if folds:
-        strides = strides._replace(x=dense_strides(original.shape("x"), channels_last=strides.x[1] == 1))
-    bias_on_c = problem.has_bias and role is Role.DGRAD and not folds
-
-    found = [
-        _assembled(problem, original, strides, way) for way in ways.of(problem, original, strides, bias_on_c, explicit)
-    ]
+    found = every(problem, explicit)
+    if len(found) > 1 and all(p.measured is not None for p in found):
+        quickest, *slower = sorted(found, key=lambda p: p.measured_seconds or 0.0)
+        return _against(quickest, slower[0])
     first, others = found[0], found[1:]
     best = min(others, key=lambda p: p.seconds, default=first)
     if best.seconds < choose.WORTH_LEAVING * first.seconds:
         return _against(best, first)
     return _against(first, best) if others else first
+
+
+def every(problem: Problem, explicit: KernelConfig | None = None) -> list[Plan]:
+    """The plans of all ways to run a problem, the plainest first; `make` chooses among them."""
+    role, geometry, strides = problem.role, problem.geometry, problem.strides
+    folds = role is Role.DGRAD and any(mode != "zeros" for mode in geometry.modes)
+    original = geometry.padded() if folds else geometry
+    if folds:
+        strides = strides._replace(x=dense_strides(original.shape("x"), channels_last=strides.x[1] == 1))
+    bias_on_c = problem.has_bias and role is Role.DGRAD and not folds
+    found = ways.of(problem, original, strides, bias_on_c, explicit)
+    return [_assembled(problem, original, strides, way) for way in found]
 
 
 def _against(chosen: Plan, other: Plan) -> Plan:
@@ -203,14 +220,18 @@ def _against(chosen: Plan, other: Plan) -> Plan:
         what += f" of {other.bundle} groups in one"
     if other.packs:
         what += " after copies"
-    times = f"{1e6 * chosen.seconds:.3g} us predicted, against {1e6 * other.seconds:.3g} us of {what}"
+    measured = chosen.measured_seconds, other.measured_seconds
+    if None not in measured:
+        times = f"{1e6 * (measured[0] or 0):.3g} us measured, against {1e6 * (measured[1] or 0):.3g} us of {what}"
+    else:
+        times = f"{1e6 * chosen.seconds:.3g} us predicted, against {1e6 * other.seconds:.3g} us of {what}"
     return replace(chosen, reason=f"{chosen.reason}; {times}")
 
 
 def _assembled(problem: Problem, original: ConvGeometry, strides: Strides, way: Way) -> Plan:
     """The plan of one way; `original` and `strides` are of the padded input where a border is folded."""
     role, geometry, accumulator = problem.role, problem.geometry, ACCUMULATORS[problem.dtype]
-    kernel, (packs, channels_last, bundle, inner, inner_strides, steps), config, why = way
+    kernel, (packs, channels_last, bundle, inner, inner_strides, steps), config, why, measured, rival = way
     folds = original is not geometry
     bits = 64 if _reach(inner, inner_strides, role, config) >= 2**31 else 32
     numerics = Numerics(bits, accumulator, problem.precision, problem.has_bias and not folds, problem.has_scale)
@@ -247,6 +268,8 @@ def _assembled(problem: Problem, original: ConvGeometry, strides: Strides, way: 
         workspace,
         workspace_dtype,
         why,
+        measured,
+        rival,
     )
 
 

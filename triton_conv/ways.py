@@ -6,8 +6,9 @@ from dataclasses import replace
 from math import prod
 from typing import NamedTuple
 
-from . import choose, tiles
+from . import choose, cost, stored, tiles
 from . import config as configs
+from . import key as keys
 from .choose import AnyConfig
 from .config import ITEM_BYTES, BandedConfig, BoxConfig, Config, DepthwiseConfig, KernelConfig
 from .devices import Device
@@ -51,12 +52,18 @@ class Layout(NamedTuple):
 
 
 class Way(NamedTuple):
-    """A kernel that can run a problem."""
+    """A kernel that can run a problem.
+
+    `measured` are the kernel's seconds where its config was measured at this very size, `rival` those of the quickest
+    that others have for it.
+    """
 
     kernel: str
     layout: Layout
     config: KernelConfig
     reason: str
+    measured: float | None = None
+    rival: float | None = None
 
 
 def of(
@@ -164,7 +171,7 @@ def _boxed(problem: Problem, layout: Layout, explicit: BoxConfig | None = None) 
     kernel = "box_wgrad" if problem.role is Role.WGRAD else "box"
     if explicit is not None:
         return Way(kernel, layout, explicit, f"{why}; config given explicitly")
-    return Way(kernel, layout, _box_config(problem, layout), f"{why}; {_tiles_for(problem)}")
+    return _with_config(problem, kernel, layout, _box_config(problem, layout), why, _tiles_for(problem))
 
 
 def _gathered(problem: Problem, layout: Layout, explicit: Config | None, obstacle: str | None) -> Way:
@@ -183,7 +190,7 @@ def _gathered(problem: Problem, layout: Layout, explicit: Config | None, obstacl
         narrow = configs.multiplies_matrices(dtype, role)
         why += "; " + ("groups are too narrow for a dot" if narrow else "integers have no matrix instruction here")
         why += ", so products are summed in registers"
-    return Way(kernel, layout, config, f"{why}; {_tiles_for(problem)}")
+    return _with_config(problem, kernel, layout, config, why, _tiles_for(problem))
 
 
 def _direct(problem: Problem, layout: Layout, explicit: DepthwiseConfig | None = None) -> Way:
@@ -197,7 +204,7 @@ def _direct(problem: Problem, layout: Layout, explicit: DepthwiseConfig | None =
     if explicit is not None:
         return Way(kernel, layout, explicit, f"{why}; config given explicitly")
     config = configs.default_depthwise(layout.geometry, role, problem.dtype, channels_last, problem.device)
-    return Way(kernel, layout, config, f"{why}; lanes by rule for {problem.device.name}")
+    return _with_config(problem, kernel, layout, config, why, f"lanes by rule for {problem.device.name}")
 
 
 # Filters with fewer taps along every axis are mostly zeros as banded matrices.
@@ -210,7 +217,49 @@ def _banded(problem: Problem, layout: Layout, explicit: BandedConfig | None = No
     if explicit is not None:
         return Way(kernel, layout, explicit, f"{why}; config given explicitly")
     config = configs.default_banded(layout.geometry, role, ITEM_BYTES[problem.dtype], problem.device)
-    return Way(kernel, layout, config, f"{why}; blocks by rule for {problem.device.name}")
+    return _with_config(problem, kernel, layout, config, why, f"blocks by rule for {problem.device.name}")
+
+
+# A config of another size in its bucket has to be predicted to take no longer than this share of the rule's time.
+_MOST_OF_RULE = 1.1
+
+
+def _with_config(problem: Problem, kernel: str, layout: Layout, rule: KernelConfig, why: str, by_rule: str) -> Way:
+    """The way with the config that was stored for it, if there is one that fits, else with the rule's."""
+    g, role, device = layout.geometry, problem.role, problem.device
+    found = stored.find(device, kernel, *key_of(problem, layout))
+    if found is None or misfit(problem, kernel, layout, found.config):
+        return Way(kernel, layout, rule, f"{why}; {by_rule}")
+    if not found.exact and found.config != rule:
+        channels_last = reads_channels_last(role, layout.strides)
+        what = (problem.dtype, problem.precision, device, channels_last, problem.out_dtype)
+        times = [cost.predict(g, role, kernel, config, *what).seconds for config in (found.config, rule)]
+        if times[0] > _MOST_OF_RULE * times[1]:
+            return Way(kernel, layout, rule, f"{why}; {by_rule}, predicted to be quicker than that of {found.where}")
+    return Way(kernel, layout, found.config, f"{why}; config of {found.where}", found.seconds, found.rival)
+
+
+def key_of(problem: Problem, layout: Layout) -> tuple[keys.Key, keys.Extents]:
+    """Under what the configs of a kernel for a layout are filed."""
+    channels_last = reads_channels_last(problem.role, layout.strides)
+    what = (problem.role, problem.dtype, problem.out_dtype, problem.precision, channels_last)
+    return keys.of(layout.geometry, *what)
+
+
+def misfit(problem: Problem, kernel: str, layout: Layout, config: KernelConfig) -> str | None:
+    """What is wrong with a config for a kernel that can run a layout, in words; None if nothing is."""
+    g, role, dtype = layout.geometry, problem.role, problem.dtype
+    if not isinstance(config, keys.CONFIGS[kernel]):
+        return f"it is a {type(config).__name__}"
+    if config.splits > 1 and role is not Role.WGRAD:
+        return f"its {config.splits} splits are for weight gradients"
+    if isinstance(config, BoxConfig):
+        return _box_misfit(config, dtype, role, g)
+    if isinstance(config, Config):
+        if config.dot and not configs.multiplies_matrices(dtype, role):
+            return f"there is no dot of {dtype}"
+        return _too_shallow(config, dtype)
+    return None
 
 
 def _banded_obstacle(problem: Problem, g: ConvGeometry, folds: bool) -> str | None:
