@@ -360,7 +360,7 @@ def default_depthwise(
         unroll = _unrolled(R, S, _TAP_REGISTERS // block)
         taps = block * prod(unroll)
         room = 64 if taps <= 60 else 32 if taps <= 72 else 24
-        room -= 16 if R % unroll[0] else 0  # for masks of the taps that the last part of a filter lacks
+        room -= 32 if R % unroll[0] else 0  # for masks of the taps that the last part of a filter lacks
         several = g.K != g.C
         apart = several or (dense and g.stride[1] > 1)  # a row's sources, which are therefore more
         rows = max(1, min(8, room // block) // (4 if several and role is Role.WGRAD else 2 if apart else 1))
