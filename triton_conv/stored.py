@@ -195,7 +195,8 @@ def _read_candidate(found: Any, kernel: str) -> Candidate:
     unknown = found.keys() - _hints(Candidate).keys()
     if unknown or "config" not in found:
         raise MalformedError(f"a candidate has {_shown(sorted(found))}")
-    given, kind = _checked(found["config"], dict, "config"), CONFIGS[kernel]
+    kind: Any = CONFIGS[kernel]
+    given = _checked(found["config"], dict, "config")
     hints = _hints(kind)
     strange = given.keys() - hints.keys()
     if strange:
@@ -220,7 +221,10 @@ def _read_candidate(found: Any, kernel: str) -> Candidate:
     return candidate
 
 
-_hints = cache(get_type_hints)
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    """The types of its fields; finding them takes longer than all else."""
+    return get_type_hints(kind)
 
 
 def _largest(given: Mapping[str, Any]) -> int:
