@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from functools import cache, cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple, get_type_hints
 
 from . import key as keys
@@ -351,7 +352,8 @@ PLACES = ("user store", "shipped")  # in the order in which they are asked
 _Index = dict[Key, dict[Extents, _Chosen]]
 _indices: dict[tuple[str, str, str], _Index] = {}  # of the user's files or the shipped ones, by device and kernel
 _held: dict[tuple[Path | None, str, str], tuple[Entry, ...]] = {}  # by directory, device and kernel
-_asked: tuple[str, ...] = PLACES
+_hiding: dict[str, int] = dict.fromkeys(PLACES, 0)  # how many blocks of `hidden` are at it
+_hiding_lock = Lock()
 _generation = 0
 
 
@@ -383,19 +385,25 @@ def held(directory: Path | None, device: str, kernel: str) -> tuple[Entry, ...]:
 @contextmanager
 def hidden(*places: str) -> Iterator[None]:
     """Inside, for the whole process, look-ups do not ask these places, by default none of `PLACES`."""
-    global _asked
-    before, _asked = _asked, tuple(place for place in _asked if places and place not in places)
-    forget()
+    _hide(places or PLACES, 1)
     try:
         yield
     finally:
-        _asked = before
-        forget()
+        _hide(places or PLACES, -1)
+
+
+def _hide(places: tuple[str, ...], by: int) -> None:
+    with _hiding_lock:
+        for place in places:
+            _hiding[place] += by
+    forget()
 
 
 def find(device: Device, kernel: str, key: Key, extents: Extents) -> Found | None:
     """The config of the user's store, else of what ships; of these extents, else of the largest in their bucket."""
-    for place in _asked:
+    for place in PLACES:
+        if _hiding[place]:
+            continue
         index = _indices.get((place, device.name, kernel))
         if index is None:
             generation, index = _generation, _index(place, device, kernel)
