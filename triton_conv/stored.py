@@ -13,6 +13,8 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -325,8 +327,23 @@ def forget() -> None:
     _indices.clear()
 
 
+_unused: ContextVar[bool] = ContextVar("unused", default=False)
+
+
+@contextmanager
+def unused() -> Iterator[None]:
+    """Within it nothing is found, on this thread: plans are those of the rules. They must not be cached then."""
+    token = _unused.set(True)
+    try:
+        yield
+    finally:
+        _unused.reset(token)
+
+
 def find(device: Device, kernel: str, key: Key, extents: Extents) -> Found | None:
     """The config of the user's store, else of what ships; of these extents, else of the nearest in their bucket."""
+    if _unused.get():
+        return None
     for place in ("user store", "shipped"):
         index = _indices.get((place, device.name, kernel))
         if index is None:
