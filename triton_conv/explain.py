@@ -55,11 +55,11 @@ def plans(
         return _separable_plans(input_shape, weight_shape, transposed, dtype, channels_last, bias, device, **parameters)
     if parameters.pop("causal", False):
         return _causal_plans(input_shape, weight_shape, transposed, dtype, channels_last, bias, device, **parameters)
-    _, made = _traced(input_shape, weight_shape, transposed, dtype, channels_last, bias, parameters)
-    return _plans(made, device)
+    _, calls = _traced(input_shape, weight_shape, transposed, dtype, channels_last, bias, parameters)
+    return _plans(calls, device)
 
 
-def calls(
+def problems(
     input_shape: Sequence[int],
     weight_shape: Sequence[int],
     *,
@@ -67,17 +67,16 @@ def calls(
     dtype: torch.dtype = torch.float32,
     channels_last: bool = False,
     bias: bool = False,
+    device: Device = config.DEVICES["H200"],
     **parameters: Any,
-) -> list[execute.Call]:
-    """The calls that the forward and backward of a convolution make, of tensors without memory.
+) -> dict[str, plan.Problem]:
+    """What `plans` are made from, by the same names; not for causal and separable convolutions.
 
-        >>> from triton_conv import explain
-        >>> [call.role.value for call in explain.calls((8, 64, 56, 56), (128, 64, 3, 3), padding=1)]
-        ['fprop', 'dgrad', 'wgrad']
-
-    Arguments and errors are those of `plans`, without `causal` and `pointwise`: these have operators of their own.
+    >>> problems((8, 64, 56, 56), (128, 64, 3, 3), padding=1)["forward"].dtype
+    'float32'
     """
-    return _traced(input_shape, weight_shape, transposed, dtype, channels_last, bias, parameters)[1]
+    _, calls = _traced(input_shape, weight_shape, transposed, dtype, channels_last, bias, parameters)
+    return _problems(calls, device)
 
 
 def text(
@@ -113,7 +112,7 @@ def text(
             lines += [f"\n{title}", str(p), _times(p)]
         return "\n".join(lines)
     name = _name(weight_shape, transposed, dtype, parameters.get("out_dtype"))
-    output_shape, made = _traced(input_shape, weight_shape, transposed, dtype, channels_last, bias, parameters)
+    output_shape, calls = _traced(input_shape, weight_shape, transposed, dtype, channels_last, bias, parameters)
     shapes = {"input": input_shape, "weight": weight_shape, "output": output_shape}
     words = [name, *(f"{operand} {'x'.join(map(str, shape))}" for operand, shape in shapes.items())]
     words.append(_written(dtype))
@@ -128,7 +127,7 @@ def text(
     if dtype.is_complex:
         lines.append("Each plan is one of four real convolutions, which make a complex one.")
 
-    for (title, p), meaning in zip(_plans(made, device).items(), _OF_THE_CONVOLUTION, strict=False):
+    for (title, p), meaning in zip(_plans(calls, device).items(), _OF_THE_CONVOLUTION, strict=False):
         lines += [f"\n{title} ({meaning})" if transposed else f"\n{title}", str(p), _times(p)]
     return "\n".join(lines)
 
@@ -190,9 +189,9 @@ def _separable_plans(
     mixing = torch.empty([pointwise, weight_shape[0], *(1,) * rank], dtype=dtype, device="meta")
     biases = [torch.empty(n, dtype=dtype, device="meta") if bias else None for n in (weight_shape[0], pointwise)]
     convolve = getattr(separable, f"separable_conv{rank}d")
-    with execute.recording() as made:
+    with execute.recording() as calls:
         y = convolve(x, depthwise, mixing, *biases, **parameters)
-    fused = separable.plan_of(made[0], made[1], mixing, biases[1], y, device)
+    fused = separable.plan_of(calls[0], calls[1], mixing, biases[1], y, device)
     if isinstance(fused, str):
         raise RuntimeError(f"the fused kernel cannot compute this: {fused}")
     return {"both in one kernel": fused, **dict(zip(("depthwise", "pointwise"), fused.apart, strict=True))}
@@ -223,8 +222,12 @@ def _with_prefix(value: float) -> str:
     return f"{value / 1e-9:.3g} n"
 
 
-def _plans(made: Sequence[execute.Call], device: Device) -> dict[str, plan.Plan]:
-    return {name: plan.make(execute.problem_of(_real(call), device)) for name, call in zip(_NAMES, made, strict=False)}
+def _plans(calls: Sequence[execute.Call], device: Device) -> dict[str, plan.Plan]:
+    return {name: plan.make(problem) for name, problem in _problems(calls, device).items()}
+
+
+def _problems(calls: Sequence[execute.Call], device: Device) -> dict[str, plan.Problem]:
+    return {name: execute.problem_of(_real(call), device) for name, call in zip(_NAMES, calls, strict=False)}
 
 
 def _name(weight_shape: Sequence[int], transposed: bool, dtype: torch.dtype, out_dtype: torch.dtype | None) -> str:
@@ -267,11 +270,11 @@ def _traced(
 
     x, w = (empty(shape).requires_grad_(differentiable) for shape in (input_shape, weight_shape))
     channels = weight_shape[1] * parameters.get("groups", 1) if transposed else weight_shape[0]
-    with execute.recording() as made:
+    with execute.recording() as calls:
         y = convolve(x, w, bias=empty([channels], out) if bias else None, **parameters)
         if differentiable:
             torch.autograd.grad(y, (x, w), torch.empty_like(y))
-    return y.shape, made
+    return y.shape, calls
 
 
 def _written(value: Any) -> str:
