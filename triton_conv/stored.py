@@ -310,24 +310,31 @@ def path_of(directory: Path, device: str, kernel: str) -> Path:
     return directory / (re.sub(r"[^A-Za-z0-9.-]+", "_", device).lstrip(".") or "_") / f"{kernel}.json"
 
 
-def read(path: Path, kernel: str, names: Iterable[str]) -> list[Entry]:
-    """The entries of a file, if there is one, for a kernel and a device of these names. Raises MalformedError."""
+def load(path: Path) -> tuple[str, str, list[Entry]]:
+    """(device, kernel, entries) of a file. Raises MalformedError, and FileNotFoundError if there is none."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise UnreadableError(f"{path}: is no file")  # of pipes, nobody may ever write what we would wait for
         with open(path, "rb") as file:
             content = file.read(MOST_BYTES + 1)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+    except FileNotFoundError:
+        raise
     except OSError as error:
         raise UnreadableError(f"{path}: {error.strerror or error}") from error
     if len(content) > MOST_BYTES:
         raise MalformedError(f"{path}: has more than {MOST_BYTES} bytes")
-    device, of_kernel, entries = loads(content.decode(errors="replace"), str(path))
+    return loads(content.decode(errors="replace"), str(path))
+
+
+def read(path: Path, kernel: str, names: Iterable[str]) -> list[Entry]:
+    """The entries of a file, if there is one, for a kernel and a device of these names. Raises MalformedError."""
+    try:
+        device, of_kernel, entries = load(path)
+    except FileNotFoundError:
+        return []
     if of_kernel != kernel or device not in names:
-        raise MalformedError(
-            f"{path}: is for {of_kernel} on {device!r}, not {kernel} on {' or '.join(map(repr, names))}"
-        )
+        those = " or ".join(map(repr, names))
+        raise MalformedError(f"{path}: is for {of_kernel} on {_shown(device)}, not {kernel} on {those}")
     return entries
 
 
