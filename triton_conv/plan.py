@@ -261,8 +261,8 @@ def _assembled(problem: Problem, original: ConvGeometry, strides: Strides, way: 
     workspace_dtype = accumulator
     if folds:
         padded_shape = original.shape("x")
-        span = max(_span(padded_shape, strides.x), _span(geometry.shape("x"), problem.strides.x))
-        fold_numerics = Numerics(64 if span >= 2**31 else 32, accumulator, "ieee", problem.has_bias)
+        reach = max(span(padded_shape, strides.x), span(geometry.shape("x"), problem.strides.x))
+        fold_numerics = Numerics(64 if reach >= 2**31 else 32, accumulator, "ieee", problem.has_bias)
         fold = Fold(geometry, padded_shape, strides.x, problem.strides.x, fold_numerics)
         workspace = padded_shape
         steps = ("compute dx on the padded extents, then fold the border", *steps)
@@ -298,9 +298,9 @@ def _reach(g: ConvGeometry, strides: Strides, role: Role, config: KernelConfig) 
     """The largest offset or index that a launch computes; tails of tiles and of residue classes included."""
     phases = [axis.phases for axis in g.axes(role)]
     spans = [
-        _span((g.N, g.C, *(i + p for i, p in zip(g.input, phases, strict=True))), strides.x),
-        _span((g.N, g.K, *g.output), strides.y),
-        _span((g.K, g.C // g.groups, *g.filter), strides.w) * config.splits,
+        span((g.N, g.C, *(i + p for i, p in zip(g.input, phases, strict=True))), strides.x),
+        span((g.N, g.K, *g.output), strides.y),
+        span((g.K, g.C // g.groups, *g.filter), strides.w) * config.splits,
     ]
     if isinstance(config, BandedConfig):
         spans.append(prod(tiles.shifted_shape(g, 1)))  # of bytes; of wider elements there are fewer
@@ -308,5 +308,6 @@ def _reach(g: ConvGeometry, strides: Strides, role: Role, config: KernelConfig) 
     return max(*spans, positions + config.BLOCK_M * config.splits)
 
 
-def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+def span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """Elements from the first of a tensor to its last, both included."""
     return 1 + sum((n - 1) * abs(s) for n, s in zip(shape, strides, strict=True))

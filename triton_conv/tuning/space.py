@@ -54,10 +54,10 @@ def candidates(problem: Problem, p: Plan) -> list[KernelConfig]:
                 fitting.append((prediction.seconds, _differences(config, p.config), key.simplicity(config), config))
     fitting.sort(key=lambda one: one[:3])
     chosen: list[KernelConfig] = [p.config]
-    seen = Counter([_tile(p.config)])
+    seen: Counter[tuple] = Counter([_tile(p.config)])
     for seconds, _, _, config in fitting:
-        kinds = [_tile(config), "wide"] if config.num_warps > 4 else [_tile(config)]
-        room = seen[_tile(config)] < _PER_TILE and (config.num_warps <= 4 or seen["wide"] < MOST // 2)
+        kinds = [_tile(config), _WIDE] if config.num_warps > 4 else [_tile(config)]
+        room = seen[_tile(config)] < _PER_TILE and (config.num_warps <= 4 or seen[_WIDE] < MOST // 2)
         if len(chosen) < MOST and room and seconds <= _HOPELESS * fitting[0][0]:
             chosen.append(config)
             seen.update(kinds)
@@ -71,11 +71,9 @@ def fault(problem: Problem, p: Plan, config: KernelConfig) -> str | None:
         return misfit
     steps = cost.TILES[p.kernel](p.role, p.geometry, replace(config, splits=1)).longest
     most = configs.most_splits(p.geometry, steps)
-    return (
-        f"its {config.splits} slabs are more than the {most} that are worth a workspace"
-        if config.splits > most
-        else None
-    )
+    if config.splits <= most:
+        return None
+    return f"its {config.splits} slabs are more than the {most} that are worth their workspace"
 
 
 def _prediction(p: Plan, config: KernelConfig) -> Prediction:
@@ -84,6 +82,7 @@ def _prediction(p: Plan, config: KernelConfig) -> Prediction:
     return cost.predict(*what, channels_last, p.out_dtype)
 
 
+_WIDE = ("eight warps",)
 _VARIANTS = {"num_warps", "num_stages", "splits", "programs", "filters_first", "walk", "box"}
 
 
