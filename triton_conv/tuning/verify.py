@@ -95,15 +95,15 @@ def verified(directory: Path) -> Iterator[Fault | tuple[Path, Entry, Plan]]:
     Files are those of known devices and kernels; entries are of kernels as they are now, and their winners fit.
     """
     devices = {stored.path_of(directory, device.name, "").parent: device for device in DEVICES.values()}
-    paths = sorted(directory.rglob("*")) if directory.is_dir() else []
-    if not any(path.is_file() for path in paths):
+    found = sorted(directory.iterdir()) if directory.is_dir() else []
+    paths = [path for part in found for path in (sorted(part.iterdir()) if part in devices else [part])]
+    if not paths:
         yield Fault(directory, "", "holds no files")
     for path in paths:
-        if path.is_dir() and path in devices:
-            continue
         device = devices.get(path.parent)
         if device is None or path.suffix != ".json" or path.stem not in CONFIGS:
-            yield Fault(path, "", "is of no known device and kernel")
+            if path.suffix != ".lock":
+                yield Fault(path, "", "is of no known device and kernel")
             continue
         try:
             entries = stored.read(path, path.stem, [device.name])
