@@ -310,6 +310,7 @@ class _Chosen(NamedTuple):
 
 _Index = dict[Key, dict[Extents, _Chosen]]
 _indices: dict[tuple[str, str, str], _Index] = {}  # of the user's files or the shipped ones, by device and kernel
+_installed: dict[tuple[str, str], dict[tuple[Key, Extents], Entry]] = {}  # by device and kernel
 _generation = 0
 
 
@@ -325,9 +326,23 @@ def forget() -> None:
     _indices.clear()
 
 
+def install(device: str, kernel: str, entries: Iterable[Entry]) -> None:
+    """Lets this process look in `entries` before any file; they replace those installed for the same extents."""
+    global _generation
+    _installed.setdefault((device, kernel), {}).update({(entry.key, entry.extents): entry for entry in entries})
+    _indices.pop(("installed", device, kernel), None)
+    _generation += 1
+
+
+def uninstall() -> None:
+    """Lets this process look in files alone again."""
+    _installed.clear()
+    forget()
+
+
 def find(device: Device, kernel: str, key: Key, extents: Extents) -> Found | None:
-    """The config of the user's store, else of what ships; of these extents, else of the nearest in their bucket."""
-    for place in ("user store", "shipped"):
+    """The config installed, else the user store's or the shipped one; of these extents, else the bucket's nearest."""
+    for place in ("installed", "user store", "shipped"):
         index = _indices.get((place, device.name, kernel))
         if index is None:
             index = _indices[place, device.name, kernel] = _index(place, device, kernel)
@@ -356,6 +371,9 @@ def _index(place: str, device: Device, kernel: str) -> _Index:
 
 
 def _entries(place: str, device: Device, kernel: str) -> Iterator[Entry]:
+    if place == "installed":
+        yield from _installed.get((device.name, kernel), {}).values()
+        return
     directory = user_directory() if place == "user store" else shipped_directory()
     if directory is None:
         return
