@@ -11,10 +11,12 @@ import json
 import math
 import os
 import re
+import stat
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
@@ -26,9 +28,12 @@ from .key import CONFIGS, Extents, Key
 
 SCHEMA = 1
 MOST_BYTES = 64 * 2**20  # of a file
+MOST_STAGES = 16
+MOST_OF_A_CONFIG = 2**16  # any number of it
 STATUSES = ("ok", "wrong", "failed")
 SOURCES = ("measured", "model")
 TIE = 0.02  # of the time: candidates that differ by less are equally quick, whatever their spread
+WIDEST_TIE = 0.1  # and those that differ by more are not: a wider spread says little of either
 
 
 class MalformedError(ValueError):
@@ -37,6 +42,10 @@ class MalformedError(ValueError):
 
 class NewerError(MalformedError):
     """A file was written by a later version."""
+
+
+class UnreadableError(MalformedError):
+    """A file cannot be read at all."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +97,7 @@ def winner_of(candidates: Iterable[Candidate]) -> Candidate | None:
     if not timed:
         return min(right, key=lambda c: keys.simplicity(c.config), default=None)
     best = min(timed, key=_seconds)
-    tied = [c for c in timed if _seconds(c) <= _seconds(best) * (1 + max(TIE, best.spread, c.spread))]
+    tied = [c for c in timed if _seconds(c) <= _seconds(best) * (1 + min(max(TIE, best.spread, c.spread), WIDEST_TIE))]
     return min(tied, key=lambda c: keys.simplicity(c.config))
 
 
@@ -120,12 +129,12 @@ def loads(text: str, name: str) -> tuple[str, str, list[Entry]]:
         raise MalformedError(f"{name}: is no JSON: {error}") from error
     try:
         found = _checked(content, dict, "the file")
-        if found.get("schema") != SCHEMA:
-            newer = isinstance(found.get("schema"), int) and found["schema"] > SCHEMA
-            raise (NewerError if newer else MalformedError)(f"schema is {found.get('schema')!r}, not {SCHEMA}")
+        schema = _checked(found.get("schema"), int, "schema")
+        if schema != SCHEMA:
+            raise (NewerError if schema > SCHEMA else MalformedError)(f"schema is {_shown(schema)}, not {SCHEMA}")
         kernel = _checked(found.get("kernel"), str, "kernel")
         if kernel not in CONFIGS:
-            raise MalformedError(f"kernel is {kernel!r}, which there is not")
+            raise MalformedError(f"kernel is {_shown(kernel)}, which there is not")
         entries = _checked(found.get("entries"), list, "entries")
         return _checked(found.get("device"), str, "device"), kernel, [_entry(e, kernel) for e in entries]
     except MalformedError as error:
@@ -159,15 +168,15 @@ def _entry(found: Any, kernel: str) -> Entry:
     unknown = found.keys() - _ENTRY
     missing = _ENTRY - {"stamp", "baseline"} - found.keys()
     if unknown or missing:
-        raise MalformedError(f"an entry has {sorted(unknown)} too much, {sorted(missing)} too little")
-    extents = Extents(*(_value(found[name], hint, name) for name, hint in get_type_hints(Extents).items()))
-    hints = {name: hint for name, hint in get_type_hints(Key).items() if name != "pixels"}
+        raise MalformedError(f"an entry has {_shown(sorted(unknown))} too much, {sorted(missing)} too little")
+    extents = Extents(*(_value(found[name], hint, name) for name, hint in _hints(Extents).items()))
+    hints = {name: hint for name, hint in _hints(Key).items() if name != "pixels"}
     given = {name: _value(found[name], hint, name) for name, hint in hints.items()}
     key = Key(**given, pixels=keys.bucket(extents))
     if key.role not in {role.value for role in Role}:
-        raise MalformedError(f"role is {key.role!r}")
+        raise MalformedError(f"role is {_shown(key.role)}")
     if found["source"] not in SOURCES:
-        raise MalformedError(f"source is {found['source']!r}")
+        raise MalformedError(f"source is {_shown(found['source'])}")
     stamp = _checked(found.get("stamp", {}), dict, "stamp")
     baseline = _checked(found.get("baseline", {}), dict, "baseline")
     candidates = tuple(_read_candidate(c, kernel) for c in _checked(found["candidates"], list, "candidates"))
@@ -183,18 +192,21 @@ def _entry(found: Any, kernel: str) -> Entry:
 
 def _read_candidate(found: Any, kernel: str) -> Candidate:
     found = _checked(found, dict, "a candidate")
-    unknown = found.keys() - {f.name for f in fields(Candidate)}
+    unknown = found.keys() - _hints(Candidate).keys()
     if unknown or "config" not in found:
-        raise MalformedError(f"a candidate has {sorted(found)}")
+        raise MalformedError(f"a candidate has {_shown(sorted(found))}")
     given, kind = _checked(found["config"], dict, "config"), CONFIGS[kernel]
-    hints = get_type_hints(kind)
-    strange = given.keys() - {f.name for f in fields(kind)}
+    hints = _hints(kind)
+    strange = given.keys() - hints.keys()
     if strange:
-        raise MalformedError(f"a config of {kernel} has no {sorted(strange)}")
+        raise MalformedError(f"a config of {kernel} has no {_shown(sorted(strange))}")
     try:
         config = kind(**{name: _value(value, hints[name], name) for name, value in given.items()})
     except (TypeError, ValueError) as error:
         raise MalformedError(f"a config of {kernel}: {error}") from error
+    warps, stages = config.num_warps, getattr(config, "num_stages", 1)
+    if warps not in (1, 2, 4, 8, 16, 32) or not 1 <= stages <= MOST_STAGES or _largest(given) > MOST_OF_A_CONFIG:
+        raise MalformedError(f"a config of {kernel} is beyond what compiles: {_shown(config)}")
     seconds = found.get("seconds")
     candidate = Candidate(
         config,
@@ -206,6 +218,14 @@ def _read_candidate(found: Any, kernel: str) -> Candidate:
     if candidate.status not in STATUSES or candidate.seconds == 0:
         raise MalformedError(f"a candidate has status {candidate.status!r} and seconds {candidate.seconds}")
     return candidate
+
+
+_hints = cache(get_type_hints)
+
+
+def _largest(given: Mapping[str, Any]) -> int:
+    """Of the numbers of a config."""
+    return max((n for value in given.values() for n in (value if isinstance(value, list) else [value])), default=0)
 
 
 def _checked(value: Any, kind: type, name: str) -> Any:
@@ -223,17 +243,20 @@ def _value(value: Any, hint: Any, name: str) -> Any:
             raise MalformedError(f"{name} is {_shown(value)}, of which there should be {len(parts)}")
         return tuple(_value(item, part, name) for item, part in zip(items, parts, strict=True))
     if hint is float:
-        number = float(_checked(value, (int, float), name))  # type: ignore[arg-type]
+        number = value if isinstance(value, float) else _value(value, int, name)
         if not 0 <= number < math.inf:
-            raise MalformedError(f"{name} is {value}")
-        return number
+            raise MalformedError(f"{name} is {number}")
+        return float(number)
     if hint is int and not 0 <= _checked(value, int, name) < 2**63:
-        raise MalformedError(f"{name} is {value}")
+        raise MalformedError(f"{name} is {_shown(value)}")
     return _checked(value, hint, name)
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = ascii(value)
+    except RecursionError:
+        text = "nested too deep"
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
@@ -259,9 +282,9 @@ def user_directory() -> Path | None:
     given = os.environ.get("TRITON_CONV_CACHE")
     if given:
         return Path(given)
-    cache = os.environ.get("XDG_CACHE_HOME")
+    cache = os.environ.get("XDG_CACHE_HOME", "")
     try:
-        return (Path(cache) if cache else Path.home() / ".cache") / "triton_conv"
+        return (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "triton_conv"
     except RuntimeError:
         return None
 
@@ -279,18 +302,20 @@ def path_of(directory: Path, device: str, kernel: str) -> Path:
     >>> path_of(Path("configs"), "NVIDIA GeForce RTX 4090", "box").as_posix()
     'configs/NVIDIA_GeForce_RTX_4090/box.json'
     """
-    return directory / re.sub(r"[^A-Za-z0-9.-]+", "_", device).lstrip(".") / f"{kernel}.json"
+    return directory / (re.sub(r"[^A-Za-z0-9.-]+", "_", device).lstrip(".") or "_") / f"{kernel}.json"
 
 
 def read(path: Path, kernel: str, names: Iterable[str]) -> list[Entry]:
     """The entries of a file, if there is one, for a kernel and a device of these names. Raises MalformedError."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UnreadableError(f"{path}: is no file")  # of pipes, nobody may ever write what we would wait for
         with open(path, "rb") as file:
             content = file.read(MOST_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        raise MalformedError(f"{path}: {error.strerror or error}") from error
+        raise UnreadableError(f"{path}: {error.strerror or error}") from error
     if len(content) > MOST_BYTES:
         raise MalformedError(f"{path}: has more than {MOST_BYTES} bytes")
     device, of_kernel, entries = loads(content.decode(errors="replace"), str(path))
@@ -308,9 +333,13 @@ class _Chosen(NamedTuple):
     rival: float | None
 
 
+PLACES = ("installed", "user store", "shipped")  # in the order in which they are asked
+
 _Index = dict[Key, dict[Extents, _Chosen]]
 _indices: dict[tuple[str, str, str], _Index] = {}  # of the user's files or the shipped ones, by device and kernel
 _installed: dict[tuple[str, str], dict[tuple[Key, Extents], Entry]] = {}  # by device and kernel
+_held: dict[tuple[Path | None, str, str], tuple[Entry, ...]] = {}  # by directory, device and kernel
+_asked: tuple[str, ...] = PLACES
 _generation = 0
 
 
@@ -330,8 +359,8 @@ def install(device: str, kernel: str, entries: Iterable[Entry]) -> None:
     """Lets this process look in `entries` before any file; they replace those installed for the same extents."""
     global _generation
     _installed.setdefault((device, kernel), {}).update({(entry.key, entry.extents): entry for entry in entries})
-    _indices.pop(("installed", device, kernel), None)
     _generation += 1
+    _indices.pop(("installed", device, kernel), None)
 
 
 def uninstall() -> None:
@@ -340,12 +369,40 @@ def uninstall() -> None:
     forget()
 
 
+def hold(directory: Path | None, device: str, kernel: str, entries: Iterable[Entry]) -> None:
+    """For this process, these entries count as if they stood in the directory's file, and go before what does.
+
+    For what no file could take. They replace those that were held before; heeded after `forget`.
+    """
+    _held[directory, device, kernel] = tuple(entries)
+
+
+def held(directory: Path | None, device: str, kernel: str) -> tuple[Entry, ...]:
+    """What `hold` was last given."""
+    return _held.get((directory, device, kernel), ())
+
+
+@contextmanager
+def hidden(*places: str) -> Iterator[None]:
+    """Inside, for the whole process, look-ups do not ask these places, by default none of `PLACES`."""
+    global _asked
+    before, _asked = _asked, tuple(place for place in _asked if places and place not in places)
+    forget()
+    try:
+        yield
+    finally:
+        _asked = before
+        forget()
+
+
 def find(device: Device, kernel: str, key: Key, extents: Extents) -> Found | None:
-    """The config installed, else the user store's or the shipped one; of these extents, else the bucket's nearest."""
-    for place in ("installed", "user store", "shipped"):
+    """The config installed, else the user store's or the shipped one; of these extents, else the bucket's largest."""
+    for place in _asked:
         index = _indices.get((place, device.name, kernel))
         if index is None:
-            index = _indices[place, device.name, kernel] = _index(place, device, kernel)
+            generation, index = _generation, _index(place, device, kernel)
+            if generation == _generation:  # else another thread has written since
+                _indices[place, device.name, kernel] = index
         bucket = index.get(key) if index else None
         if bucket:
             chosen = bucket.get(extents)
@@ -356,12 +413,17 @@ def find(device: Device, kernel: str, key: Key, extents: Extents) -> Found | Non
     return None
 
 
+def current(entry: Entry, kernel: str) -> bool:
+    """Whether an entry is of the kernel as it is now."""
+    return entry.stamp.get("kernel") == keys.source_hash(kernel)
+
+
 def _index(place: str, device: Device, kernel: str) -> _Index:
     """Winners by key and extents; measured ones and, of these, those of most pixels come first."""
     index: _Index = {}
     for entry in _entries(place, device, kernel):
         winner = entry.winner
-        if winner is not None and entry.stamp.get("kernel") == keys.source_hash(kernel):
+        if winner is not None and current(entry, kernel):
             chosen = _Chosen(winner.config, entry.source, winner.seconds, min(entry.baseline.values(), default=None))
             index.setdefault(entry.key, {})[entry.extents] = chosen
     return {
@@ -374,13 +436,15 @@ def _entries(place: str, device: Device, kernel: str) -> Iterator[Entry]:
     if place == "installed":
         yield from _installed.get((device.name, kernel), {}).values()
         return
-    directory = user_directory() if place == "user store" else shipped_directory()
-    if directory is None:
-        return
-    kin = known(device.name, device.multiprocessors)
-    names = [device.name, *([kin.name] if kin and place == "shipped" else [])]
-    for name in dict.fromkeys(names):
+    users = place == "user store"
+    directory = user_directory() if users else shipped_directory()
+    kin = None if users else known(device.name, device.multiprocessors)
+    names = dict.fromkeys([*([kin.name] if kin else []), device.name])  # its own are the last word
+    for name in names:
         try:
-            yield from read(path_of(directory, name, kernel), kernel, names)
+            if directory is not None:
+                yield from read(path_of(directory, name, kernel), kernel, names)
         except MalformedError as error:
             warnings.warn(f"configs are ignored: {error}", stacklevel=2)
+    if users:
+        yield from held(directory, device.name, kernel)
