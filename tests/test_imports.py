@@ -30,8 +30,8 @@ LAYERS = [
     {"ops"},
     {"functional", "causal"},
     {"separable"},
-    {"nn", "override", "explain"},
-    {"check", "demo", "tuning"},
+    {"nn", "override", "explain", "check"},
+    {"demo", "tuning"},
     {"cli"},
     {"__main__"},
 ]

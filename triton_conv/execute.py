@@ -122,7 +122,7 @@ def execute(call: Call) -> Tensor:
         seen[problem] = None
     p = plan.make(problem)
     if not p.rival_runs:
-        return _kernels(p, call, output)
+        return run(p, call, output)
     shape, strides = output.shape, output.stride()
     del output  # its memory is free for what cuDNN returns
     with _on_device(call.a.device):
@@ -202,37 +202,54 @@ def _strides(t: Tensor) -> tuple[int, ...]:
     return (*stride[:2], *(0,) * (5 - len(stride)), *stride[2:])
 
 
-def _kernels(p: plan.Plan, call: Call, output: Tensor) -> Tensor:
+def run(p: plan.Plan, call: Call, output: Tensor) -> Tensor:
+    """The output of a call, written by the kernels of a plan for it."""
+    with _on_device(output.device):
+        tensors, finish = prepared(p, call, output)
+        tensors |= workspace(p, output.device)
+        for launch in p.launches:
+            launch.run(tensors)
+        finish()
+    return output
+
+
+def prepared(p: plan.Plan, call: Call, output: Tensor) -> tuple[dict[str, Tensor], Callable[[], None]]:
+    """(the tensors of a plan's launches, copied to its layout, but for its workspace; what to do after these)."""
     names = {Role.FPROP: ("x", "w", "y"), Role.DGRAD: ("y", "w", "x"), Role.WGRAD: ("y", "x", "w")}[call.role]
     tensors = dict(zip(names, (call.a, call.b, output), strict=True))
     if call.bias is not None:
         tensors["bias"] = call.bias.contiguous()
     if call.scales is not None:
         tensors["scale_a"], tensors["scale_b"] = call.scales
-    with _on_device(output.device):
-        for name in p.packs:
-            t = tensors[name]
-            if name == names[2]:
-                tensors[name] = torch.empty_like(t, memory_format=torch.contiguous_format)
-            else:
-                tensors[name] = _five(t).permute(0, 2, 3, 4, 1).contiguous() if p.channels_last else t.contiguous()
-        if p.bundle > 1:
-            K, C, T, R, S = p.asked.shape("w")
-            wide = output.new_zeros((K, T, R, S, p.bundle * C), dtype=call.b.dtype)
-            blocks, dense = _diagonal_blocks(wide, p.asked.groups, p.bundle, tensors["w"])
-            tensors["w"] = wide
-            if call.role is not Role.WGRAD:
-                blocks.copy_(dense)
-        if p.workspace_shape:
-            dtype = getattr(torch, p.workspace_dtype)
-            tensors["workspace"] = torch.empty(p.workspace_shape, dtype=dtype, device=output.device)
-        for launch in p.launches:
-            launch.run(tensors)
-        if p.bundle > 1 and call.role is Role.WGRAD:
+    for name in p.packs:
+        t = tensors[name]
+        if name == names[2]:
+            tensors[name] = torch.empty_like(t, memory_format=torch.contiguous_format)
+        else:
+            tensors[name] = _five(t).permute(0, 2, 3, 4, 1).contiguous() if p.channels_last else t.contiguous()
+    blocks = dense = None
+    if p.bundle > 1:
+        K, C, T, R, S = p.asked.shape("w")
+        wide = output.new_zeros((K, T, R, S, p.bundle * C), dtype=call.b.dtype)
+        blocks, dense = _diagonal_blocks(wide, p.asked.groups, p.bundle, tensors["w"])
+        tensors["w"] = wide
+        if call.role is not Role.WGRAD:
+            blocks.copy_(dense)
+
+    def finish() -> None:
+        if call.role is Role.WGRAD and blocks is not None and dense is not None:
             dense.copy_(blocks)
         if names[2] in p.packs:
             output.copy_(tensors[names[2]])
-    return output
+
+    return tensors, finish
+
+
+def workspace(p: plan.Plan, device: torch.device) -> dict[str, Tensor]:
+    """The workspace of a plan's launches, by name, if they have one."""
+    if not p.workspace_shape:
+        return {}
+    return {"workspace": torch.empty(p.workspace_shape, dtype=getattr(torch, p.workspace_dtype), device=device)}
 
 
 def _diagonal_blocks(wide: Tensor, groups: int, bundle: int, w: Tensor) -> tuple[Tensor, Tensor]:

@@ -203,7 +203,11 @@ def _best(problem: Problem, explicit: KernelConfig | None) -> Plan:
         raise NotImplementedError(
             f"{problem.device.name} has no float8_e4m3fn arithmetic, which came with compute capability 8.9: {geometry}"
         )
-    found = every(problem, explicit)
+    return choice(every(problem, explicit))
+
+
+def choice(found: list[Plan]) -> Plan:
+    """Of the plans of all ways the one to run: measured to be quickest where all were, else by predicted times."""
     if len(found) > 1 and all(p.measured is not None for p in found):
         quickest, *slower = sorted(found, key=lambda p: p.measured_seconds or 0.0)
         return _against(quickest, slower[0])

@@ -15,6 +15,7 @@ import stat
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import MISSING, dataclass, fields
 from functools import cache, cached_property
 from pathlib import Path
@@ -395,8 +396,23 @@ def hidden(*places: str) -> Iterator[None]:
         forget()
 
 
+_unused: ContextVar[bool] = ContextVar("unused", default=False)
+
+
+@contextmanager
+def unused() -> Iterator[None]:
+    """Within it nothing is found, on this thread: plans are those of the rules. They must not be cached then."""
+    token = _unused.set(True)
+    try:
+        yield
+    finally:
+        _unused.reset(token)
+
+
 def find(device: Device, kernel: str, key: Key, extents: Extents) -> Found | None:
     """The config installed, else the user store's or the shipped one; of these extents, else the bucket's largest."""
+    if _unused.get():
+        return None
     for place in _asked:
         index = _indices.get((place, device.name, kernel))
         if index is None:
