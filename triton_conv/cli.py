@@ -14,9 +14,11 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from .devices import DEVICES
+from .key import CONFIGS
 from .version import VERSION
 
 
@@ -65,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_check(sub)
     _add_explain(sub)
     _add_audit(sub)
+    _add_configs(sub)
     return parser
 
 
@@ -337,6 +340,15 @@ def _add_audit(sub: Any) -> None:
         "multiprocessor has room for. Exit code 1 if a config spills, exceeds shared memory, or loses its matrix "
         "instruction or its pipelining.",
     )
+    _add_compiling(parser)
+    parser.add_argument("--layer", type=_layer, action="append", help="only this layer; may be repeated")
+    parser.add_argument("--role", choices=_AUDITED_ROLES, help="only plans of this role")
+    parser.add_argument("--kernel", action="append", help="only launches of this kernel, such as box; may be repeated")
+    parser.add_argument("--json", action="store_true", help="print JSON, not a table")
+    parser.set_defaults(command=audit)
+
+
+def _add_compiling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--arch",
         type=int,
@@ -344,12 +356,7 @@ def _add_audit(sub: Any) -> None:
         action="append",
         help="compute capability to compile for, ten times the one of data sheets; may be repeated (default: 90)",
     )
-    parser.add_argument("--layer", type=_layer, action="append", help="only this layer; may be repeated")
-    parser.add_argument("--role", choices=_AUDITED_ROLES, help="only plans of this role")
-    parser.add_argument("--kernel", action="append", help="only launches of this kernel, such as box; may be repeated")
     parser.add_argument("--jobs", type=_positive, help="compilers at a time (default: one for each processor)")
-    parser.add_argument("--json", action="store_true", help="print JSON, not a table")
-    parser.set_defaults(command=audit)
 
 
 def audit(arguments: argparse.Namespace) -> int:
@@ -391,21 +398,15 @@ def _print_json(rows: list[Any]) -> None:
 
 def _print_table(rows: list[Any]) -> None:
     import triton
-    from rich.box import SIMPLE
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
+    from .tuning import tables
     from .tuning.audit import faults
 
-    table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
-    for heading in ("sm", "layer", "N", "role", "kernel", "config"):
-        table.add_column(heading, no_wrap=heading != "config")
-    for heading in ("registers", "spilled", "shared"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for heading in ("matrix", "operands", "TMA", "copies", "ahead", "blocks"):
-        table.add_column(heading, no_wrap=True)
-    table.add_column("faults", style="red")
+    table = tables.table(
+        *("sm", "layer", "N", "role", "kernel", "config", ">registers", ">spilled", ">shared"),
+        *("matrix", "operands", "TMA", "copies", "ahead", "blocks", "faults"),
+    )
+    table.columns[-1].style = "red"
     for row in rows:
         cells = [str(row.arch), row.layer, str(row.N), row.role, row.kernel, str(row.config or "")]
         if row.code is not None:
@@ -413,13 +414,62 @@ def _print_table(rows: list[Any]) -> None:
             cells += [str(c.registers), str(c.spill_bytes), str(c.shared), c.matrix, c.operands]
             cells += [f"{c.tma_loads}+{c.tma_stores}", f"{c.copies}+{c.narrow_copies}", str(c.ahead), str(c.resident)]
         cells += [""] * (len(table.columns) - 1 - len(cells))
-        table.add_row(*map(Text, cells), "; ".join(faults(row)))
-    console = Console()
-    if not console.is_terminal:  # whatever reads it wraps no lines
-        console.width = console.measure(table, options=console.options.update(width=10**4)).maximum
-    console.print(table)
+        tables.add(table, [*cells, "; ".join(faults(row))])
+    tables.show(table)
     count = sum(bool(faults(row)) for row in rows)
     print(f"{_counted(len(rows), 'kernel')} compiled by Triton {triton.__version__}, {count or 'none'} with a fault")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# configs
+
+
+def _add_configs(sub: Any) -> None:
+    parser = sub.add_parser(
+        "configs",
+        help="show, merge, check and compare tuned configs: your own and those that ship",
+        description="Tuned configs are JSON files, one for each device and kernel: your own in $TRITON_CONV_CACHE or "
+        "~/.cache/triton_conv, others in the package.",
+    )
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", dest="action", required=True)
+
+    def action(name: str, words: str) -> argparse.ArgumentParser:
+        made = actions.add_parser(name, help=words, description=f"{words[0].upper()}{words[1:]}.")
+        made.set_defaults(command=configs)
+        return made
+
+    def selection(made: argparse.ArgumentParser) -> None:
+        made.add_argument("--device", help=f"only of this one: {', '.join(DEVICES)}, or part of its name")
+        made.add_argument("--kernel", choices=tuple(CONFIGS), help="only of this kernel")
+
+    selection(action("show", "a table of what is stored and what ships: winner, time, source, whether it is stale"))
+    merging = action("merge", "merge files, or all files of directories, into your own")
+    merging.add_argument("paths", type=Path, nargs="+", metavar="FILE_OR_DIR")
+    verifying = action("verify", "check that files may ship; exit code 1 if not, naming file and entry")
+    verifying.add_argument("directory", type=Path, nargs="?", metavar="DIR", help="(default: what ships)")
+    verifying.add_argument("--compile", action="store_true", help="compile each config too, as audit does")
+    _add_compiling(verifying)
+    comparing = action("diff", "compare the winners of two files or directories; exit code 1 if any differ")
+    comparing.add_argument("a", type=Path, metavar="A")
+    comparing.add_argument("b", type=Path, metavar="B")
+    exporting = action("export", "write the winners that you have measured as files that ship")
+    exporting.add_argument("directory", type=Path, metavar="DIR")
+    exporting.add_argument("--as", dest="rename", choices=tuple(DEVICES), help="under the name of this known device")
+    selection(exporting)
+    seeding = action("seed", "write what rules and the cost model choose for common layers; what was measured stays")
+    seeding.add_argument("directory", type=Path, metavar="DIR")
+    seeding.add_argument("--device", choices=tuple(DEVICES), action="append", help="may be repeated (default: all)")
+
+
+def configs(arguments: argparse.Namespace) -> int:
+    """`triton-conv configs`."""
+    _require("configs", "tuning", "rich")
+    from .tuning.commands_configs import COMMANDS
+
+    try:
+        return COMMANDS[arguments.action](arguments)
+    except (ValueError, OSError) as error:
+        raise CommandError(str(error)) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

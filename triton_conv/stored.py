@@ -196,7 +196,8 @@ def _read_candidate(found: Any, kernel: str) -> Candidate:
     unknown = found.keys() - _hints(Candidate).keys()
     if unknown or "config" not in found:
         raise MalformedError(f"a candidate has {_shown(sorted(found))}")
-    given, kind = _checked(found["config"], dict, "config"), CONFIGS[kernel]
+    kind: Any = CONFIGS[kernel]
+    given = _checked(found["config"], dict, "config")
     hints = _hints(kind)
     strange = given.keys() - hints.keys()
     if strange:
@@ -221,7 +222,10 @@ def _read_candidate(found: Any, kernel: str) -> Candidate:
     return candidate
 
 
-_hints = cache(get_type_hints)
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    """The types of its fields; finding them takes longer than all else."""
+    return get_type_hints(kind)
 
 
 def _largest(given: Mapping[str, Any]) -> int:
@@ -306,24 +310,31 @@ def path_of(directory: Path, device: str, kernel: str) -> Path:
     return directory / (re.sub(r"[^A-Za-z0-9.-]+", "_", device).lstrip(".") or "_") / f"{kernel}.json"
 
 
-def read(path: Path, kernel: str, names: Iterable[str]) -> list[Entry]:
-    """The entries of a file, if there is one, for a kernel and a device of these names. Raises MalformedError."""
+def load(path: Path) -> tuple[str, str, list[Entry]]:
+    """(device, kernel, entries) of a file. Raises MalformedError, and FileNotFoundError if there is none."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise UnreadableError(f"{path}: is no file")  # of pipes, nobody may ever write what we would wait for
         with open(path, "rb") as file:
             content = file.read(MOST_BYTES + 1)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+    except FileNotFoundError:
+        raise
     except OSError as error:
         raise UnreadableError(f"{path}: {error.strerror or error}") from error
     if len(content) > MOST_BYTES:
         raise MalformedError(f"{path}: has more than {MOST_BYTES} bytes")
-    device, of_kernel, entries = loads(content.decode(errors="replace"), str(path))
+    return loads(content.decode(errors="replace"), str(path))
+
+
+def read(path: Path, kernel: str, names: Iterable[str]) -> list[Entry]:
+    """The entries of a file, if there is one, for a kernel and a device of these names. Raises MalformedError."""
+    try:
+        device, of_kernel, entries = load(path)
+    except FileNotFoundError:
+        return []
     if of_kernel != kernel or device not in names:
-        raise MalformedError(
-            f"{path}: is for {of_kernel} on {device!r}, not {kernel} on {' or '.join(map(repr, names))}"
-        )
+        those = " or ".join(map(repr, names))
+        raise MalformedError(f"{path}: is for {of_kernel} on {_shown(device)}, not {kernel} on {those}")
     return entries
 
 
