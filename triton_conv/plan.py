@@ -15,7 +15,7 @@ from . import config as configs
 from .config import ITEM_BYTES, BandedConfig, BoxConfig, Device, KernelConfig, Numerics
 from .cost import Prediction, Roofline
 from .geometry import ConvGeometry, Role, Strides
-from .ways import Problem, Way, dense_strides
+from .ways import Layout, Problem, Way, dense_strides
 
 if TYPE_CHECKING:
     from .kernels.launch import Launch
@@ -81,6 +81,11 @@ class Plan:
     @property
     def N(self) -> int:
         return self.asked.N
+
+    @property
+    def layout(self) -> Layout:
+        """The canonical problem and the memory it lies in."""
+        return Layout(self.packs, self.channels_last, self.bundle, self.geometry, self.strides, self.steps)
 
     @property
     def dtypes(self) -> dict[str, str]:
@@ -220,14 +225,26 @@ def choice(found: list[Plan]) -> Plan:
 
 def every(problem: Problem, explicit: KernelConfig | None = None) -> list[Plan]:
     """The plans of all ways to run a problem, the plainest first; `make` chooses among them."""
-    role, geometry, strides = problem.role, problem.geometry, problem.strides
-    folds = role is Role.DGRAD and any(mode != "zeros" for mode in geometry.modes)
-    original = geometry.padded() if folds else geometry
-    if folds:
-        strides = strides._replace(x=dense_strides(original.shape("x"), channels_last=strides.x[1] == 1))
-    bias_on_c = problem.has_bias and role is Role.DGRAD and not folds
+    original, strides = _unfolded(problem)
+    bias_on_c = problem.has_bias and problem.role is Role.DGRAD and original is problem.geometry
     found = ways.of(problem, original, strides, bias_on_c, explicit)
     return [_assembled(problem, original, strides, way) for way in found]
+
+
+def with_config(problem: Problem, p: Plan, config: KernelConfig) -> Plan:
+    """The plan of a problem that goes the way of another one of it, with this config."""
+    layout = p.layout._replace(steps=p.steps[1:] if p.fold else p.steps)
+    way = Way(p.kernel, layout, config, "config given for this way")
+    return _assembled(problem, *_unfolded(problem), way)
+
+
+def _unfolded(problem: Problem) -> tuple[ConvGeometry, Strides]:
+    """What the kernel computes: the problem's own, or an input gradient on padded extents that are folded after it."""
+    geometry, strides = problem.geometry, problem.strides
+    if problem.role is not Role.DGRAD or all(mode == "zeros" for mode in geometry.modes):
+        return geometry, strides
+    original = geometry.padded()
+    return original, strides._replace(x=dense_strides(original.shape("x"), channels_last=strides.x[1] == 1))
 
 
 def _against(chosen: Plan, other: Plan) -> Plan:
@@ -257,8 +274,8 @@ def _assembled(problem: Problem, original: ConvGeometry, strides: Strides, way: 
     workspace_dtype = accumulator
     if folds:
         padded_shape = original.shape("x")
-        span = max(_span(padded_shape, strides.x), _span(geometry.shape("x"), problem.strides.x))
-        fold_numerics = Numerics(64 if span >= 2**31 else 32, accumulator, "ieee", problem.has_bias)
+        reach = max(span(padded_shape, strides.x), span(geometry.shape("x"), problem.strides.x))
+        fold_numerics = Numerics(64 if reach >= 2**31 else 32, accumulator, "ieee", problem.has_bias)
         fold = Fold(geometry, padded_shape, strides.x, problem.strides.x, fold_numerics)
         workspace = padded_shape
         steps = ("compute dx on the padded extents, then fold the border", *steps)
@@ -294,9 +311,9 @@ def _reach(g: ConvGeometry, strides: Strides, role: Role, config: KernelConfig) 
     """The largest offset or index that a launch computes; tails of tiles and of residue classes included."""
     phases = [axis.phases for axis in g.axes(role)]
     spans = [
-        _span((g.N, g.C, *(i + p for i, p in zip(g.input, phases, strict=True))), strides.x),
-        _span((g.N, g.K, *g.output), strides.y),
-        _span((g.K, g.C // g.groups, *g.filter), strides.w) * config.splits,
+        span((g.N, g.C, *(i + p for i, p in zip(g.input, phases, strict=True))), strides.x),
+        span((g.N, g.K, *g.output), strides.y),
+        span((g.K, g.C // g.groups, *g.filter), strides.w) * config.splits,
     ]
     if isinstance(config, BandedConfig):
         spans.append(prod(tiles.shifted_shape(g, 1)))  # of bytes; of wider elements there are fewer
@@ -304,5 +321,6 @@ def _reach(g: ConvGeometry, strides: Strides, role: Role, config: KernelConfig) 
     return max(*spans, positions + config.BLOCK_M * config.splits)
 
 
-def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+def span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """Elements from the first of a tensor to its last, both included."""
     return 1 + sum((n - 1) * abs(s) for n, s in zip(shape, strides, strict=True))

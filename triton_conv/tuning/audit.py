@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from .. import causal_cost, explain, tiles
 from ..causal_config import CausalConfig
 from ..causal_plan import CausalPlan
-from ..config import ITEM_BYTES, BandedConfig, DepthwiseConfig, KernelConfig
+from ..config import ITEM_BYTES, BandedConfig, DepthwiseConfig, Device, KernelConfig
 from ..plan import Plan
 from ..separable_plan import SeparablePlan
 from .code import TARGETS, TENSOR_MEMORY, Code, compiled_kernels, compiling_for, read
@@ -101,16 +101,10 @@ def shipped(arch: int) -> list[Subject]:
 
 def faults(row: Row) -> list[str]:
     """What is wrong with a config that ships, in words."""
-    code, wanted, device = row.code, row.wanted, TARGETS[row.arch]
+    code, wanted = row.code, row.wanted
     if code is None:
         return [f"does not compile: {row.error}"]
-    found = []
-    if code.spill_bytes or code.spills:
-        found.append(f"spills {code.spill_bytes} bytes in {code.spills} accesses")
-    if code.shared > device.shared_per_block:
-        found.append(f"needs {code.shared} bytes of shared memory, {device.shared_per_block} are there")
-    if code.tensor_memory > TENSOR_MEMORY:
-        found.append(f"needs {code.tensor_memory} columns of tensor memory, {TENSOR_MEMORY} are there")
+    found = excesses(code, TARGETS[row.arch])
     wide = code.rows >= _LEAST_ROWS
     accepted = wanted.matrix.split() if wide else [*wanted.matrix.split(), wanted.few_rows]
     if wanted.matrix and not set(accepted) & set(code.matrix.split()):
@@ -131,6 +125,18 @@ def faults(row: Row) -> list[str]:
         found.append("loads no operand by the bulk copy engine")
     if wanted.tma_stores and not code.tma_stores:
         found.append("does not store by the bulk copy engine")
+    return found
+
+
+def excesses(code: Code, device: Device) -> list[str]:
+    """What a kernel takes more of than there is, in words."""
+    found = []
+    if code.spill_bytes or code.spills:
+        found.append(f"spills {code.spill_bytes} bytes in {code.spills} accesses")
+    if code.shared > device.shared_per_block:
+        found.append(f"needs {code.shared} bytes of shared memory, {device.shared_per_block} are there")
+    if code.tensor_memory > TENSOR_MEMORY:
+        found.append(f"needs {code.tensor_memory} columns of tensor memory, {TENSOR_MEMORY} are there")
     return found
 
 
@@ -212,10 +218,11 @@ def _compiled(task: _Task) -> list[Row]:
                 for launch, kernel in compiled_kernels(task.subject.plan, task.kernels)
             ]
     except Exception as error:  # whatever a compiler raises is a finding
-        return [_failed(task, _words(error))]
+        return [_failed(task, words(error))]
 
 
-def _words(error: BaseException) -> str:
+def words(error: BaseException) -> str:
+    """One line of an exception's first cause."""
     while error.__cause__:
         error = error.__cause__
     lines = str(error).strip().splitlines() or ["no message"]
