@@ -23,6 +23,7 @@ LAYERS = [
     {"cost"},
     {"choose", "causal_cost"},
     {"ways"},
+    {"backends"},
     {"plan", "causal_plan"},
     {"separable_plan"},
     {"execute"},

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from . import devices, plan, reference
+from . import backends, devices, plan, reference
+from .backends import default_precision
 from .devices import INTERPRETER, Device
 from .geometry import ConvGeometry, Role, Strides
 
@@ -62,6 +63,21 @@ def recording() -> Iterator[list[Call]]:
         _recorded = before
 
 
+_seen: tuple[dict[plan.Problem, None], ...] = ()
+
+
+@contextmanager
+def problems() -> Iterator[dict[plan.Problem, None]]:
+    """Collects the problems, each once and in order, that kernels compute within it on any thread; holds no tensors."""
+    global _seen
+    mine: dict[plan.Problem, None] = {}
+    _seen = (*_seen, mine)
+    try:
+        yield mine
+    finally:
+        _seen = tuple(seen for seen in _seen if seen is not mine)
+
+
 def empty_output(call: Call) -> Tensor:
     """An uninitialised output: weight gradients as asked, activations channels-last where an operand is.
 
@@ -101,7 +117,19 @@ def execute(call: Call) -> Tensor:
         return reference.add_bias(output.zero_(), call.bias)
     if call.a.is_complex():
         return output.copy_(reference.complex_as_real(partial(_part, call), call.a, call.b, call.bias))
-    return _kernels(call, device, output)
+    problem = problem_of(call, device, output)
+    for seen in _seen:
+        seen[problem] = None
+    p = plan.make(problem)
+    if not p.rival_runs:
+        return run(p, call, output)
+    shape, strides = output.shape, output.stride()
+    del output  # its memory is free for what cuDNN returns
+    with _on_device(call.a.device):
+        result = backends.convolve(call.role, call.geometry, call.a, call.b, call.bias, call.output_shape)
+    if result.stride() == strides:
+        return result
+    return result.new_empty_strided(shape, strides).copy_(result)
 
 
 def device_of(device: torch.device) -> Device | None:
@@ -164,12 +192,6 @@ def problem_of(call: Call, device: Device, output: Tensor | None = None) -> plan
     )
 
 
-def default_precision() -> str:
-    """How PyTorch is set to multiply float32 in convolutions; covers `cudnn.allow_tf32` and the newer settings."""
-    setting = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-    return "tf32" if setting == "tf32" else "ieee"
-
-
 def _part(call: Call, a: Tensor, b: Tensor) -> Tensor:
     """The real convolution of a component of each operand of a complex one."""
     return execute(replace(call, a=a, b=b, bias=None))
@@ -178,10 +200,6 @@ def _part(call: Call, a: Tensor, b: Tensor) -> Tensor:
 def _strides(t: Tensor) -> tuple[int, ...]:
     stride = t.stride()
     return (*stride[:2], *(0,) * (5 - len(stride)), *stride[2:])
-
-
-def _kernels(call: Call, device: Device, output: Tensor) -> Tensor:
-    return run(plan.make(problem_of(call, device, output)), call, output)
 
 
 def run(p: plan.Plan, call: Call, output: Tensor) -> Tensor:

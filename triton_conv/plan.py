@@ -10,7 +10,7 @@ from functools import cached_property, lru_cache
 from math import prod
 from typing import TYPE_CHECKING
 
-from . import choose, cost, stored, tiles, ways
+from . import backends, choose, cost, stored, tiles, ways
 from . import config as configs
 from .config import ITEM_BYTES, BandedConfig, BoxConfig, Device, KernelConfig, Numerics
 from .cost import Prediction, Roofline
@@ -53,6 +53,7 @@ class Plan:
     `geometry` and `strides` are canonical: they describe the same memory as the caller's tensors, in fewer axes.
     `asked` is the caller's geometry. `packs` names the tensors that are copied to another memory format, `bundle` says
     how many of the caller's groups are computed as one (`ways.Layout`). `measured` and `rival` are those of `ways.Way`.
+    Where `rival_runs`, PyTorch computes this in place of the kernel (`backends`).
     """
 
     kernel: str
@@ -75,6 +76,7 @@ class Plan:
     reason: str
     measured: float | None = None
     rival: float | None = None
+    rival_runs: bool = False
 
     @property
     def N(self) -> int:
@@ -156,8 +158,9 @@ class Plan:
 
     def __str__(self) -> str:
         numerics = self.numerics
+        instead = "cuDNN, in place of " if self.rival_runs else ""
         lines = [
-            f"kernel     {self.kernel} ({self.role.value})",
+            f"kernel     {instead}{self.kernel} ({self.role.value})",
             f"geometry   {self.geometry}",
             f"config     {self.config}",
             f"numbers    {self._products()}, {numerics.accumulator} accumulator, {numerics.index_bits}-bit offsets",
@@ -185,11 +188,21 @@ class Plan:
 
 def make(problem: Problem) -> Plan:
     """The plan of a problem; the second time it is a look-up."""
-    return _make(problem, configs.chosen(problem.role), stored.generation())
+    return _make(problem, configs.chosen(problem.role), backends.admits(problem), stored.generation())
 
 
 @lru_cache(maxsize=4096)
-def _make(problem: Problem, explicit: KernelConfig | None, _generation: int) -> Plan:
+def _make(problem: Problem, explicit: KernelConfig | None, rivals: bool, _generation: int) -> Plan:
+    best = _best(problem, explicit)
+    ours, theirs = best.measured_seconds, best.rival
+    if not rivals or ours is None or theirs is None or theirs * (1 + stored.TIE) >= ours:
+        return best
+    reason = f"cuDNN, {1e6 * theirs:.3g} us measured against {1e6 * ours:.3g} us of {best.kernel}"
+    return replace(best, reason=reason, rival_runs=True)
+
+
+def _best(problem: Problem, explicit: KernelConfig | None) -> Plan:
+    """Of the ways of our kernels."""
     geometry = problem.geometry
     if problem.dtype == "float8_e4m3fn" and problem.device.capability < 89:
         raise NotImplementedError(

@@ -345,10 +345,11 @@ class _Chosen(NamedTuple):
     rival: float | None
 
 
-PLACES = ("user store", "shipped")  # in the order in which they are asked
+PLACES = ("installed", "user store", "shipped")  # in the order in which they are asked
 
 _Index = dict[Key, dict[Extents, _Chosen]]
 _indices: dict[tuple[str, str, str], _Index] = {}  # of the user's files or the shipped ones, by device and kernel
+_installed: dict[tuple[str, str], dict[tuple[Key, Extents], Entry]] = {}  # by device and kernel
 _held: dict[tuple[Path | None, str, str], tuple[Entry, ...]] = {}  # by directory, device and kernel
 _asked: tuple[str, ...] = PLACES
 _generation = 0
@@ -366,17 +367,18 @@ def forget() -> None:
     _indices.clear()
 
 
-_unused: ContextVar[bool] = ContextVar("unused", default=False)
+def install(device: str, kernel: str, entries: Iterable[Entry]) -> None:
+    """Lets this process look in `entries` before any file; they replace those installed for the same extents."""
+    global _generation
+    _installed.setdefault((device, kernel), {}).update({(entry.key, entry.extents): entry for entry in entries})
+    _generation += 1
+    _indices.pop(("installed", device, kernel), None)
 
 
-@contextmanager
-def unused() -> Iterator[None]:
-    """Within it nothing is found, on this thread: plans are those of the rules. They must not be cached then."""
-    token = _unused.set(True)
-    try:
-        yield
-    finally:
-        _unused.reset(token)
+def uninstall() -> None:
+    """Lets this process look in files alone again."""
+    _installed.clear()
+    forget()
 
 
 def hold(directory: Path | None, device: str, kernel: str, entries: Iterable[Entry]) -> None:
@@ -405,8 +407,21 @@ def hidden(*places: str) -> Iterator[None]:
         forget()
 
 
+_unused: ContextVar[bool] = ContextVar("unused", default=False)
+
+
+@contextmanager
+def unused() -> Iterator[None]:
+    """Within it nothing is found, on this thread: plans are those of the rules. They must not be cached then."""
+    token = _unused.set(True)
+    try:
+        yield
+    finally:
+        _unused.reset(token)
+
+
 def find(device: Device, kernel: str, key: Key, extents: Extents) -> Found | None:
-    """The config of the user's store, else of what ships; of these extents, else of the largest in their bucket."""
+    """The config installed, else the user store's or the shipped one; of these extents, else the bucket's largest."""
     if _unused.get():
         return None
     for place in _asked:
@@ -445,6 +460,9 @@ def _index(place: str, device: Device, kernel: str) -> _Index:
 
 
 def _entries(place: str, device: Device, kernel: str) -> Iterator[Entry]:
+    if place == "installed":
+        yield from _installed.get((device.name, kernel), {}).values()
+        return
     users = place == "user store"
     directory = user_directory() if users else shipped_directory()
     kin = None if users else known(device.name, device.multiprocessors)

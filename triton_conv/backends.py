@@ -1,0 +1,131 @@
+"""Whose kernels run: this package's, or PyTorch's own where these were measured to be quicker.
+
+`backend` is the user's choice; `admits` says which problems PyTorch may take over without a promise broken, `convolve`
+is how it then computes them.
+"""
+
+from __future__ import annotations
+
+import os
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from .geometry import ConvGeometry, Role
+from .ways import Problem
+
+BACKENDS = ("triton", "auto")
+VARIABLE = "TRITON_CONV_BACKEND"
+
+_chosen: str | None = None
+
+
+class backend:
+    """Choose whose kernels run, for the process; as a context manager, until its end.
+
+        >>> triton_conv.backend("auto")  # from here on
+        backend('auto')
+        >>> with triton_conv.backend("triton"):  # in here
+        ...     y = triton_conv.conv2d(torch.randn(1, 3, 8, 8), torch.randn(4, 3, 3, 3))
+        >>> triton_conv.backend("triton")
+        backend('triton')
+
+    "triton", the default, is this package's kernels. With "auto", PyTorch's convolution (cuDNN) runs where tuning
+    measured it at the very same size and found it quicker than our quickest kernel, by more than a tie. What nobody
+    tuned stays here. The environment variable TRITON_CONV_BACKEND sets what holds before the first call.
+
+    Values are then cuDNN's, and so is their error; "auto" gives up the same bits on every run. Under
+    `torch.use_deterministic_algorithms(True)` cuDNN competes only if `torch.backends.cudnn.deterministic` is set too.
+    A float32 precision other than PyTorch's own setting, 8-bit floats, integers, complex numbers, padding modes and
+    padding that differs between the sides are never cuDNN's.
+
+    Raises ValueError for another name.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _chosen
+        check(name, "name")
+        self._name, self._before = name, _chosen
+        _chosen = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        global _chosen
+        _chosen = self._before
+
+    def __repr__(self) -> str:
+        return f"backend({self._name!r})"
+
+
+def check(name: object, argument: str) -> None:
+    """Raises ValueError, naming the argument, unless `name` is a backend."""
+    if name not in BACKENDS:
+        raise ValueError(f"{argument} must be one of {BACKENDS}, but got {argument}={name!r}")
+
+
+def current() -> str:
+    """The backend in force. Raises ValueError if the environment names another."""
+    global _chosen
+    if _chosen is None:
+        name = os.environ.get(VARIABLE) or "triton"
+        check(name, VARIABLE)
+        _chosen = name
+    return _chosen
+
+
+def admits(problem: Problem) -> bool:
+    """Whether PyTorch may compute a problem in our place: asked for, of the same meaning, with no promise broken."""
+    return current() == "auto" and _same_meaning(problem) and _keeps_promises(problem)
+
+
+def _same_meaning(problem: Problem) -> bool:
+    g = problem.geometry
+    most = map(max, g.stride, g.dilation) if problem.role is Role.DGRAD else g.stride  # torch's rules
+    return (
+        problem.dtype in ("float16", "bfloat16", "float32", "float64")
+        and problem.out_dtype == problem.dtype
+        and not problem.has_scale
+        and all(mode == "zeros" for mode in g.modes)
+        and all(lower == upper >= 0 for lower, upper in g.padding)
+        and all(extra < limit for extra, limit in zip(_cut_off(g), most, strict=True))
+    )
+
+
+def _keeps_promises(problem: Problem) -> bool:
+    """Settings of PyTorch's are obeyed, not changed for a call: other threads read them too."""
+    if not torch.backends.cudnn.enabled:
+        return False
+    if problem.dtype == "float32" and problem.precision != default_precision():
+        return False
+    return torch.backends.cudnn.deterministic or not torch.are_deterministic_algorithms_enabled()
+
+
+def default_precision() -> str:
+    """How PyTorch is set to multiply float32 in convolutions; covers `cudnn.allow_tf32` and the newer settings."""
+    setting = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return "tf32" if setting == "tf32" else "ieee"
+
+
+def _cut_off(g: ConvGeometry) -> tuple[int, ...]:
+    """By how much the input is longer than what the outputs see: output_padding, where the input is the output."""
+    pairs = zip(g.input, g.padding, g.filter, g.output, g.stride, g.dilation, strict=True)
+    return tuple(i + sum(p) - d * (f - 1) - 1 - s * (o - 1) for i, p, f, o, s, d in pairs)
+
+
+def convolve(role: Role, g: ConvGeometry, a: Tensor, b: Tensor, bias: Tensor | None, weight_shape: list[int]) -> Tensor:
+    """PyTorch's result for operands as `execute.Call` has them, in the memory format that it likes."""
+    rank = a.dim() - 2
+    axes = slice(3 - rank, None)
+    how = (list(g.stride[axes]), [lower for lower, _ in g.padding[axes]], list(g.dilation[axes]))
+    # As the operator that it is: neither autocast nor a mode may change it once more.
+    with torch._C._DisableAutocast(), torch._C.DisableTorchFunction(), torch.no_grad():
+        if role is Role.FPROP:
+            return torch.ops.aten.convolution(a, b, bias, *how, False, [0] * rank, g.groups)
+        if role is Role.DGRAD:
+            return torch.ops.aten.convolution(a, b, bias, *how, True, list(_cut_off(g)[axes]), g.groups)
+        w = a.new_empty(()).expand(weight_shape)  # of which only the shape is read
+        mask = [False, True, False]
+        return torch.ops.aten.convolution_backward(a, b, w, None, *how, False, [0] * rank, g.groups, mask)[1]
