@@ -108,18 +108,32 @@ def test_what_is_measured_is_what_later_calls_find(capsys, gpu, home):
     assert capsys.readouterr().out.count("config of user store, measured") == 3
 
 
-def tried(printed):
-    return [int(row[-1]) for role in ("fprop", "dgrad", "wgrad") for row in rows(printed, role)]
+def test_a_second_run_measures_nothing_but_with_again(gpu, monkeypatch):
+    measured = []
+    check = SimulatedBench.fault
+    monkeypatch.setattr(SimulatedBench, "fault", lambda self, *what: measured.append(what[1]) or check(self, *what))
+    counts = []
+    for arguments in ((), (), ("--again",), ("--candidates", 6)):
+        measured.clear()
+        assert tune(*SHAPE, "--candidates", 5, *arguments) == 0
+        counts.append(len(measured))
+    assert counts == [15, 0, 15, 3]
 
 
-def test_a_second_run_tries_nothing_but_with_again(capsys, gpu, home):
-    assert tune(*SHAPE, "--candidates", 5) == 0
-    first = capsys.readouterr().out
-    assert min(tried(first)) > 1
-    assert tune(*SHAPE, "--candidates", 5) == 0
-    assert max(tried(capsys.readouterr().out)) == 0
-    assert tune(*SHAPE, "--candidates", 5, "--again") == 0
-    assert tried(capsys.readouterr().out) == tried(first)
+def test_wrong_candidates_are_reported_and_do_not_win(capsys, gpu, home, monkeypatch):
+    assert tune(*SHAPE, "--candidates", 5, "--role", "fprop") == 0
+    (entry,) = Store(home).entries("NVIDIA H200", "box")
+    wrong = entry.winner.config
+    monkeypatch.setattr(commands_tune, "CudaBench", lambda index: SimulatedBench(H200, wrong=[wrong]))
+    capsys.readouterr()
+    assert tune(*SHAPE, "--candidates", 5, "--role", "fprop", "--again", "--export", home / "export") == 1
+    printed = capsys.readouterr()
+    assert printed.err.count("wrong: ") == 1
+    assert "8x64x28x28 64x64x3x3 (" in printed.err
+    assert f"wrong: box {wrong}: simulated" in printed.err
+    (entry,) = Store(home).entries("NVIDIA H200", "box")
+    assert [c.config for c in entry.candidates if c.status == "wrong"] == [wrong]
+    assert Store(home / "export").entries("NVIDIA H200", "box")[0].winner.config != wrong
 
 
 def test_an_interrupt_leaves_what_was_measured(capsys, gpu, home, monkeypatch):

@@ -26,7 +26,6 @@ from .seed import filed
 from .store import Store, merged
 from .sweep import sweep
 from .tune import Budget, Result, Task
-from .verify import described
 
 
 def tune(arguments: argparse.Namespace) -> int:
@@ -177,12 +176,14 @@ def _measured(arguments: argparse.Namespace, tasks: Sequence[Task], device: Devi
     _summary(done, device, "made-up times: " if arguments.simulate else "")
     where = directory if directory is not None else "memory only: there is no home directory"
     print(f"{len(done)} of {len(tasks)} problems, in {where}")
-    store = Store(directory)
-    wrong = list(_wrong(done, store))
-    for line in wrong:
-        print(f"wrong: {line}", file=sys.stderr)
+    wrong = 0
+    for result in done:
+        for fault in result.faults:
+            if fault.startswith("wrong"):
+                wrong += 1
+                print(f"{result.task.label} ({result.task.problem.geometry}): {fault}", file=sys.stderr)
     if arguments.export is not None:
-        ship(arguments.export, _winners(done, store, device))
+        ship(arguments.export, _winners(done, Store(directory), device))
     if interrupted:
         print("triton-conv: interrupted; what was measured is kept", file=sys.stderr)
         return 130
@@ -258,13 +259,6 @@ def _entries(results: Iterable[Result], store: Store) -> Iterator[tuple[str, Ent
                 for entry in store.entries(p.device.name, p.kernel):
                     if (entry.key, entry.extents) == what[1:] and stored.current(entry, p.kernel):
                         yield p.kernel, entry
-
-
-def _wrong(results: Sequence[Result], store: Store) -> Iterator[str]:
-    for kernel, entry in _entries([result for result in results if result.wrong], store):
-        for candidate in entry.candidates:
-            if candidate.status == "wrong":
-                yield f"{described(entry)}: {kernel} {str(candidate.config).strip()}: {candidate.why}"
 
 
 def _winners(results: Sequence[Result], store: Store, device: Device) -> dict[tuple[str, str], list[Entry]]:
