@@ -321,6 +321,8 @@ def load(path: Path) -> tuple[str, str, list[Entry]]:
             content = file.read(MOST_BYTES + 1)
     except FileNotFoundError:
         raise
+    except NotADirectoryError as error:
+        raise FileNotFoundError(*error.args) from error
     except OSError as error:
         raise UnreadableError(f"{path}: {error.strerror or error}") from error
     if len(content) > MOST_BYTES:
