@@ -148,7 +148,7 @@ def audit(
     `jobs` defaults to the processors at hand. `kernels` restricts the launches, by name. What does not compile is a
     row with an error.
     """
-    tasks = [_Task(number, subject, arch, tuple(kernels)) for number, subject in enumerate(subjects)]
+    tasks = [Compilation(number, subject, arch, tuple(kernels)) for number, subject in enumerate(subjects)]
     return _in_processes(tasks, jobs or len(os.sched_getaffinity(0)))
 
 
@@ -156,23 +156,25 @@ def audit(
 # Processes: Triton decides for a whole process whether it interprets kernels, and a compiler may die
 
 
-class _Task(NamedTuple):
+class Compilation(NamedTuple):
+    """A subject to compile for an architecture, of all its kernels or of these."""
+
     number: int
     subject: Subject
     arch: int
     kernels: tuple[str, ...]
 
 
-def _in_processes(tasks: Sequence[_Task], jobs: int) -> Generator[tuple[int, list[Row]], None, None]:
+def _in_processes(tasks: Sequence[Compilation], jobs: int) -> Generator[tuple[int, list[Row]], None, None]:
     """A compiler that dies takes the other processes with it: what they were at is compiled again, one at a time."""
     waiting = list(reversed(tasks))
-    running: dict[Future, _Task] = {}
+    running: dict[Future, Compilation] = {}
     while waiting:
         try:
             with _processes(min(jobs, len(waiting))) as pool:
                 while waiting or running:
                     while waiting and len(running) < jobs:
-                        running[pool.submit(_compiled, waiting[-1])] = waiting[-1]
+                        running[pool.submit(compiled, waiting[-1])] = waiting[-1]
                         waiting.pop()
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         rows = future.result()
@@ -191,7 +193,7 @@ def _processes(count: int) -> Iterator[ProcessPoolExecutor]:
     """Processes that compile kernels rather than interpret them; none is left over, however the block is left."""
     others = set(multiprocessing.active_children())
     interpret = os.environ.pop("TRITON_INTERPRET", None)  # before they import Triton
-    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), initializer=_heed_the_parent)
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), initializer=heed_the_parent)
     try:
         yield pool
     except BaseException:
@@ -204,13 +206,14 @@ def _processes(count: int) -> Iterator[ProcessPoolExecutor]:
             os.environ["TRITON_INTERPRET"] = interpret
 
 
-def _heed_the_parent() -> None:
+def heed_the_parent() -> None:
     """Ctrl-C is the parent's to answer, which terminates us: as an exception, so that a running assembler ends too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 
 
-def _compiled(task: _Task) -> list[Row]:
+def compiled(task: Compilation) -> list[Row]:
+    """The rows of a subject, in a process that does not interpret kernels."""
     try:
         with compiling_for(task.arch):
             return [
@@ -230,7 +233,7 @@ def words(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[-1 if lines[0].startswith('at ') else 0]}"
 
 
-def _row(task: _Task, launch: Any) -> Row:
+def _row(task: Compilation, launch: Any) -> Row:
     layer, plan = task.subject
     main = launch.name == plan.kernel
     wanted = _wanted(plan, launch, task.arch) if main else Wanted()
@@ -238,7 +241,7 @@ def _row(task: _Task, launch: Any) -> Row:
     return Row(task.arch, layer, plan.N, plan.role.value, launch.name, plan.dtype, config, wanted)
 
 
-def _failed(task: _Task, error: str) -> Row:
+def _failed(task: Compilation, error: str) -> Row:
     layer, plan = task.subject
     what = (plan.N, plan.role.value, plan.kernel, plan.dtype, plan.config)
     return Row(task.arch, layer, *what, Wanted(), error=error)
