@@ -1,7 +1,6 @@
 """Tuning in training, with simulated times; and cuDNN in our place where stored numbers say so."""
 
 import json
-import multiprocessing
 import os
 import warnings
 from dataclasses import replace
@@ -9,9 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from processes import fresh_processes
 
 import triton_conv
-from triton_conv import backends, execute, explain, plan, stored
+from triton_conv import backends, execute, explain, plan, stored, ways
 from triton_conv import key as keys
 from triton_conv.devices import DEVICES, INTERPRETER
 from triton_conv.stored import Candidate, Entry
@@ -66,8 +66,7 @@ def install(problems, seconds, rival, name="cudnn contiguous"):
     """As if every way had been measured to take `seconds`, and cuDNN `rival`."""
     for problem in problems:
         for p in plan.every(problem):
-            channels_last = plan.ways.reads_channels_last(p.role, p.strides)
-            place = keys.of(p.geometry, p.role, p.dtype, p.out_dtype, p.numerics.precision, channels_last)
+            place = ways.key_of(problem, p.layout)
             stamp = {"kernel": keys.source_hash(p.kernel)}
             entry = Entry(
                 *place, "measured", stamp, (Candidate(p.config, seconds),), {name: rival, "slower": 2 * rival}
@@ -139,7 +138,8 @@ def test_a_bench_that_fails_does_not_end_the_training(kernels):
 
 def test_the_budget_is_kept(kernels, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    for clock in ("time.monotonic", "triton_conv.tuning.tune.monotonic"):
+        monkeypatch.setattr(clock, lambda: now[0])
 
     class Slow(Counting):
         def time(self, problem, plans):
@@ -246,8 +246,7 @@ def train(rank, port, directory, channels, raises):
 
 
 def trained(directory, channels, raises=None):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["triton_conv.execute"])
+    context = fresh_processes()
     store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
     processes = [context.Process(target=train, args=(r, store.port, directory, channels, raises)) for r in range(2)]
     for process in processes:

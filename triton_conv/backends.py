@@ -141,12 +141,12 @@ def convolve(
         if role is Role.WGRAD:
             wide = g.shape("w")
             w = first.new_empty(()).expand(*wide[:2], *wide[5 - rank :])  # of which only the shape is read
-            rest = (None, *walk, False, [0] * rank, g.groups, [False, True, False])
-            result = torch.ops.aten.convolution_backward(first, second, w, *rest)[1]
+            how = (*walk, False, [0] * rank, g.groups, [False, True, False])
+            result = torch.ops.aten.convolution_backward(first, second, w, None, *how)[1]
         else:
             extra = list(_cut_off(g)[axes]) if role is Role.DGRAD else [0] * rank
-            rest = (bias, *walk, role is Role.DGRAD, extra, g.groups)
-            result = torch.ops.aten.convolution(first, second, *rest)
+            transposed = role is Role.DGRAD
+            result = torch.ops.aten.convolution(first, second, bias, *walk, transposed, extra, g.groups)
         result = _of_dims(result, len(shape))
         if all(have == want or n == 1 for have, want, n in zip(result.stride(), strides, shape, strict=True)):
             return result.as_strided(shape, strides)

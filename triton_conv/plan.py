@@ -272,7 +272,7 @@ def _against(chosen: Plan, other: Plan) -> Plan:
 def _assembled(problem: Problem, original: ConvGeometry, strides: Strides, way: Way) -> Plan:
     """The plan of one way; `original` and `strides` are of the padded input where a border is folded."""
     role, geometry, accumulator = problem.role, problem.geometry, ACCUMULATORS[problem.dtype]
-    kernel, (packs, channels_last, bundle, inner, inner_strides, steps), config, why, *measured = way
+    kernel, (packs, channels_last, bundle, inner, inner_strides, steps), config, why, measured, rival, name = way
     folds = original is not geometry
     bits = 64 if _reach(inner, inner_strides, role, config) >= 2**31 else 32
     numerics = Numerics(bits, accumulator, problem.precision, problem.has_bias and not folds, problem.has_scale)
@@ -309,7 +309,9 @@ def _assembled(problem: Problem, original: ConvGeometry, strides: Strides, way: 
         workspace,
         workspace_dtype,
         why,
-        *measured,
+        measured,
+        rival,
+        name,
     )
 
 

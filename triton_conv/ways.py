@@ -237,8 +237,8 @@ def _with_config(problem: Problem, kernel: str, layout: Layout, rule: KernelConf
         times = [cost.predict(g, role, kernel, config, *what).seconds for config in (found.config, rule)]
         if times[0] > _MOST_OF_RULE * times[1]:
             return Way(kernel, layout, rule, f"{why}; {by_rule}, predicted to be quicker than that of {found.where}")
-    times = (found.seconds, found.rival, found.rival_name)
-    return Way(kernel, layout, found.config, f"{why}; config of {found.where}", *times)
+    measured = (found.seconds, found.rival, found.rival_name)
+    return Way(kernel, layout, found.config, f"{why}; config of {found.where}", *measured)
 
 
 def key_of(problem: Problem, layout: Layout) -> tuple[keys.Key, keys.Extents]:
