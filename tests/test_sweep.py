@@ -1,7 +1,6 @@
 """Tasks shared by real processes on the CPU, some of which are killed or raise; the times are simulated."""
 
 import json
-import multiprocessing
 import os
 import signal
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from processes import fresh_processes
 
 from triton_conv.devices import DEVICES
 from triton_conv.execute import Call, problem_of
@@ -36,9 +36,9 @@ def tasks(count, device="H200"):
 class Slow(SimulatedBench):
     """Takes as long as it is told, writes down which problems it is given, and dies or raises at one of them."""
 
-    def __init__(self, device, log, seconds=0.0, end="", at=()):
+    def __init__(self, device, log, pause=0.0, end="", at=()):
         super().__init__(DEVICES[device])
-        self.log, self.seconds, self.end, self.at, self.begun = Path(log), seconds, end, at, set()
+        self.log, self.pause, self.end, self.at, self.begun = Path(log), pause, end, at, set()
 
     def time(self, problem, plans):
         channels = problem.geometry.C
@@ -50,7 +50,7 @@ class Slow(SimulatedBench):
             if self.end == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise RuntimeError("an illegal memory access was encountered")
-        time.sleep(self.seconds)
+        time.sleep(self.pause)
         return super().time(problem, plans)
 
 
@@ -78,9 +78,7 @@ def work(rank, size, port, directory, device, bench, given, gloo):
 
 @pytest.fixture(scope="module")
 def processes():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["triton_conv.tuning.sweep", "triton_conv.execute"])
-    return context
+    return fresh_processes()
 
 
 @pytest.fixture
@@ -111,7 +109,7 @@ def labels(results):
 
 def test_ranks_share_the_tasks_and_the_quicker_one_gets_more(run):
     given = tasks(12)
-    results, begun = run(("H200", {"seconds": 0.01}, given), ("H200", {"seconds": 0.1}, given))
+    results, begun = run(("H200", {"pause": 0.02}, given), ("H200", {"pause": 0.3}, given))
     assert len(begun[0]) > len(begun[1]) > 0  # half each is what a static split would be
     assert sorted(begun[0] + begun[1]) == sorted(str(t.problem.geometry.C) for t in given)
     for found, heard in results:
@@ -121,7 +119,7 @@ def test_ranks_share_the_tasks_and_the_quicker_one_gets_more(run):
 
 def test_what_a_killed_rank_had_in_hand_is_done_by_another(run, tmp_path):
     given = tasks(8)
-    benches = ({"seconds": 0.03}, {"seconds": 0.03, "end": "kill", "at": ("second",)}, {"seconds": 0.03})
+    benches = ({"pause": 0.03}, {"pause": 0.03, "end": "kill", "at": ("second",)}, {"pause": 0.03})
     results, begun = run(*(("H200", bench, given) for bench in benches))
     assert len(results) == 2
     assert len(begun[1]) == 2
@@ -139,7 +137,7 @@ def test_a_rank_that_raises_hands_its_task_on_at_once_and_waits(run):
     given = tasks(4)
     before = time.monotonic()
     results, begun = run(
-        ("H200", {"end": "raise", "at": ("second",), "seconds": 0.02}, given), ("H200", {"seconds": 0.02}, given)
+        ("H200", {"end": "raise", "at": ("second",), "pause": 0.02}, given), ("H200", {"pause": 0.02}, given)
     )
     assert time.monotonic() - before < 5
     assert len(results) == 2
@@ -151,7 +149,7 @@ def test_a_rank_that_raises_hands_its_task_on_at_once_and_waits(run):
 
 def test_a_task_that_kills_whoever_touches_it_is_given_up(run):
     given = tasks(3)
-    deadly = {"end": "raise", "at": (given[0].problem.geometry.C,), "seconds": 0.01}
+    deadly = {"end": "raise", "at": (given[0].problem.geometry.C,), "pause": 0.01}
     results, _ = run(*(("H200", deadly, given) for _ in range(2)))
     assert len(results) == 2
     for found, _ in results:

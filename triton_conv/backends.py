@@ -7,6 +7,7 @@ is how it then computes them.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from types import TracebackType
 
 import torch
@@ -115,17 +116,47 @@ def _cut_off(g: ConvGeometry) -> tuple[int, ...]:
     return tuple(i + sum(p) - d * (f - 1) - 1 - s * (o - 1) for i, p, f, o, s, d in pairs)
 
 
-def convolve(role: Role, g: ConvGeometry, a: Tensor, b: Tensor, bias: Tensor | None, weight_shape: list[int]) -> Tensor:
-    """PyTorch's result for operands as `execute.Call` has them, in the memory format that it likes."""
-    rank = a.dim() - 2
+def convolve(
+    role: Role,
+    g: ConvGeometry,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    shape: Sequence[int],
+    strides: Sequence[int],
+    channels_last: bool,
+) -> Tensor:
+    """PyTorch's result, of this shape and strides, for operands as `execute.Call` has them.
+
+    They are copied to channels-last, or to contiguous, where they lie otherwise: the rival of that name did so too.
+    """
+    flat = g.filter[0] == g.input[0] == 1 and not any(g.padding[0])
+    rank, last = (2, torch.channels_last) if flat else (3, torch.channels_last_3d)
+    memory_format = last if channels_last else torch.contiguous_format
     axes = slice(3 - rank, None)
-    how = (list(g.stride[axes]), [lower for lower, _ in g.padding[axes]], list(g.dilation[axes]))
+    walk = (list(g.stride[axes]), [lower for lower, _ in g.padding[axes]], list(g.dilation[axes]))
     # As the operator that it is: neither autocast nor a mode may change it once more.
     with torch._C._DisableAutocast(), torch._C.DisableTorchFunction(), torch.no_grad():
-        if role is Role.FPROP:
-            return torch.ops.aten.convolution(a, b, bias, *how, False, [0] * rank, g.groups)
-        if role is Role.DGRAD:
-            return torch.ops.aten.convolution(a, b, bias, *how, True, list(_cut_off(g)[axes]), g.groups)
-        w = a.new_empty(()).expand(weight_shape)  # of which only the shape is read
-        mask = [False, True, False]
-        return torch.ops.aten.convolution_backward(a, b, w, None, *how, False, [0] * rank, g.groups, mask)[1]
+        first, second = (_of_dims(t, rank + 2).contiguous(memory_format=memory_format) for t in (a, b))
+        if role is Role.WGRAD:
+            wide = g.shape("w")
+            w = first.new_empty(()).expand(*wide[:2], *wide[5 - rank :])  # of which only the shape is read
+            how = (*walk, False, [0] * rank, g.groups, [False, True, False])
+            result = torch.ops.aten.convolution_backward(first, second, w, None, *how)[1]
+        else:
+            extra = list(_cut_off(g)[axes]) if role is Role.DGRAD else [0] * rank
+            transposed = role is Role.DGRAD
+            result = torch.ops.aten.convolution(first, second, bias, *walk, transposed, extra, g.groups)
+        result = _of_dims(result, len(shape))
+        if all(have == want or n == 1 for have, want, n in zip(result.stride(), strides, shape, strict=True)):
+            return result.as_strided(shape, strides)
+        return result.new_empty_strided(shape, strides).copy_(result)
+
+
+def _of_dims(t: Tensor, dims: int) -> Tensor:
+    """(N, C, *spatial) with more or fewer axes of one position in front of the spatial ones."""
+    while t.dim() < dims:
+        t = t.unsqueeze(2)
+    while t.dim() > dims:
+        t = t.squeeze(2)
+    return t

@@ -52,7 +52,7 @@ class Plan:
 
     `geometry` and `strides` are canonical: they describe the same memory as the caller's tensors, in fewer axes.
     `asked` is the caller's geometry. `packs` names the tensors that are copied to another memory format, `bundle` says
-    how many of the caller's groups are computed as one (`ways.Layout`). `measured` and `rival` are those of `ways.Way`.
+    how many of the caller's groups are computed as one (`ways.Layout`). `measured` and the rival are as in `ways.Way`.
     Where `rival_runs`, PyTorch computes this in place of the kernel (`backends`).
     """
 
@@ -76,6 +76,7 @@ class Plan:
     reason: str
     measured: float | None = None
     rival: float | None = None
+    rival_name: str = ""
     rival_runs: bool = False
 
     @property
@@ -158,7 +159,7 @@ class Plan:
 
     def __str__(self) -> str:
         numerics = self.numerics
-        instead = "cuDNN, in place of " if self.rival_runs else ""
+        instead = f"{self.rival_name}, in place of " if self.rival_runs else ""
         lines = [
             f"kernel     {instead}{self.kernel} ({self.role.value})",
             f"geometry   {self.geometry}",
@@ -193,22 +194,28 @@ def make(problem: Problem) -> Plan:
 
 @lru_cache(maxsize=4096)
 def _make(problem: Problem, explicit: KernelConfig | None, rivals: bool, _generation: int) -> Plan:
-    best = _best(problem, explicit)
-    ours, theirs = best.measured_seconds, best.rival
-    if not rivals or ours is None or theirs is None or theirs * (1 + stored.TIE) >= ours:
-        return best
-    reason = f"cuDNN, {1e6 * theirs:.3g} us measured against {1e6 * ours:.3g} us of {best.kernel}"
-    return replace(best, reason=reason, rival_runs=True)
-
-
-def _best(problem: Problem, explicit: KernelConfig | None) -> Plan:
-    """Of the ways of our kernels."""
     geometry = problem.geometry
     if problem.dtype == "float8_e4m3fn" and problem.device.capability < 89:
         raise NotImplementedError(
             f"{problem.device.name} has no float8_e4m3fn arithmetic, which came with compute capability 8.9: {geometry}"
         )
-    return choice(every(problem, explicit))
+    found = every(problem, explicit)
+    best = choice(found)
+    return _or_rival(best, found) if rivals else best
+
+
+def _or_rival(best: Plan, found: list[Plan]) -> Plan:
+    """The best plan; where others' kernels were measured to be quicker, by more than a tie, one that they run.
+
+    The plainest way is asked for its rival: a way with copies may have been measured for operands in another layout.
+    """
+    plainest = next((p for p in found if p.rival is not None), best)
+    ours, theirs = best.measured_seconds, plainest.rival
+    if ours is None or theirs is None or theirs * (1 + stored.TIE) >= ours:
+        return best
+    name = plainest.rival_name
+    reason = f"{name}, {1e6 * theirs:.3g} us measured against {1e6 * ours:.3g} us of {best.kernel}"
+    return replace(best, reason=reason, rival_name=name, rival_runs=True)
 
 
 def choice(found: list[Plan]) -> Plan:
@@ -265,7 +272,7 @@ def _against(chosen: Plan, other: Plan) -> Plan:
 def _assembled(problem: Problem, original: ConvGeometry, strides: Strides, way: Way) -> Plan:
     """The plan of one way; `original` and `strides` are of the padded input where a border is folded."""
     role, geometry, accumulator = problem.role, problem.geometry, ACCUMULATORS[problem.dtype]
-    kernel, (packs, channels_last, bundle, inner, inner_strides, steps), config, why, measured, rival = way
+    kernel, (packs, channels_last, bundle, inner, inner_strides, steps), config, why, measured, rival, name = way
     folds = original is not geometry
     bits = 64 if _reach(inner, inner_strides, role, config) >= 2**31 else 32
     numerics = Numerics(bits, accumulator, problem.precision, problem.has_bias and not folds, problem.has_scale)
@@ -304,6 +311,7 @@ def _assembled(problem: Problem, original: ConvGeometry, strides: Strides, way: 
         why,
         measured,
         rival,
+        name,
     )
 
 

@@ -272,7 +272,8 @@ def _shown(value: Any) -> str:
 class Found(NamedTuple):
     """The answer to a look-up: `where` says in words whose it is, `exact` whether it is of these very extents.
 
-    `seconds` and `rival`, the quickest of others' kernels, are of a measured one of these extents, else None.
+    `seconds` and `rival`, the quickest of others' kernels, are of a measured one of these extents, else None;
+    `rival_name` is what the entry calls that one.
     """
 
     config: KernelConfig
@@ -280,6 +281,7 @@ class Found(NamedTuple):
     exact: bool
     seconds: float | None
     rival: float | None
+    rival_name: str = ""
 
 
 def user_directory() -> Path | None:
@@ -345,6 +347,7 @@ class _Chosen(NamedTuple):
     source: str
     seconds: float | None
     rival: float | None
+    rival_name: str
 
 
 PLACES = ("installed", "user store", "shipped")  # in the order in which they are asked
@@ -436,7 +439,9 @@ def find(device: Device, kernel: str, key: Key, extents: Extents) -> Found | Non
         if bucket:
             chosen = bucket.get(extents)
             if chosen is not None:
-                return Found(chosen.config, f"{place}, {chosen.source}", True, chosen.seconds, chosen.rival)
+                return Found(
+                    chosen.config, f"{place}, {chosen.source}", True, chosen.seconds, chosen.rival, chosen.rival_name
+                )
             chosen = next(iter(bucket.values()))
             return Found(chosen.config, f"{place}, {chosen.source} for another size", False, None, None)
     return None
@@ -453,7 +458,8 @@ def _index(place: str, device: Device, kernel: str) -> _Index:
     for entry in _entries(place, device, kernel):
         winner = entry.winner
         if winner is not None and current(entry, kernel):
-            chosen = _Chosen(winner.config, entry.source, winner.seconds, min(entry.baseline.values(), default=None))
+            rival, name = min(((seconds, name) for name, seconds in entry.baseline.items()), default=(None, ""))
+            chosen = _Chosen(winner.config, entry.source, winner.seconds, rival, name)
             index.setdefault(entry.key, {})[entry.extents] = chosen
     return {
         key: dict(sorted(bucket.items(), key=lambda kv: (kv[1].source, -kv[0].N * math.prod(kv[0].output), kv[0])))

@@ -148,13 +148,11 @@ def known(task: Task, store: Store) -> tuple[str, ...]:
     """
     texts = []
     for p in plan.every(task.problem):
-        channels_last = ways.reads_channels_last(p.role, p.strides)
-        place = keys.of(p.geometry, p.role, p.dtype, p.out_dtype, p.numerics.precision, channels_last)
-        stamp = {"kernel": keys.source_hash(p.kernel)}
-        entry = Entry(*place, "model", stamp, (Candidate(p.config),), {})
+        place = ways.key_of(task.problem, p.layout)
+        entry = Entry(*place, "model", {"kernel": keys.source_hash(p.kernel)}, (Candidate(p.config),), {})
         for there in store.entries(p.device.name, p.kernel):
-            valid = there.winner is not None and there.stamp.get("kernel") == stamp["kernel"]
-            if valid and (there.key, there.extents) == place:
+            found = (there.key, there.extents) == place and stored.current(there, p.kernel)
+            if found and there.winner is not None:
                 entry = there
         texts.append(stored.dumps(p.device.name, p.kernel, [entry]))
     return tuple(dict.fromkeys(texts))
@@ -190,4 +188,4 @@ def done(task: Task, bench: Bench, store: Store, budget: Budget, deadline: float
 
 
 def _skipped(task: Task, why: str) -> Outcome:
-    return Outcome(Result(task, skipped=why), ())
+    return Outcome(Result(task, "", None, None, None, 0.0, {}, 0, 0, why), ())
