@@ -156,7 +156,7 @@ def test_slabs_are_summed_to_the_same_bits_every_run(kernels):
     ],
 )
 def test_tiles_waste_little_and_prefer_images(counts, size, blocks):
-    assert config._most_images(counts, size) == blocks
+    assert config.most_images(counts, size) == blocks
 
 
 @pytest.mark.parametrize("sides", [((8, 1, 1), 4, 32, 32), ((16, 1, 1), 3, 32, 32), ((16, 1, 1), 4, 8, 32)])

@@ -1,6 +1,9 @@
 """Convolutions for NVIDIA GPUs in Triton, drop-in for torch.nn.functional and torch.nn."""
 
+from typing import TYPE_CHECKING, Any
+
 from . import nn
+from .backends import backend
 from .causal import causal_conv1d, causal_conv1d_update
 from .functional import (
     conv1d,
@@ -21,7 +24,12 @@ from .override import override
 from .separable import separable_conv1d, separable_conv2d, separable_conv3d
 from .version import VERSION as __version__  # noqa: F401, N811
 
+if TYPE_CHECKING:
+    from .tuning.training import autotune
+
 __all__ = [
+    "autotune",
+    "backend",
     "causal_conv1d",
     "causal_conv1d_update",
     "conv1d",
@@ -43,3 +51,15 @@ __all__ = [
     "separable_conv2d",
     "separable_conv3d",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "autotune":  # loads the tuning package
+        from .tuning.training import autotune
+
+        return autotune
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -259,18 +259,12 @@ class Case:
         >>> [case.depth(name) for name in ("y", "dx", "dw", "db")]
         [144, 288, 128, 128]
         """
-        taps = prod(self.kernel)
-        pixels = self.N * prod(self.spatial if self.transposed else self.output_spatial)
-        channels = {"y": self.C // self.groups, "dx": self.K // self.groups}
         if name == "db":
             return max(self.N * prod(self.output_spatial), 1)
-        if name == "dw":
-            return max(pixels, 1)
-        products = max(channels[name] * taps, 1)
-        if (name == "dx") != self.transposed:  # the input gradient also sums what the border repeats
-            for (lower, upper), mode in zip(self.padding, self.modes, strict=True):
-                products *= {"zeros": 1, "replicate": 1 + max(lower, upper)}.get(mode, 3)
-        return products
+        roles = {"y": Role.FPROP, "dx": Role.DGRAD, "dw": Role.WGRAD}
+        if self.transposed:
+            roles |= {"y": Role.DGRAD, "dx": Role.FPROP}
+        return depth(self.geometry, roles[name])
 
     def operands(self, seed: int, device: torch.device | str = "cpu") -> Operands:
         """Random operands on `device`, the same for the same seed whatever the device and memory format.
@@ -367,9 +361,7 @@ def compare(case: Case, name: str, got: Tensor, want: Tensor) -> Result:
     if case.dtype in INTEGERS:
         error = (got.to("cpu", torch.int64) - want.to(torch.int64)).abs()
         return Result(name, float(error.max()), 0.0, _where(error > 0, int(error.argmax())))
-    output, total, operand = _epsilons(case, got.device)
-    depth = case.depth(name)
-    bound = output * want.abs() + depth**0.5 * (10 * total * depth**0.5 + 10 * operand)
+    bound = tolerance(want, case.depth(name), case.dtype, case.precision, got.device)
     error = torch.nan_to_num((got.to("cpu", want.dtype) - want).abs(), nan=inf, posinf=inf)
     worst = int((error / bound).argmax())
     return Result(name, float(error.flatten()[worst]), float(bound.flatten()[worst]), _where(error > bound, worst))
@@ -485,12 +477,40 @@ def _arrange(t: Tensor, memory_format: str) -> Tensor:
     return t
 
 
-def _epsilons(case: Case, device: torch.device) -> tuple[float, float, float]:
+def depth(geometry: ConvGeometry, role: Role) -> int:
+    """GEMM_K of a role: how many products the largest sum behind an element has."""
+    g = geometry
+    if role is Role.WGRAD:
+        return max(g.N * prod(g.output), 1)
+    products = max((g.C if role is Role.FPROP else g.K) // g.groups * g.taps, 1)
+    if role is Role.DGRAD:  # it also sums what the border repeats
+        for (lower, upper), mode in zip(g.padding, g.modes, strict=True):
+            products *= {"zeros": 1, "replicate": 1 + max(lower, upper)}.get(mode, 3)
+    return products
+
+
+def tolerance(
+    want: Tensor,
+    depth: int,
+    dtype: torch.dtype,
+    precision: str | None,
+    device: torch.device,
+    eps_sum: float = 0.0,
+) -> Tensor:
+    """By how much each element of a result of `dtype`, floating-point, may differ: the formula at the top.
+
+    `eps_sum` is for sums that are less precise than the table says.
+    """
+    output, total, operand = _epsilons(dtype, precision, device)
+    return output * want.abs() + depth**0.5 * (10 * max(total, eps_sum) * depth**0.5 + 10 * operand)
+
+
+def _epsilons(dtype: torch.dtype, precision: str | None, device: torch.device) -> tuple[float, float, float]:
     """Relative errors of rounding the output, a partial sum and an operand; see the table at the top."""
-    output = torch.finfo(case.dtype).eps
-    if case.dtype in (torch.float64, torch.complex128):
+    output = torch.finfo(dtype).eps
+    if dtype in (torch.float64, torch.complex128):
         return output, output, 0.0
-    precision = (case.precision or default_precision()) if case.dtype is torch.float32 else "ieee"
+    precision = (precision or default_precision()) if dtype is torch.float32 else "ieee"
     if device.type != "cuda":  # Triton's interpreter multiplies exactly whatever the precision
         precision = "ieee"
     return output, 2.0**-23, {"tf32": 2.0**-11, "tf32x3": 2.0**-21, "ieee": 0.0}[precision]

@@ -17,6 +17,7 @@ from .devices import Device as Device
 from .geometry import ConvGeometry, Role
 from .tiles import ceil_div
 
+Box: TypeAlias = tuple[int, int, int, int]  # sides along images, depths, rows, columns
 PRECISIONS = ("ieee", "tf32", "tf32x3")  # ways to multiply float32
 ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 ITEM_BYTES |= {"int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "float8_e4m3fn": 1}
@@ -64,7 +65,7 @@ class BoxConfig:
     input channels, and `splits` cuts the runs into that many slabs. A program there is one tile.
     """
 
-    box: tuple[int, int, int, int]
+    box: Box
     BLOCK_N: int
     BLOCK_K: int
     num_warps: int = 4
@@ -193,7 +194,7 @@ _WORKSPACE_LIMIT = 256 * 2**20
 
 # Accumulator elements of a program of four warps. Eight warps would hold twice that, but Triton has miscompiled loops
 # over taps like these at eight warps (pytorch#173068): no such config is a default before a GPU has checked it.
-_LARGEST_TILE = 128 * 64
+LARGEST_TILE = 128 * 64
 
 # For the whole process, not the thread: autograd runs the gradients of CUDA tensors on threads of its own.
 _explicit: dict[Role, KernelConfig] = {}
@@ -271,12 +272,12 @@ def default(geometry: ConvGeometry, role: Role, dtype: str, precision: str, vect
             num_stages=2 if device.capability >= 100 else 3,
             flatten=flatten,
         )
-        if config.BLOCK_N * config.BLOCK_K > _LARGEST_TILE:
-            config = replace(config, BLOCK_K=_LARGEST_TILE // config.BLOCK_N)
+        if config.BLOCK_N * config.BLOCK_K > LARGEST_TILE:
+            config = replace(config, BLOCK_K=LARGEST_TILE // config.BLOCK_N)
         return replace(config, splits=_splits(g, config, device))
     block_n = _tile(K if role is Role.FPROP else C, 16, largest)
     most = 32 if costly or (through_registers and flatten) else 128 if vectorised and not three_products else 64
-    block_m = min(_tile(pixels, 16, most), (_LARGEST_TILE // 2 if through_registers else _LARGEST_TILE) // block_n)
+    block_m = min(_tile(pixels, 16, most), (LARGEST_TILE // 2 if through_registers else LARGEST_TILE) // block_n)
     deepest = 16 if costly or three_products else 64 if wide_rows and not (flatten or through_registers) else 32
     block_k = _tile(reduction * g.taps if flatten else reduction, least_reduction(dtype), deepest)
     # through registers, filters that are transposed or multiplied three times spill a few as the first operand
@@ -318,17 +319,17 @@ def default_banded(geometry: ConvGeometry, role: Role, item_bytes: int, device: 
         height = _tile(P, 1, 128 // columns)
         counts = (g.N, ceil_div(P, height), ceil_div(Q, columns))
         size = _tile(prod(counts), 16, 128 if wide_rows else 64)
-        return BandedConfig(_most_images(counts, size), height, columns, chunk, num_stages=stages)
+        return BandedConfig(most_images(counts, size), height, columns, chunk, num_stages=stages)
     taps = _tile(g.filter[2], 16, tiles.BANDED_TAPS)  # of which programs gather sums, in registers
     height = _tile(g.filter[1], 1, min((128 if wide_rows and device.capability < 120 else 64) // chunk, 128 // taps))
     counts = (g.N, P, ceil_div(Q, columns))
     size = _tile(prod(counts), 16, 64 if wide_rows else 32)
-    config = BandedConfig(_most_images(counts, size), height, columns, chunk, num_stages=stages)
+    config = BandedConfig(most_images(counts, size), height, columns, chunk, num_stages=stages)
     wanted = ceil_div(2 * device.multiprocessors, g.C * ceil_div(g.filter[1], height))
     return replace(config, splits=max(1, min(wanted, prod(counts) // size // _STEPS_PER_SPLIT)))
 
 
-def _most_images(counts: tuple[int, int, int], size: int) -> tuple[int, int, int]:
+def most_images(counts: tuple[int, int, int], size: int) -> tuple[int, int, int]:
     """Sides of `size` blocks that waste least of counts; of those the most images, since these see the same padding."""
     sides = [1 << i for i in range(size.bit_length())]
     boxes = [(n, p, size // (n * p)) for n, p in product(sides, repeat=2) if size % (n * p) == 0]
@@ -364,16 +365,16 @@ def default_depthwise(
         several = g.K != g.C
         apart = several or (dense and g.stride[1] > 1)  # a row's sources, which are therefore more
         rows = max(1, min(8, room // block) // (4 if several and role is Role.WGRAD else 2 if apart else 1))
-        config = DepthwiseConfig(min(rows, P), 1, _THREADS * vector // channels, channels, vector, unroll)
+        config = DepthwiseConfig(min(rows, P), 1, THREADS * vector // channels, channels, vector, unroll)
         programs, registers = 6, 100 + taps  # the latter as compiled, of a thread in wgrad
     else:
         columns = _columns(g, role, P, Q, vector) if dense and S <= 64 else 1
         unroll = (R, S) if R * S * wide <= 49 else (1, S if S <= 64 else 1)
-        rows = max(1, min(8, 32 // (columns * wide), _UNROLLED // (prod(unroll) * columns)))
+        rows = max(1, min(8, 32 // (columns * wide), UNROLLED // (prod(unroll) * columns)))
         if role is Role.WGRAD:
             rows = max(1, rows // 2)  # beside the sums of taps there are fewer registers for them
-        lanes = _tile(ceil_div(P, rows) * ceil_div(Q, columns), 1, _THREADS)
-        config = DepthwiseConfig(min(rows, P), columns, lanes, _tile(dst, 1, _THREADS // lanes), vector, unroll)
+        lanes = _tile(ceil_div(P, rows) * ceil_div(Q, columns), 1, THREADS)
+        config = DepthwiseConfig(min(rows, P), columns, lanes, _tile(dst, 1, THREADS // lanes), vector, unroll)
         programs, registers = 24, 64 + prod(unroll)
     rows = config.rows
     if channels_last:  # elsewhere columns vary, and too many kernels would be compiled
@@ -388,7 +389,7 @@ def default_depthwise(
         return replace(config, walk=_walk(lanes_down, max(1, min(spare, lanes_down))))
     walk = next(walk for walk in (4, 3, 2, 1) if lanes_down % walk == 0)  # lanes past the image cost a selection each
     whole = tiles.depthwise(role, g, replace(config, walk=walk))
-    resident = device.registers // (registers * _THREADS)
+    resident = device.registers // (registers * THREADS)
     fitting = resident * device.multiprocessors // max(whole.total, 1)  # slabs of as many programs as run at a time
     return replace(config, walk=walk, splits=max(1, min(fitting, most_splits(g, whole.longest * walk))))
 
@@ -405,9 +406,9 @@ def _walk(lanes: int, most: int) -> int:
 
 # Threads of a program that runs without a dot; how many registers of each may hold taps, or sums of taps; how many
 # products may be unrolled, or compilers take longer than one cares to wait.
-_THREADS = 128
+THREADS = 128
 _TAP_REGISTERS = 80
-_UNROLLED = 1024
+UNROLLED = 1024
 
 
 def _unrolled(R: int, S: int, most: int) -> tuple[int, int]:
@@ -446,22 +447,27 @@ def _columns(g: ConvGeometry, role: Role, P: int, Q: int, vector: int) -> int:
 _EQUAL_WASTE = 1.2
 
 
-@lru_cache(maxsize=4096)
-def little_waste(counts: tuple[int, ...], size: int) -> tuple[int, int, int, int]:
-    """A box of `size` pixels, each side a power of two, that covers counts (images, depths, rows, columns) well.
+def little_waste(counts: tuple[int, ...], size: int) -> Box:
+    """The first of `boxes_of_little_waste`."""
+    return boxes_of_little_waste(counts, size)[0]
 
-    Of those that idle little, the one of fewest images and depths, and of rows and columns nearest to 1:2, whose
-    neighbours overlap most when a filter shifts it.
+
+@lru_cache(maxsize=4096)
+def boxes_of_little_waste(counts: tuple[int, ...], size: int) -> tuple[Box, ...]:
+    """Boxes of `size` pixels, each side a power of two, that cover counts (images, depths, rows, columns) well.
+
+    Of these the first have fewest images and depths, and rows and columns nearest to 1:2, whose neighbours overlap
+    most when a filter shifts them.
     """
     sides = [1 << i for i in range(size.bit_length())]
     boxes = [(n, z, p, size // (n * z * p)) for n, z, p in product(sides, repeat=3) if size % (n * z * p) == 0]
 
-    def covered(box: tuple[int, ...]) -> int:
+    def covered(box: Box) -> int:
         return prod(-(-count // side) * side for count, side in zip(counts, box, strict=True))
 
     least = min(map(covered, boxes))
     good = [box for box in boxes if covered(box) <= _EQUAL_WASTE * least]
-    return min(good, key=lambda box: (box[0] * box[1], max(2 * box[2], box[3]) / min(2 * box[2], box[3]), box))
+    return tuple(sorted(good, key=lambda b: (b[0] * b[1], max(2 * b[2], b[3]) / min(2 * b[2], b[3]), b)))
 
 
 def default_run(geometry: ConvGeometry, device: Device) -> BoxConfig:
@@ -492,20 +498,26 @@ _PIXELS_OF_A_STEP = 8
 _PIXELS_OF_A_SLAB = 1024
 
 
+def run_of_little_waste(counts: tuple[int, ...]) -> Box:
+    """The first of `runs_of_little_waste`."""
+    return runs_of_little_waste(counts)[0]
+
+
 @lru_cache(maxsize=4096)
-def run_of_little_waste(counts: tuple[int, ...]) -> tuple[int, int, int, int]:
-    """A run of 16, 32 or 64 pixels along one axis that covers counts (images, depths, rows, columns) well.
+def runs_of_little_waste(counts: tuple[int, ...], longest: int = 64) -> tuple[Box, ...]:
+    """Runs of 16 to `longest` pixels along one axis that cover counts (images, depths, rows, columns) well.
 
-    Of those that idle little, one along the innermost axis, whose pixels lie closest in memory; of these the longest.
+    Of these the first are along the innermost axis, whose pixels lie closest in memory; of those the longest.
     """
-    runs = [tuple(length if a == axis else 1 for a in range(4)) for axis in (3, 2, 1, 0) for length in (64, 32, 16)]
+    lengths = [longest >> i for i in range(longest.bit_length() - 4)]
+    shapes = [((1, 1, 1, n), (1, 1, n, 1), (1, n, 1, 1), (n, 1, 1, 1)) for n in lengths]
+    runs: list[Box] = [run for along in zip(*shapes, strict=True) for run in along]
 
-    def pixels(run: tuple[int, ...]) -> int:
+    def pixels(run: Box) -> int:
         return prod(tiles.blocks(counts, run)) * (max(run) + _PIXELS_OF_A_STEP)
 
     least = min(map(pixels, runs))
-    n, z, p, q = next(run for run in runs if pixels(run) <= _EQUAL_WASTE * least)
-    return n, z, p, q
+    return tuple(run for run in runs if pixels(run) <= _EQUAL_WASTE * least)
 
 
 def _without_dot(g, role, C, K, pixels, integer, device) -> Config:

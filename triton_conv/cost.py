@@ -44,6 +44,7 @@ VECTOR_LOAD = 10  # a masked load of 16 bytes: address, mask, zeros, the load
 ELEMENT_LOAD = 6  # a masked load of one element in a row whose other loads are vectors
 START = 450  # of a program outside its main loop; twice that where it sums over its lanes at the end
 SUMS = 40
+MOST_REGISTERS = 255  # of a thread: CUDA Programming Guide 13 (2025)
 REGISTERS = 64  # of a thread, beside its accumulator: as compiled default configs have them
 LANES = 128  # instructions that a multiprocessor issues in a clock, counted by thread: four schedulers of 32
 SECTOR = 32  # bytes that memory and L2 hand out at least
@@ -76,6 +77,7 @@ class Prediction:
     memory_seconds   what memory moves: the least bytes, and those that L2 has lost before they are read again
     split_seconds    slabs of a weight gradient written, read and summed; of shifted filters, written and read
     launch_seconds   starts of kernels
+    registers        of a thread; a multiprocessor gives it 255 at most
     """
 
     seconds: float
@@ -89,6 +91,7 @@ class Prediction:
     memory_seconds: float
     split_seconds: float = 0.0
     launch_seconds: float = LAUNCH
+    registers: int = 0
 
     @property
     def limit(self) -> str:
@@ -148,13 +151,13 @@ def predict(
         step = _banded_step(role, g, config, item, tiles.steps / max(tiles.total, 1))
     else:
         step = _step(role, g, config, item, out_item, channels_last)
-    resident, spilled = _residents(config, step, dtype, device)
+    resident, registers = _residents(config, step, dtype, device)
     matrix = step.dot and _matrix_rate(dtype, precision, device)
     share = MATRIX_SHARE * (FEW_ROWS if step.rows < 64 and device.capability in (90, 100) else 1)
     rate = matrix * share if matrix else _vector_rate(dtype, device) * VECTOR_SHARE
     multiplying, issuing = step.flops / rate, step.issued / (LANES * device.clock * device.multiprocessors)
     busy = (max(multiplying, issuing) if matrix else multiplying + issuing) * device.multiprocessors
-    busy = max(busy, step.bytes / (LINK * device.clock)) * (SPILLED if spilled else 1)
+    busy = max(busy, step.bytes / (LINK * device.clock)) * (SPILLED if registers > MOST_REGISTERS else 1)
     waves, loop = _waves(tiles, busy, step, resident, device) if resident else (0, inf)
     fetching = tiles.steps * step.bytes / device.l2_bandwidth
 
@@ -178,6 +181,7 @@ def predict(
         memory_seconds=memory,
         split_seconds=split,
         launch_seconds=launch,
+        registers=registers,
     )
 
 
@@ -241,7 +245,7 @@ def _depthwise(
     # dy and x are held as narrow as they are loaded, sums and taps are not
     held = r * s + positions / 2 if role is Role.WGRAD else positions + rows / 2 + (r * s if channels_last else 0)
     registers = SUMS + int(max(values // threads, 1) * held * max(item, 4) / 4)
-    resident = max(device.registers // (min(registers, 255) * threads), 1)
+    resident = max(device.registers // (min(registers, MOST_REGISTERS) * threads), 1)
     waves = ceil_div(tiles.total, resident * device.multiprocessors)
 
     bandwidth, least = device.bandwidth * MEMORY_SHARE, roofline(g, role, dtype, "ieee", device, out_dtype)
@@ -267,6 +271,7 @@ def _depthwise(
         memory_seconds=memory,
         split_seconds=split,
         launch_seconds=launch,
+        registers=registers,
     )
 
 
@@ -357,16 +362,16 @@ def _step(role: Role, g: ConvGeometry, config: Any, item: int, out_item: int, ch
     return _Step(rows, columns, flops, fetched * item, loads * ADDRESS, ahead, shared, dot, programs, joined, waste)
 
 
-def _residents(config: Any, step: _Step, dtype: str, device: Device) -> tuple[int, bool]:
-    """(tiles that a multiprocessor holds at a time, 0 if none fits; whether their accumulators spill)."""
+def _residents(config: Any, step: _Step, dtype: str, device: Device) -> tuple[int, int]:
+    """(tiles that a multiprocessor holds at a time, 0 if none fits; registers that a thread wants)."""
     threads = 32 * config.num_warps
     registers = REGISTERS + step.rows * step.columns * max(ITEM_BYTES[dtype], 4) // (4 * threads)
     if step.shared > device.shared_per_block:
-        return 0, False
-    limits = [step.programs, device.registers // (min(registers, 255) * threads)]
+        return 0, registers
+    limits = [step.programs, device.registers // (min(registers, MOST_REGISTERS) * threads)]
     if step.shared:
         limits.append(device.shared_per_multiprocessor // (step.shared + 1024))  # 1024 are the driver's
-    return max(min(limits), 1), registers > 255
+    return max(min(limits), 1), registers
 
 
 def _waves(tiles: Tiles, busy: float, step: _Step, resident: int, device: Device) -> tuple[int, float]:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from . import devices, plan, reference
+from . import backends, devices, plan, reference
+from .backends import default_precision
 from .devices import INTERPRETER, Device
 from .geometry import ConvGeometry, Role, Strides
 
@@ -62,6 +63,21 @@ def recording() -> Iterator[list[Call]]:
         _recorded = before
 
 
+_seen: tuple[dict[plan.Problem, None], ...] = ()
+
+
+@contextmanager
+def problems() -> Iterator[dict[plan.Problem, None]]:
+    """Collects the problems, each once and in order, that kernels compute within it on any thread; holds no tensors."""
+    global _seen
+    mine: dict[plan.Problem, None] = {}
+    _seen = (*_seen, mine)
+    try:
+        yield mine
+    finally:
+        _seen = tuple(seen for seen in _seen if seen is not mine)
+
+
 def empty_output(call: Call) -> Tensor:
     """An uninitialised output: weight gradients as asked, activations channels-last where an operand is.
 
@@ -101,7 +117,17 @@ def execute(call: Call) -> Tensor:
         return reference.add_bias(output.zero_(), call.bias)
     if call.a.is_complex():
         return output.copy_(reference.complex_as_real(partial(_part, call), call.a, call.b, call.bias))
-    return _kernels(call, device, output)
+    problem = problem_of(call, device, output)
+    for seen in _seen:
+        seen[problem] = None
+    p = plan.make(problem)
+    if not p.rival_runs:
+        return run(p, call, output)
+    shape, strides = output.shape, output.stride()
+    del output  # its memory is free for what cuDNN returns
+    last = p.rival_name.endswith("channels_last")
+    with _on_device(call.a.device):
+        return backends.convolve(call.role, call.geometry, call.a, call.b, call.bias, shape, strides, last)
 
 
 def device_of(device: torch.device) -> Device | None:
@@ -164,12 +190,6 @@ def problem_of(call: Call, device: Device, output: Tensor | None = None) -> plan
     )
 
 
-def default_precision() -> str:
-    """How PyTorch is set to multiply float32 in convolutions; covers `cudnn.allow_tf32` and the newer settings."""
-    setting = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-    return "tf32" if setting == "tf32" else "ieee"
-
-
 def _part(call: Call, a: Tensor, b: Tensor) -> Tensor:
     """The real convolution of a component of each operand of a complex one."""
     return execute(replace(call, a=a, b=b, bias=None))
@@ -180,38 +200,54 @@ def _strides(t: Tensor) -> tuple[int, ...]:
     return (*stride[:2], *(0,) * (5 - len(stride)), *stride[2:])
 
 
-def _kernels(call: Call, device: Device, output: Tensor) -> Tensor:
-    p = plan.make(problem_of(call, device, output))
+def run(p: plan.Plan, call: Call, output: Tensor) -> Tensor:
+    """The output of a call, written by the kernels of a plan for it."""
+    with _on_device(output.device):
+        tensors, finish = prepared(p, call, output)
+        tensors |= workspace(p, output.device)
+        for launch in p.launches:
+            launch.run(tensors)
+        finish()
+    return output
+
+
+def prepared(p: plan.Plan, call: Call, output: Tensor) -> tuple[dict[str, Tensor], Callable[[], None]]:
+    """(the tensors of a plan's launches, copied to its layout, but for its workspace; what to do after these)."""
     names = {Role.FPROP: ("x", "w", "y"), Role.DGRAD: ("y", "w", "x"), Role.WGRAD: ("y", "x", "w")}[call.role]
     tensors = dict(zip(names, (call.a, call.b, output), strict=True))
     if call.bias is not None:
         tensors["bias"] = call.bias.contiguous()
     if call.scales is not None:
         tensors["scale_a"], tensors["scale_b"] = call.scales
-    with _on_device(output.device):
-        for name in p.packs:
-            t = tensors[name]
-            if name == names[2]:
-                tensors[name] = torch.empty_like(t, memory_format=torch.contiguous_format)
-            else:
-                tensors[name] = _five(t).permute(0, 2, 3, 4, 1).contiguous() if p.channels_last else t.contiguous()
-        if p.bundle > 1:
-            K, C, T, R, S = p.asked.shape("w")
-            wide = output.new_zeros((K, T, R, S, p.bundle * C), dtype=call.b.dtype)
-            blocks, dense = _diagonal_blocks(wide, p.asked.groups, p.bundle, tensors["w"])
-            tensors["w"] = wide
-            if call.role is not Role.WGRAD:
-                blocks.copy_(dense)
-        if p.workspace_shape:
-            dtype = getattr(torch, p.workspace_dtype)
-            tensors["workspace"] = torch.empty(p.workspace_shape, dtype=dtype, device=output.device)
-        for launch in p.launches:
-            launch.run(tensors)
-        if p.bundle > 1 and call.role is Role.WGRAD:
+    for name in p.packs:
+        t = tensors[name]
+        if name == names[2]:
+            tensors[name] = torch.empty_like(t, memory_format=torch.contiguous_format)
+        else:
+            tensors[name] = _five(t).permute(0, 2, 3, 4, 1).contiguous() if p.channels_last else t.contiguous()
+    blocks = dense = None
+    if p.bundle > 1:
+        K, C, T, R, S = p.asked.shape("w")
+        wide = output.new_zeros((K, T, R, S, p.bundle * C), dtype=call.b.dtype)
+        blocks, dense = _diagonal_blocks(wide, p.asked.groups, p.bundle, tensors["w"])
+        tensors["w"] = wide
+        if call.role is not Role.WGRAD:
+            blocks.copy_(dense)
+
+    def finish() -> None:
+        if call.role is Role.WGRAD and blocks is not None and dense is not None:
             dense.copy_(blocks)
         if names[2] in p.packs:
             output.copy_(tensors[names[2]])
-    return output
+
+    return tensors, finish
+
+
+def workspace(p: plan.Plan, device: torch.device) -> dict[str, Tensor]:
+    """The workspace of a plan's launches, by name, if they have one."""
+    if not p.workspace_shape:
+        return {}
+    return {"workspace": torch.empty(p.workspace_shape, dtype=getattr(torch, p.workspace_dtype), device=device)}
 
 
 def _diagonal_blocks(wide: Tensor, groups: int, bundle: int, w: Tensor) -> tuple[Tensor, Tensor]:

@@ -59,6 +59,26 @@ def plans(
     return _plans(calls, device)
 
 
+def problems(
+    input_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    *,
+    transposed: bool = False,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+    bias: bool = False,
+    device: Device = config.DEVICES["H200"],
+    **parameters: Any,
+) -> dict[str, plan.Problem]:
+    """What `plans` are made from, by the same names; not for causal and separable convolutions.
+
+    >>> problems((8, 64, 56, 56), (128, 64, 3, 3), padding=1)["forward"].dtype
+    'float32'
+    """
+    _, calls = _traced(input_shape, weight_shape, transposed, dtype, channels_last, bias, parameters)
+    return _problems(calls, device)
+
+
 def text(
     input_shape: Sequence[int],
     weight_shape: Sequence[int],
@@ -203,7 +223,11 @@ def _with_prefix(value: float) -> str:
 
 
 def _plans(calls: Sequence[execute.Call], device: Device) -> dict[str, plan.Plan]:
-    return {name: plan.make(execute.problem_of(_real(call), device)) for name, call in zip(_NAMES, calls, strict=False)}
+    return {name: plan.make(problem) for name, problem in _problems(calls, device).items()}
+
+
+def _problems(calls: Sequence[execute.Call], device: Device) -> dict[str, plan.Problem]:
+    return {name: execute.problem_of(_real(call), device) for name, call in zip(_NAMES, calls, strict=False)}
 
 
 def _name(weight_shape: Sequence[int], transposed: bool, dtype: torch.dtype, out_dtype: torch.dtype | None) -> str:

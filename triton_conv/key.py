@@ -82,9 +82,12 @@ def bucket(extents: Extents) -> int:
 
 
 def simplicity(config: KernelConfig) -> tuple:
-    """Sorts configs that are equally quick: fewer slabs, stages and warps, smaller tiles, then by their words."""
+    """Sorts configs that are equally quick: fewer slabs, stages and warps, smaller tiles, then by all their numbers.
+
+    No two configs of a kernel are equally simple.
+    """
     stages = getattr(config, "num_stages", 1)
-    return config.splits, stages, config.num_warps, config.BLOCK_M, str(config)
+    return config.splits, stages, config.num_warps, config.BLOCK_M, repr(config)
 
 
 _KERNELS = Path(__file__).with_name("kernels")
@@ -93,7 +96,7 @@ _SIBLING = re.compile(r"^from \.(\w+) import", re.MULTILINE)
 
 @cache
 def source_hash(kernel: str) -> str:
-    """Names the source of a kernel: another one for a changed file of it, the same for changed comments or layout.
+    """Names the source of a kernel: another one for changed code, the same for other comments, docstrings or blanks.
 
     >>> len(source_hash("gather"))
     16
@@ -110,18 +113,22 @@ def source_hash(kernel: str) -> str:
     return digest.hexdigest()[:16]
 
 
-_LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING}
+_NOT_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.ENCODING, tokenize.ENDMARKER}
+_NESTING = {tokenize.INDENT: "{", tokenize.DEDENT: "}"}
 
 
 def _code(source: str) -> str:
-    """A source without comments, docstrings and blanks; the same in every version of Python."""
+    """A source without comments, docstrings and blanks, but with its nesting; the same in every version of Python."""
     words: list[str] = []
     starts = True  # a statement, in which a string is a docstring
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type in _LAYOUT:
-            starts = starts or token.type not in (tokenize.COMMENT, tokenize.NL)
-            continue
-        if not (starts and token.type == tokenize.STRING):
+        if token.type in _NESTING:
+            words.append(_NESTING[token.type])
+        elif token.type == tokenize.NEWLINE:
+            if not starts:
+                words.append(";")
+            starts = True
+        elif token.type not in _NOT_CODE and not (starts and token.type == tokenize.STRING):
             words.append(token.string)
-        starts = False
-    return "".join(words)
+            starts = False
+    return "".join("".join(words).split())  # newer versions split f-strings at the blanks in their braces

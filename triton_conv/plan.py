@@ -10,12 +10,12 @@ from functools import cached_property, lru_cache
 from math import prod
 from typing import TYPE_CHECKING
 
-from . import choose, cost, stored, tiles, ways
+from . import backends, choose, cost, stored, tiles, ways
 from . import config as configs
 from .config import ITEM_BYTES, BandedConfig, BoxConfig, Device, KernelConfig, Numerics
 from .cost import Prediction, Roofline
 from .geometry import ConvGeometry, Role, Strides
-from .ways import Problem, Way, dense_strides
+from .ways import Layout, Problem, Way, dense_strides
 
 if TYPE_CHECKING:
     from .kernels.launch import Launch
@@ -52,7 +52,8 @@ class Plan:
 
     `geometry` and `strides` are canonical: they describe the same memory as the caller's tensors, in fewer axes.
     `asked` is the caller's geometry. `packs` names the tensors that are copied to another memory format, `bundle` says
-    how many of the caller's groups are computed as one (`ways.Layout`). `measured` and `rival` are those of `ways.Way`.
+    how many of the caller's groups are computed as one (`ways.Layout`). `measured` and the rival are as in `ways.Way`.
+    Where `rival_runs`, PyTorch computes this in place of the kernel (`backends`).
     """
 
     kernel: str
@@ -75,10 +76,17 @@ class Plan:
     reason: str
     measured: float | None = None
     rival: float | None = None
+    rival_name: str = ""
+    rival_runs: bool = False
 
     @property
     def N(self) -> int:
         return self.asked.N
+
+    @property
+    def layout(self) -> Layout:
+        """The canonical problem and the memory it lies in."""
+        return Layout(self.packs, self.channels_last, self.bundle, self.geometry, self.strides, self.steps)
 
     @property
     def dtypes(self) -> dict[str, str]:
@@ -151,8 +159,9 @@ class Plan:
 
     def __str__(self) -> str:
         numerics = self.numerics
+        instead = f"{self.rival_name}, in place of " if self.rival_runs else ""
         lines = [
-            f"kernel     {self.kernel} ({self.role.value})",
+            f"kernel     {instead}{self.kernel} ({self.role.value})",
             f"geometry   {self.geometry}",
             f"config     {self.config}",
             f"numbers    {self._products()}, {numerics.accumulator} accumulator, {numerics.index_bits}-bit offsets",
@@ -180,17 +189,32 @@ class Plan:
 
 def make(problem: Problem) -> Plan:
     """The plan of a problem; the second time it is a look-up."""
-    return _make(problem, configs.chosen(problem.role), stored.generation())
+    return _make(problem, configs.chosen(problem.role), backends.admits(problem), stored.generation())
 
 
 @lru_cache(maxsize=4096)
-def _make(problem: Problem, explicit: KernelConfig | None, _generation: int) -> Plan:
-    geometry = problem.geometry
-    if problem.dtype == "float8_e4m3fn" and problem.device.capability < 89:
-        raise NotImplementedError(
-            f"{problem.device.name} has no float8_e4m3fn arithmetic, which came with compute capability 8.9: {geometry}"
-        )
+def _make(problem: Problem, explicit: KernelConfig | None, rivals: bool, _generation: int) -> Plan:
     found = every(problem, explicit)
+    best = choice(found)
+    return _or_rival(best, found) if rivals else best
+
+
+def _or_rival(best: Plan, found: list[Plan]) -> Plan:
+    """The best plan; where others' kernels were measured to be quicker, by more than a tie, one that they run.
+
+    The plainest way is asked for its rival: a way with copies may have been measured for operands in another layout.
+    """
+    plainest = next((p for p in found if p.rival is not None), best)
+    ours, theirs = best.measured_seconds, plainest.rival
+    if ours is None or theirs is None or theirs * (1 + stored.TIE) >= ours:
+        return best
+    name = plainest.rival_name
+    reason = f"{name}, {1e6 * theirs:.3g} us measured against {1e6 * ours:.3g} us of {best.kernel}"
+    return replace(best, reason=reason, rival_name=name, rival_runs=True)
+
+
+def choice(found: list[Plan]) -> Plan:
+    """Of the plans of all ways the one to run: measured to be quickest where all were, else by predicted times."""
     if len(found) > 1 and all(p.measured is not None for p in found):
         quickest, *slower = sorted(found, key=lambda p: p.measured_seconds or 0.0)
         return _against(quickest, slower[0])
@@ -202,15 +226,35 @@ def _make(problem: Problem, explicit: KernelConfig | None, _generation: int) -> 
 
 
 def every(problem: Problem, explicit: KernelConfig | None = None) -> list[Plan]:
-    """The plans of all ways to run a problem, the plainest first; `make` chooses among them."""
-    role, geometry, strides = problem.role, problem.geometry, problem.strides
-    folds = role is Role.DGRAD and any(mode != "zeros" for mode in geometry.modes)
-    original = geometry.padded() if folds else geometry
-    if folds:
-        strides = strides._replace(x=dense_strides(original.shape("x"), channels_last=strides.x[1] == 1))
-    bias_on_c = problem.has_bias and role is Role.DGRAD and not folds
+    """The plans of all ways to run a problem, the plainest first; `make` chooses among them.
+
+    Raises NotImplementedError for a dtype that the device has no arithmetic of.
+    """
+    if problem.dtype == "float8_e4m3fn" and problem.device.capability < 89:
+        raise NotImplementedError(
+            f"{problem.device.name} has no float8_e4m3fn arithmetic, which came with compute capability 8.9: "
+            f"{problem.geometry}"
+        )
+    original, strides = _unfolded(problem)
+    bias_on_c = problem.has_bias and problem.role is Role.DGRAD and original is problem.geometry
     found = ways.of(problem, original, strides, bias_on_c, explicit)
     return [_assembled(problem, original, strides, way) for way in found]
+
+
+def with_config(problem: Problem, p: Plan, config: KernelConfig) -> Plan:
+    """The plan of a problem that goes the way of another one of it, with this config."""
+    layout = p.layout._replace(steps=p.steps[1:] if p.fold else p.steps)
+    way = Way(p.kernel, layout, config, "config given for this way")
+    return _assembled(problem, *_unfolded(problem), way)
+
+
+def _unfolded(problem: Problem) -> tuple[ConvGeometry, Strides]:
+    """What the kernel computes: the problem's own, or an input gradient on padded extents that are folded after it."""
+    geometry, strides = problem.geometry, problem.strides
+    if problem.role is not Role.DGRAD or all(mode == "zeros" for mode in geometry.modes):
+        return geometry, strides
+    original = geometry.padded()
+    return original, strides._replace(x=dense_strides(original.shape("x"), channels_last=strides.x[1] == 1))
 
 
 def _against(chosen: Plan, other: Plan) -> Plan:
@@ -231,7 +275,7 @@ def _against(chosen: Plan, other: Plan) -> Plan:
 def _assembled(problem: Problem, original: ConvGeometry, strides: Strides, way: Way) -> Plan:
     """The plan of one way; `original` and `strides` are of the padded input where a border is folded."""
     role, geometry, accumulator = problem.role, problem.geometry, ACCUMULATORS[problem.dtype]
-    kernel, (packs, channels_last, bundle, inner, inner_strides, steps), config, why, measured, rival = way
+    kernel, (packs, channels_last, bundle, inner, inner_strides, steps), config, why, measured, rival, name = way
     folds = original is not geometry
     bits = 64 if _reach(inner, inner_strides, role, config) >= 2**31 else 32
     numerics = Numerics(bits, accumulator, problem.precision, problem.has_bias and not folds, problem.has_scale)
@@ -240,8 +284,8 @@ def _assembled(problem: Problem, original: ConvGeometry, strides: Strides, way: 
     workspace_dtype = accumulator
     if folds:
         padded_shape = original.shape("x")
-        span = max(_span(padded_shape, strides.x), _span(geometry.shape("x"), problem.strides.x))
-        fold_numerics = Numerics(64 if span >= 2**31 else 32, accumulator, "ieee", problem.has_bias)
+        reach = max(span(padded_shape, strides.x), span(geometry.shape("x"), problem.strides.x))
+        fold_numerics = Numerics(64 if reach >= 2**31 else 32, accumulator, "ieee", problem.has_bias)
         fold = Fold(geometry, padded_shape, strides.x, problem.strides.x, fold_numerics)
         workspace = padded_shape
         steps = ("compute dx on the padded extents, then fold the border", *steps)
@@ -270,6 +314,7 @@ def _assembled(problem: Problem, original: ConvGeometry, strides: Strides, way: 
         why,
         measured,
         rival,
+        name,
     )
 
 
@@ -277,9 +322,9 @@ def _reach(g: ConvGeometry, strides: Strides, role: Role, config: KernelConfig) 
     """The largest offset or index that a launch computes; tails of tiles and of residue classes included."""
     phases = [axis.phases for axis in g.axes(role)]
     spans = [
-        _span((g.N, g.C, *(i + p for i, p in zip(g.input, phases, strict=True))), strides.x),
-        _span((g.N, g.K, *g.output), strides.y),
-        _span((g.K, g.C // g.groups, *g.filter), strides.w) * config.splits,
+        span((g.N, g.C, *(i + p for i, p in zip(g.input, phases, strict=True))), strides.x),
+        span((g.N, g.K, *g.output), strides.y),
+        span((g.K, g.C // g.groups, *g.filter), strides.w) * config.splits,
     ]
     if isinstance(config, BandedConfig):
         spans.append(prod(tiles.shifted_shape(g, 1)))  # of bytes; of wider elements there are fewer
@@ -287,5 +332,6 @@ def _reach(g: ConvGeometry, strides: Strides, role: Role, config: KernelConfig) 
     return max(*spans, positions + config.BLOCK_M * config.splits)
 
 
-def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+def span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """Elements from the first of a tensor to its last, both included."""
     return 1 + sum((n - 1) * abs(s) for n, s in zip(shape, strides, strict=True))

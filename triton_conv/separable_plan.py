@@ -186,10 +186,10 @@ def make(problem: Problem) -> SeparablePlan:
     p, g = problem, problem.depthwise
     made = _config(g, p.K, p.dtype, p.precision)
     spans = [
-        plan._span(g.shape("x"), p.x),
-        plan._span((g.N, p.K, *g.output), p.y),
-        plan._span(g.shape("w"), p.filters),
-        plan._span((p.K, g.K, 1, 1, 1), p.pointwise),
+        plan.span(g.shape("x"), p.x),
+        plan.span((g.N, p.K, *g.output), p.y),
+        plan.span(g.shape("w"), p.filters),
+        plan.span((p.K, g.K, 1, 1, 1), p.pointwise),
         g.N * prod(g.output) + made.BLOCK_M,
     ]
     bits = 64 if max(spans) >= 2**31 else 32

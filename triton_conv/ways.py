@@ -55,7 +55,7 @@ class Way(NamedTuple):
     """A kernel that can run a problem.
 
     `measured` are the kernel's seconds where its config was measured at this very size, `rival` those of the quickest
-    that others have for it.
+    that others have for it, under this name.
     """
 
     kernel: str
@@ -64,6 +64,7 @@ class Way(NamedTuple):
     reason: str
     measured: float | None = None
     rival: float | None = None
+    rival_name: str = ""
 
 
 def of(
@@ -236,7 +237,8 @@ def _with_config(problem: Problem, kernel: str, layout: Layout, rule: KernelConf
         times = [cost.predict(g, role, kernel, config, *what).seconds for config in (found.config, rule)]
         if times[0] > _MOST_OF_RULE * times[1]:
             return Way(kernel, layout, rule, f"{why}; {by_rule}, predicted to be quicker than that of {found.where}")
-    return Way(kernel, layout, found.config, f"{why}; config of {found.where}", found.seconds, found.rival)
+    measured = (found.seconds, found.rival, found.rival_name)
+    return Way(kernel, layout, found.config, f"{why}; config of {found.where}", *measured)
 
 
 def key_of(problem: Problem, layout: Layout) -> tuple[keys.Key, keys.Extents]:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from .. import causal_cost, explain, tiles
 from ..causal_config import CausalConfig
 from ..causal_plan import CausalPlan
-from ..config import ITEM_BYTES, BandedConfig, DepthwiseConfig, KernelConfig
+from ..config import ITEM_BYTES, BandedConfig, DepthwiseConfig, Device, KernelConfig
 from ..plan import Plan
 from ..separable_plan import SeparablePlan
 from .code import TARGETS, TENSOR_MEMORY, Code, compiled_kernels, compiling_for, read
@@ -101,16 +101,10 @@ def shipped(arch: int) -> list[Subject]:
 
 def faults(row: Row) -> list[str]:
     """What is wrong with a config that ships, in words."""
-    code, wanted, device = row.code, row.wanted, TARGETS[row.arch]
+    code, wanted = row.code, row.wanted
     if code is None:
         return [f"does not compile: {row.error}"]
-    found = []
-    if code.spill_bytes or code.spills:
-        found.append(f"spills {code.spill_bytes} bytes in {code.spills} accesses")
-    if code.shared > device.shared_per_block:
-        found.append(f"needs {code.shared} bytes of shared memory, {device.shared_per_block} are there")
-    if code.tensor_memory > TENSOR_MEMORY:
-        found.append(f"needs {code.tensor_memory} columns of tensor memory, {TENSOR_MEMORY} are there")
+    found = excesses(code, TARGETS[row.arch])
     wide = code.rows >= _LEAST_ROWS
     accepted = wanted.matrix.split() if wide else [*wanted.matrix.split(), wanted.few_rows]
     if wanted.matrix and not set(accepted) & set(code.matrix.split()):
@@ -134,6 +128,18 @@ def faults(row: Row) -> list[str]:
     return found
 
 
+def excesses(code: Code, device: Device) -> list[str]:
+    """What a kernel takes more of than there is, in words."""
+    found = []
+    if code.spill_bytes or code.spills:
+        found.append(f"spills {code.spill_bytes} bytes in {code.spills} accesses")
+    if code.shared > device.shared_per_block:
+        found.append(f"needs {code.shared} bytes of shared memory, {device.shared_per_block} are there")
+    if code.tensor_memory > TENSOR_MEMORY:
+        found.append(f"needs {code.tensor_memory} columns of tensor memory, {TENSOR_MEMORY} are there")
+    return found
+
+
 def audit(
     subjects: Sequence[Subject], arch: int, jobs: int | None = None, kernels: Collection[str] = ()
 ) -> Generator[tuple[int, list[Row]], None, None]:
@@ -142,7 +148,7 @@ def audit(
     `jobs` defaults to the processors at hand. `kernels` restricts the launches, by name. What does not compile is a
     row with an error.
     """
-    tasks = [_Task(number, subject, arch, tuple(kernels)) for number, subject in enumerate(subjects)]
+    tasks = [Compilation(number, subject, arch, tuple(kernels)) for number, subject in enumerate(subjects)]
     return _in_processes(tasks, jobs or len(os.sched_getaffinity(0)))
 
 
@@ -150,23 +156,25 @@ def audit(
 # Processes: Triton decides for a whole process whether it interprets kernels, and a compiler may die
 
 
-class _Task(NamedTuple):
+class Compilation(NamedTuple):
+    """A subject to compile for an architecture, of all its kernels or of these."""
+
     number: int
     subject: Subject
     arch: int
     kernels: tuple[str, ...]
 
 
-def _in_processes(tasks: Sequence[_Task], jobs: int) -> Generator[tuple[int, list[Row]], None, None]:
+def _in_processes(tasks: Sequence[Compilation], jobs: int) -> Generator[tuple[int, list[Row]], None, None]:
     """A compiler that dies takes the other processes with it: what they were at is compiled again, one at a time."""
     waiting = list(reversed(tasks))
-    running: dict[Future, _Task] = {}
+    running: dict[Future, Compilation] = {}
     while waiting:
         try:
             with _processes(min(jobs, len(waiting))) as pool:
                 while waiting or running:
                     while waiting and len(running) < jobs:
-                        running[pool.submit(_compiled, waiting[-1])] = waiting[-1]
+                        running[pool.submit(compiled, waiting[-1])] = waiting[-1]
                         waiting.pop()
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         rows = future.result()
@@ -185,7 +193,7 @@ def _processes(count: int) -> Iterator[ProcessPoolExecutor]:
     """Processes that compile kernels rather than interpret them; none is left over, however the block is left."""
     others = set(multiprocessing.active_children())
     interpret = os.environ.pop("TRITON_INTERPRET", None)  # before they import Triton
-    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), initializer=_heed_the_parent)
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), initializer=heed_the_parent)
     try:
         yield pool
     except BaseException:
@@ -198,13 +206,14 @@ def _processes(count: int) -> Iterator[ProcessPoolExecutor]:
             os.environ["TRITON_INTERPRET"] = interpret
 
 
-def _heed_the_parent() -> None:
+def heed_the_parent() -> None:
     """Ctrl-C is the parent's to answer, which terminates us: as an exception, so that a running assembler ends too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 
 
-def _compiled(task: _Task) -> list[Row]:
+def compiled(task: Compilation) -> list[Row]:
+    """The rows of a subject, in a process that does not interpret kernels."""
     try:
         with compiling_for(task.arch):
             return [
@@ -212,10 +221,11 @@ def _compiled(task: _Task) -> list[Row]:
                 for launch, kernel in compiled_kernels(task.subject.plan, task.kernels)
             ]
     except Exception as error:  # whatever a compiler raises is a finding
-        return [_failed(task, _words(error))]
+        return [_failed(task, words(error))]
 
 
-def _words(error: BaseException) -> str:
+def words(error: BaseException) -> str:
+    """One line of an exception's first cause."""
     while error.__cause__:
         error = error.__cause__
     lines = str(error).strip().splitlines() or ["no message"]
@@ -223,7 +233,7 @@ def _words(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[-1 if lines[0].startswith('at ') else 0]}"
 
 
-def _row(task: _Task, launch: Any) -> Row:
+def _row(task: Compilation, launch: Any) -> Row:
     layer, plan = task.subject
     main = launch.name == plan.kernel
     wanted = _wanted(plan, launch, task.arch) if main else Wanted()
@@ -231,7 +241,7 @@ def _row(task: _Task, launch: Any) -> Row:
     return Row(task.arch, layer, plan.N, plan.role.value, launch.name, plan.dtype, config, wanted)
 
 
-def _failed(task: _Task, error: str) -> Row:
+def _failed(task: Compilation, error: str) -> Row:
     layer, plan = task.subject
     what = (plan.N, plan.role.value, plan.kernel, plan.dtype, plan.config)
     return Row(task.arch, layer, *what, Wanted(), error=error)

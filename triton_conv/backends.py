@@ -1,0 +1,162 @@
+"""Whose kernels run: this package's, or PyTorch's own where these were measured to be quicker.
+
+`backend` is the user's choice; `admits` says which problems PyTorch may take over without a promise broken, `convolve`
+is how it then computes them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from .geometry import ConvGeometry, Role
+from .ways import Problem
+
+BACKENDS = ("triton", "auto")
+VARIABLE = "TRITON_CONV_BACKEND"
+
+_chosen: str | None = None
+
+
+class backend:
+    """Choose whose kernels run, for the process; as a context manager, until its end.
+
+        >>> triton_conv.backend("auto")  # from here on
+        backend('auto')
+        >>> with triton_conv.backend("triton"):  # in here
+        ...     y = triton_conv.conv2d(torch.randn(1, 3, 8, 8), torch.randn(4, 3, 3, 3))
+        >>> triton_conv.backend("triton")
+        backend('triton')
+
+    "triton", the default, is this package's kernels. With "auto", PyTorch's convolution (cuDNN) runs where tuning
+    measured it at the very same size and found it quicker than our quickest kernel, by more than a tie. What nobody
+    tuned stays here. The environment variable TRITON_CONV_BACKEND sets what holds before the first call.
+
+    Values are then cuDNN's, and so is their error; "auto" gives up the same bits on every run. Under
+    `torch.use_deterministic_algorithms(True)` cuDNN competes only if `torch.backends.cudnn.deterministic` is set too.
+    A float32 precision other than PyTorch's own setting, 8-bit floats, integers, complex numbers, padding modes and
+    padding that differs between the sides are never cuDNN's.
+
+    Raises ValueError for another name.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _chosen
+        check(name, "name")
+        self._name, self._before = name, _chosen
+        _chosen = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        global _chosen
+        _chosen = self._before
+
+    def __repr__(self) -> str:
+        return f"backend({self._name!r})"
+
+
+def check(name: object, argument: str) -> None:
+    """Raises ValueError, naming the argument, unless `name` is a backend."""
+    if name not in BACKENDS:
+        raise ValueError(f"{argument} must be one of {BACKENDS}, but got {argument}={name!r}")
+
+
+def current() -> str:
+    """The backend in force. Raises ValueError if the environment names another."""
+    global _chosen
+    if _chosen is None:
+        name = os.environ.get(VARIABLE) or "triton"
+        check(name, VARIABLE)
+        _chosen = name
+    return _chosen
+
+
+def admits(problem: Problem) -> bool:
+    """Whether PyTorch may compute a problem in our place: asked for, of the same meaning, with no promise broken."""
+    return current() == "auto" and _same_meaning(problem) and _keeps_promises(problem)
+
+
+def _same_meaning(problem: Problem) -> bool:
+    g = problem.geometry
+    most = map(max, g.stride, g.dilation) if problem.role is Role.DGRAD else g.stride  # torch's rules
+    return (
+        problem.dtype in ("float16", "bfloat16", "float32", "float64")
+        and problem.out_dtype == problem.dtype
+        and not problem.has_scale
+        and all(mode == "zeros" for mode in g.modes)
+        and all(lower == upper >= 0 for lower, upper in g.padding)
+        and all(extra < limit for extra, limit in zip(_cut_off(g), most, strict=True))
+    )
+
+
+def _keeps_promises(problem: Problem) -> bool:
+    """Settings of PyTorch's are obeyed, not changed for a call: other threads read them too."""
+    if not torch.backends.cudnn.enabled:
+        return False
+    if problem.dtype == "float32" and problem.precision != default_precision():
+        return False
+    return torch.backends.cudnn.deterministic or not torch.are_deterministic_algorithms_enabled()
+
+
+def default_precision() -> str:
+    """How PyTorch is set to multiply float32 in convolutions; covers `cudnn.allow_tf32` and the newer settings."""
+    setting = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return "tf32" if setting == "tf32" else "ieee"
+
+
+def _cut_off(g: ConvGeometry) -> tuple[int, ...]:
+    """By how much the input is longer than what the outputs see: output_padding, where the input is the output."""
+    pairs = zip(g.input, g.padding, g.filter, g.output, g.stride, g.dilation, strict=True)
+    return tuple(i + sum(p) - d * (f - 1) - 1 - s * (o - 1) for i, p, f, o, s, d in pairs)
+
+
+def convolve(
+    role: Role,
+    g: ConvGeometry,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    shape: Sequence[int],
+    strides: Sequence[int],
+    channels_last: bool,
+) -> Tensor:
+    """PyTorch's result, of this shape and strides, for operands as `execute.Call` has them.
+
+    They are copied to channels-last, or to contiguous, where they lie otherwise: the rival of that name did so too.
+    """
+    flat = g.filter[0] == g.input[0] == 1 and not any(g.padding[0])
+    rank, last = (2, torch.channels_last) if flat else (3, torch.channels_last_3d)
+    memory_format = last if channels_last else torch.contiguous_format
+    axes = slice(3 - rank, None)
+    walk = (list(g.stride[axes]), [lower for lower, _ in g.padding[axes]], list(g.dilation[axes]))
+    # As the operator that it is: neither autocast nor a mode may change it once more.
+    with torch._C._DisableAutocast(), torch._C.DisableTorchFunction(), torch.no_grad():
+        first, second = (_of_dims(t, rank + 2).contiguous(memory_format=memory_format) for t in (a, b))
+        if role is Role.WGRAD:
+            wide = g.shape("w")
+            w = first.new_empty(()).expand(*wide[:2], *wide[5 - rank :])  # of which only the shape is read
+            how = (*walk, False, [0] * rank, g.groups, [False, True, False])
+            result = torch.ops.aten.convolution_backward(first, second, w, None, *how)[1]
+        else:
+            extra = list(_cut_off(g)[axes]) if role is Role.DGRAD else [0] * rank
+            transposed = role is Role.DGRAD
+            result = torch.ops.aten.convolution(first, second, bias, *walk, transposed, extra, g.groups)
+        result = _of_dims(result, len(shape))
+        if all(have == want or n == 1 for have, want, n in zip(result.stride(), strides, shape, strict=True)):
+            return result.as_strided(shape, strides)
+        return result.new_empty_strided(shape, strides).copy_(result)
+
+
+def _of_dims(t: Tensor, dims: int) -> Tensor:
+    """(N, C, *spatial) with more or fewer axes of one position in front of the spatial ones."""
+    while t.dim() < dims:
+        t = t.unsqueeze(2)
+    while t.dim() > dims:
+        t = t.squeeze(2)
+    return t

@@ -1,0 +1,64 @@
+"""Compiles plans by other processes while this one measures; what they compiled is in Triton's cache on the disk."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterable
+from concurrent.futures import CancelledError, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+
+from ..plan import Plan
+from . import audit
+
+
+class Ahead:
+    """The rows of plans (`audit.Row`) for an architecture, from `jobs` processes that live until the end.
+
+    `jobs` defaults to the processors at hand, shared among the ranks of this machine, but one.
+    """
+
+    def __init__(self, arch: int, jobs: int | None = None):
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        self.arch, self.jobs = arch, jobs or max(len(os.sched_getaffinity(0)) // ranks - 1, 1)
+        self._pool: ProcessPoolExecutor | None = None
+        self._waiting: dict[Plan, Future[list[audit.Row]]] = {}
+
+    def expect(self, plans: Iterable[Plan]) -> None:
+        """Begins with plans, in this order, and drops those that were expected before and are not begun."""
+        self.drop()
+        for p in plans:
+            self._waiting[p] = self._submitted(p)
+
+    def drop(self) -> None:
+        """Expects nothing any more."""
+        for future in self._waiting.values():
+            future.cancel()
+        self._waiting.clear()
+
+    def rows(self, p: Plan) -> list[audit.Row]:
+        """Of a plan, expected or not; of one whose compiler died they say so."""
+        future = self._waiting.pop(p, None)
+        try:
+            return (future or self._submitted(p)).result()
+        except (BrokenProcessPool, CancelledError):  # by whichever plan: this one is compiled alone
+            self._pool = None
+            ((_, rows),) = audit.audit([_subject(p)], self.arch, jobs=1)
+            return rows
+
+    def _submitted(self, p: Plan) -> Future[list[audit.Row]]:
+        task = audit.Compilation(0, _subject(p), self.arch, ())
+        for _ in range(2):
+            if self._pool is None:
+                context = multiprocessing.get_context("spawn")
+                self._pool = ProcessPoolExecutor(self.jobs, context, initializer=audit.heed_the_parent)
+            try:
+                return self._pool.submit(audit.compiled, task)
+            except BrokenProcessPool:
+                self._pool = None
+        raise RuntimeError("processes that compile kernels die as they start")
+
+
+def _subject(p: Plan) -> audit.Subject:
+    return audit.Subject("", replace(p))  # a copy has no kernels yet, which no other process could be sent

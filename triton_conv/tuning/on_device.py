@@ -1,0 +1,329 @@
+"""Plans measured on a device: kernels in graphs that are replayed, over rotated operands that L2 has forgotten."""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from functools import cache, partial
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import triton
+from torch import Tensor
+
+from .. import execute, key
+from ..devices import Device
+from ..geometry import Role, output_extent
+from ..plan import Plan
+from ..ways import Problem
+from . import audit, operands
+from .ahead import Ahead
+from .code import TARGETS, compiled_kernels, read
+from .rounds import Timing, interleaved
+
+_SAMPLE = 1e-3  # seconds of a sample, at least: what starts a graph is little beside it
+_LAUNCHES = 2048  # of a graph, at most
+_SECONDS = 60.0  # of rounds over plans that are measured together, at most
+
+
+class Clock(Protocol):
+    """What a device can be asked about time and memory, and nothing else that a test could not do without one."""
+
+    def now(self) -> float:
+        """Seconds of the host."""
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        """How long the device is busy with it."""
+
+    def captured(self, work: Callable[[], object]) -> Callable[[], object]:
+        """The same launches again, without the host's part; it has run before."""
+
+    def free_bytes(self) -> int:
+        """Of the device's memory, once `emptied`."""
+
+    def emptied(self) -> None:
+        """Gives unused memory back."""
+
+
+class CudaClock:
+    """Events around work on the current stream of a device, graphs of it."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        with torch.cuda.device(self.device):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            work()
+            end.record()
+            end.synchronize()
+        return start.elapsed_time(end) * 1e-3
+
+    def captured(self, work: Callable[[], object]) -> Callable[[], object]:
+        with torch.cuda.device(self.device):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                work()
+        return graph.replay
+
+    def free_bytes(self) -> int:
+        return torch.cuda.mem_get_info(self.device)[0]
+
+    def emptied(self) -> None:
+        torch.cuda.empty_cache()
+
+
+class KernelBench:
+    """Measures on the device that holds the tensors, by this clock; see `measure.Bench`."""
+
+    driver = "none"
+    interprets = True
+
+    def __init__(self, where: torch.device, device: Device, clock: Clock):
+        self.where, self.device, self.clock = where, device, clock
+        self._problem: Problem | None = None
+        self._case: tuple[execute.Call, Tensor, Tensor] | None = None
+        self._excesses: dict[Plan, str] = {}
+        ahead = not self.interprets and device.capability in TARGETS
+        self._ahead = Ahead(device.capability) if ahead else None
+
+    def stamp(self, kernel: str) -> dict[str, str]:
+        return stamp(kernel, self.driver)
+
+    def expect(self, plans: Sequence[Plan]) -> None:
+        """Begins to compile what will be measured, and nothing else any more."""
+        if self._ahead is not None:
+            self._ahead.expect(p for p in plans if p not in self._excesses)
+
+    def fault(self, problem: Problem, p: Plan) -> tuple[str, str] | None:
+        try:
+            excess = self._excess(p)
+            if excess:
+                return "failed", excess
+            call, output, want = self._operands(problem)
+            wrong = operands.wrong(problem, p, call, output, want)
+            return ("wrong", f"{wrong}: {p.role.value} of {p.asked} with {p.config}") if wrong else None
+        except torch.AcceleratorError:
+            raise
+        except torch.OutOfMemoryError as error:
+            self._forget()
+            return "failed", f"out of memory: {audit.words(error)}"
+        except Exception as error:  # whatever compilers and launches raise is a finding
+            return "failed", audit.words(error)
+
+    def time(self, problem: Problem, plans: Sequence[Plan]) -> list[Timing | None]:
+        self._forget()
+        most = max((p.workspace_bytes for p in plans), default=0)
+        count = rotation(operands.bytes_of(problem) + most, self.device.l2_bytes, self.clock.free_bytes())
+        while True:
+            try:
+                sets = [operands.operands(problem, self.where, seed) for seed in range(count)]
+                samplers = [self._sampler(p, sets) for p in plans]
+                return interleaved(samplers, self.clock.now, _SECONDS)
+            except torch.OutOfMemoryError:
+                if count == 1:
+                    return [None] * len(plans)
+                count //= 2
+            sets, samplers = [], []
+            self.clock.emptied()
+
+    def rivals(self, problem: Problem) -> dict[str, float]:
+        """Of PyTorch's own convolution on operands as they lie, and after copies to the other memory format.
+
+        Outputs come back in the layout that the problem has. Without bias and scales; {} for what cuDNN cannot do.
+        """
+        self._forget()
+        names = ("cudnn contiguous", "cudnn channels_last")
+        if not comparable(problem):
+            return {}
+        count = rotation(3 * operands.bytes_of(problem), self.device.l2_bytes, self.clock.free_bytes())
+        tf32 = problem.precision == "tf32"
+        try:
+            with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=tf32):
+                calls = [operands.operands(problem, self.where, seed)[0] for seed in range(count)]
+                works = [[convolution(call, last) for call in calls] for last in (False, True)]
+                samplers = [self._repeated(work) for work in works]
+                found = interleaved(samplers, self.clock.now, _SECONDS)
+        except torch.AcceleratorError:
+            raise
+        except RuntimeError:  # no algorithm, or no memory for it
+            self._forget()
+            return {}
+        return {name: t.seconds for name, t in zip(names, found, strict=True) if t is not None}
+
+    def _excess(self, p: Plan) -> str:
+        """What a plan's kernels take too much of, or why they do not compile, in words."""
+        if self.interprets:
+            return ""
+        if p not in self._excesses:
+            if self._ahead is not None:
+                rows = self._ahead.rows(p)
+                codes, found = [row.code for row in rows if row.code], [row.error for row in rows if not row.code]
+            else:
+                arch = max((arch for arch in TARGETS if arch <= self.device.capability), default=min(TARGETS))
+                with torch.cuda.device(self.where):
+                    codes, found = [read(kernel, arch) for _, kernel in compiled_kernels(p)], []
+            found += [words for code in codes for words in audit.excesses(code, self.device)]
+            self._excesses[p] = "; ".join(found)
+        return self._excesses[p]
+
+    def _operands(self, problem: Problem) -> tuple[execute.Call, Tensor, Tensor]:
+        if self._case is None or self._problem != problem:
+            self._forget()
+            call, output = operands.operands(problem, self.where, seed=0)
+            self._problem, self._case = problem, (call, output, operands.expected(problem, call))
+        return self._case
+
+    def _forget(self) -> None:
+        self._case = None
+        self.clock.emptied()
+
+    def _sampler(self, p: Plan, sets: Sequence[tuple[execute.Call, Tensor]]) -> Callable[[], float]:
+        shared = execute.workspace(p, self.where)
+        tensors = [execute.prepared(p, call, output)[0] | shared for call, output in sets]
+        launches = p.launches[:-1] if p.fold else p.launches  # a fold is no part of the kernel
+
+        def on(t: dict[str, Tensor]) -> None:
+            for launch in launches:
+                launch.run(t)
+
+        return self._repeated([partial(on, t) for t in tensors])
+
+    def _repeated(self, works: Sequence[Callable[[], object]]) -> Callable[[], float]:
+        """Seconds of one work, from so many one after the other that they fill a sample."""
+
+        def batch(times: int) -> None:
+            for _ in range(times):
+                for work in works:
+                    work()
+
+        self.clock.seconds(partial(batch, 1))  # compiles, and lets cuDNN choose: neither can be captured
+        times, replay = 1, self.clock.captured(partial(batch, 1))
+        needed = repeats(self.clock.seconds(replay), len(works))
+        if needed > 1:
+            times, replay = needed, self.clock.captured(partial(batch, needed))
+        return lambda: self.clock.seconds(replay) / (times * len(works))
+
+
+class CudaBench(KernelBench):
+    """Measures on a CUDA device, by its index.
+
+    >>> bench = CudaBench(0)
+    """
+
+    interprets = False
+
+    def __init__(self, index: int = 0):
+        if not torch.cuda.is_available():
+            raise RuntimeError("there is no CUDA device to measure on")
+        where = torch.device("cuda", index)
+        device = execute.device_of(where)
+        assert device is not None
+        super().__init__(where, device, CudaClock(where))
+        self.driver = _driver()
+
+
+def rotation(size: int, l2_bytes: int, free_bytes: int) -> int:
+    """How many sets of `size` bytes to take in turns: more than twice what L2 holds, less than half of free memory.
+
+    >>> rotation(30 * 2**20, 60 * 2**20, 8 * 2**30)
+    5
+    """
+    enough = 2 * l2_bytes // max(size, 1) + 1
+    return max(1, min(max(enough, 2), free_bytes // (2 * max(size, 1)), _LAUNCHES // 2))
+
+
+def repeats(seconds: float, works: int) -> int:
+    """How often to repeat so many works, which take `seconds`, for a sample.
+
+    >>> repeats(1e-4, 5)
+    10
+    """
+    return max(1, min(math.ceil(_SAMPLE / max(seconds, 1e-9)), _LAUNCHES // works))
+
+
+def comparable(problem: Problem) -> bool:
+    """Whether PyTorch's own convolution computes the same: zeros equal on both sides, all outputs, a dtype of cuDNN's.
+
+    Three TF32 products have no counterpart there; they are compared with float32.
+    """
+    g, floats = problem.geometry, ("float16", "bfloat16", "float32", "float64")
+    walk = zip(g.input, g.padding, g.filter, g.stride, g.dilation, strict=True)
+    whole = tuple(output_extent(i, *pads, f, s, d) for i, pads, f, s, d in walk) == g.output
+    even = all(lower == upper for lower, upper in g.padding) and all(mode == "zeros" for mode in g.modes)
+    return problem.dtype in floats and problem.out_dtype == problem.dtype and whole and even and not problem.has_scale
+
+
+def convolution(call: execute.Call, channels_last: bool) -> Callable[[], Tensor]:
+    """PyTorch's own convolution of a call in a memory format, with copies to it and back where operands lie otherwise.
+
+    Axes of one position are left out, since PyTorch has other kernels for three than for two.
+    """
+    g = call.geometry
+    flat = g.filter[0] == g.input[0] == 1 and not any(g.padding[0])
+    rank, last = (2, torch.channels_last) if flat else (3, torch.channels_last_3d)
+    memory_format = last if channels_last else torch.contiguous_format
+    a, b = (t.squeeze(2) if flat else t for t in (call.a, call.b))
+    walk = (g.stride[3 - rank :], [lower for lower, _ in g.padding[3 - rank :]], g.dilation[3 - rank :])
+    rest = (*walk, False, [0] * rank, g.groups)
+    missing = {Role.DGRAD: "x", Role.WGRAD: "w"}.get(call.role, "")
+    shape = g.shape(missing or "x")
+    like = a.new_empty((*shape[:2], *shape[5 - rank :]) if missing else (0,) * a.dim()).to(memory_format=memory_format)
+    given = last if call.a.stride(1) == 1 else torch.contiguous_format
+
+    def run() -> Tensor:
+        first, second = (t.contiguous(memory_format=memory_format) for t in (a, b))
+        if not missing:
+            return torch.ops.aten.convolution(first, second, None, *rest).contiguous(memory_format=given)
+        x, w = (like, second) if missing == "x" else (second, like)
+        wanted = [missing == "x", missing == "w", False]
+        dx, dw, _ = torch.ops.aten.convolution_backward(first, x, w, None, *rest, wanted)
+        return dx.contiguous(memory_format=given) if missing == "x" else dw
+
+    return run
+
+
+def stamp(kernel: str, driver: str) -> dict[str, str]:
+    """The names of a stored entry's stamp for measurements of now."""
+    commit = _commit()
+    return {
+        "kernel": key.source_hash(kernel),
+        "triton": triton.__version__,
+        "torch": torch.__version__,
+        "driver": driver,
+        "time": datetime.now(timezone.utc).isoformat(timespec="microseconds"),
+        **({"commit": commit} if commit else {}),
+    }
+
+
+@cache
+def _commit() -> str:
+    """Of the checkout that this package is in, "" where it is in none."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return ""
+    command = ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _driver() -> str:
+    """The version of NVIDIA's driver."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    found = re.search(r"\b(\d{3}\.\d+(?:\.\d+)?)\b", text)
+    return found[1] if found else f"of CUDA {torch.version.cuda}"

@@ -1,0 +1,129 @@
+"""Random operands of a problem, in its very layout, and whether a plan computes from them what it should."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from math import prod
+
+import torch
+from torch import Tensor
+
+from .. import check, execute, plan, reference
+from ..geometry import ConvGeometry, Role
+from ..plan import Plan
+from ..ways import Problem
+
+_SCALES = (0.5, 0.75)
+_SUM_OF_BYTES = 2.0**-13  # sums of 8-bit floats keep so much of a step, on the matrix units that add them
+_CHUNK = 2**27  # elements of float64 that a reference holds of its operands and output at a time
+
+
+def operands(problem: Problem, device: torch.device, seed: int) -> tuple[execute.Call, Tensor]:
+    """(a call, its output) with tensors of the problem's strides; what lies between their elements is NaN.
+
+    Floating-point values are standard normal, integers are in -4..4 (0..8 if unsigned), so that every sum is exact.
+    """
+    g, generator = problem.geometry, torch.Generator(device).manual_seed(seed)
+    read = {Role.FPROP: "xw", Role.DGRAD: "yw", Role.WGRAD: "yx"}[problem.role]
+    (written,) = set("xwy") - set(read)
+    placed = {name: _empty(problem, name, device, written) for name in "xwy"}
+    for name in read:
+        _randomise(placed[name], generator)
+    bias = scales = None
+    if problem.has_bias:
+        channels = g.C if problem.role is Role.DGRAD else g.K
+        bias = _randomised(torch.empty(channels, dtype=placed[written].dtype, device=device), generator)
+    if problem.has_scale:
+        first, second = (torch.tensor([scale], device=device) for scale in _SCALES)
+        scales = first, second
+    a, b = (placed[name] for name in read)
+    call = execute.Call(problem.role, g, a, b, bias, problem.precision, (), scales, placed[written].dtype)
+    return call, poison(placed[written])
+
+
+def bytes_of(problem: Problem) -> int:
+    """Of the operands and the output, with what lies between their elements."""
+    g, strides = problem.geometry, problem.strides
+    item = torch.empty((), dtype=getattr(torch, problem.dtype)).itemsize
+    return sum(plan.span(g.shape(name), getattr(strides, name)) for name in "xwy") * item
+
+
+def poison(t: Tensor) -> Tensor:
+    """The tensor, filled with NaN, an integer one with its largest value."""
+    return t.fill_(torch.nan if t.is_floating_point() else torch.iinfo(t.dtype).max)
+
+
+def wrong(problem: Problem, p: Plan, call: execute.Call, output: Tensor, want: Tensor) -> str | None:
+    """How the output of a plan differs from what it should be, in words; None where it does not."""
+    with check.poisoned():  # workspaces and copies too
+        execute.run(p, call, poison(output))
+    if not output.is_floating_point():
+        error = (output.to(torch.int64) - want.to(torch.int64).to(output.dtype).to(torch.int64)).abs()
+        return _where(error, error > 0, "exact")
+    sums = _SUM_OF_BYTES if call.a.dtype is torch.float8_e4m3fn else 0.0
+    depth = check.depth(problem.geometry, problem.role)
+    bound = check.tolerance(want, depth, output.dtype, problem.precision, output.device, sums)
+    error = torch.nan_to_num((output.to(want.dtype) - want).abs(), nan=torch.inf, posinf=torch.inf)
+    return _where(error, error > bound, "within rounding")
+
+
+def expected(problem: Problem, call: execute.Call) -> Tensor:
+    """What a plan should compute, in float64 on the operands' device, by plain PyTorch without cuDNN."""
+    g, total = problem.geometry, list[Tensor]()
+    with torch.backends.cudnn.flags(enabled=False):  # whose algorithms may transform, which is inexact for integers
+        for images, part in _parts(g):
+            a = call.a[images].double()
+            if problem.role is Role.FPROP:
+                total.append(reference.fprop(a, call.b.double(), None, part))
+            elif problem.role is Role.DGRAD:
+                total.append(reference.dgrad(a, call.b.double(), None, part))
+            else:
+                dw = reference.wgrad(a, call.b[images].double(), part)
+                total = [total[0] + dw if total else dw]
+    result = torch.cat(total)
+    if call.scales is not None:
+        result *= prod(_SCALES)
+    return reference.add_bias(result, None if call.bias is None else call.bias.double())
+
+
+def _parts(g: ConvGeometry) -> Iterator[tuple[slice, ConvGeometry]]:
+    """Images that fit into a chunk, and their geometry."""
+    of_one = max((prod(g.shape("x")) + prod(g.shape("y"))) // max(g.N, 1), 1)
+    size = max(_CHUNK // of_one, 1)
+    for first in range(0, g.N, size):
+        images = min(size, g.N - first)
+        yield slice(first, first + images), replace(g, N=images)
+
+
+def _empty(problem: Problem, name: str, device: torch.device, written: str) -> Tensor:
+    """An operand's place in memory, its surroundings poisoned."""
+    shape, strides = problem.geometry.shape(name), getattr(problem.strides, name)
+    dtype = getattr(torch, problem.out_dtype if name == written else problem.dtype)
+    offset = 0 if problem.aligned else 1
+    flat = torch.empty(plan.span(shape, strides) + offset, dtype=dtype, device=device)
+    return (poison(flat) if flat.numel() > prod(shape) else flat).as_strided(shape, strides, offset)
+
+
+def _randomise(t: Tensor, generator: torch.Generator) -> None:
+    first = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in t.stride())
+    _randomised(t[first], generator)  # what is expanded is there once
+
+
+def _randomised(t: Tensor, generator: torch.Generator) -> Tensor:
+    if t.dtype is torch.float8_e4m3fn:
+        return t.copy_(torch.randn(t.shape, generator=generator, device=t.device))
+    if t.is_floating_point():
+        return t.normal_(generator=generator)
+    low = 0 if t.dtype is torch.uint8 else -4
+    return t.random_(low, low + 9, generator=generator)
+
+
+def _where(error: Tensor, off: Tensor, how: str) -> str | None:
+    count = int(off.sum())
+    if not count:
+        return None
+    worst = int(torch.where(off, error.double(), -1.0).argmax())
+    position = [int(i) for i in torch.unravel_index(torch.tensor(worst), error.shape)]
+    size = float(error.flatten()[worst])
+    return f"{count} of {error.numel()} elements are not {how}, the worst by {size:.3g} at {position}"

@@ -1,0 +1,91 @@
+"""Who is quickest, from noisy samples: rounds over all candidates, so that a drifting clock is everyone's.
+
+Every sampler is asked once a round. One that cannot win any more is asked no longer; the rounds end when nobody's place
+is open, or when they have cost enough. Medians and quartiles are what counts: an interrupt spoils a sample, not a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from statistics import median, quantiles
+from typing import NamedTuple
+
+from .. import stored
+
+LEAST, MOST = 9, 60  # rounds of whoever is not eliminated
+
+
+class Timing(NamedTuple):
+    """`seconds` is the median of so many rounds, `spread` half the distance of their quartiles, relative."""
+
+    seconds: float
+    spread: float
+    rounds: int
+
+
+def timing(samples: Sequence[float]) -> Timing:
+    """The statistics of samples in seconds.
+
+    >>> timing([1.0, 1.1, 0.9, 1.0, 5.0]).seconds
+    1.0
+    """
+    middle = median(samples)
+    low, high = quartiles(samples)
+    return Timing(middle, (high - low) / (2 * middle), len(samples))
+
+
+def quartiles(samples: Sequence[float]) -> tuple[float, float]:
+    if len(samples) < 2:
+        return samples[0], samples[0]
+    low, _, high = quantiles(samples, n=4, method="inclusive")
+    return low, high
+
+
+def interleaved(
+    samplers: Sequence[Callable[[], float]], now: Callable[[], float] = lambda: 0.0, seconds: float = math.inf
+) -> list[Timing | None]:
+    """The timing of each sampler, each call of which is a sample in seconds.
+
+    No round starts once `now()` has advanced by `seconds`; what has fewer than `LEAST` rounds by then is None, unless
+    it was eliminated, for which so many are needed. Whoever is eliminated keeps the timing that it had.
+    """
+    samples: list[list[float]] = [[] for _ in samplers]
+    alive, start = list(range(len(samplers))), now()
+    for number in range(MOST):
+        if not alive or (number and now() - start > seconds):
+            break
+        for i in alive if number % 2 == 0 else reversed(alive):  # so that nobody always follows the same one
+            samples[i].append(samplers[i]())
+        if number + 1 >= LEAST:
+            alive = contenders(samples, alive)
+            if settled([samples[i] for i in alive]):
+                break
+    return [timing(s) if len(s) >= LEAST else None for s in samples]
+
+
+def contenders(samples: Sequence[Sequence[float]], alive: Sequence[int]) -> list[int]:
+    """Those that may still win: whose least sample is not above what the quickest takes in all but its worst quarter.
+
+    A tie goes to the simpler config, so that it may be by as much slower as ties are wide.
+    """
+    best = min(alive, key=lambda i: median(samples[i]))
+    tie = 1 + max(stored.TIE, timing(samples[best]).spread)
+    limit = quartiles(samples[best])[1] * tie
+    return [i for i in alive if min(samples[i]) <= limit]
+
+
+def settled(samples: Sequence[Sequence[float]]) -> bool:
+    """Whether more rounds would hardly change who is within a tie of the quickest.
+
+    A median of n samples is uncertain by about 1.57 times the distance of their quartiles over the root of n: McGill,
+    Tukey, Larsen, Variations of Box Plots (1978).
+    """
+    timings = [timing(s) for s in samples]
+    best = min(timings, key=lambda t: t.seconds)
+    return all(
+        2 * 1.57 * max(t.spread, best.spread) / math.sqrt(t.rounds)
+        < abs(t.seconds / best.seconds - 1 - max(stored.TIE, t.spread, best.spread))
+        for t in timings
+        if t is not best
+    )
