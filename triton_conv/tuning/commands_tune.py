@@ -105,18 +105,19 @@ def _dry_run(tasks: Sequence[Task], device: Device, most: int | None) -> int:
     made = tables.table("layer", "role", "ways", ">configs", "likely winner", ">us", ">default us", ">roofline us")
     configs, total, by_default = 0, 0.0, 0.0
     for task in tasks:
-        with stored.unused():
-            ways = plan.every(task.problem)
-        spaces = [(p, space.candidates(task.problem, p)) for p in ways]
-        likely = [plan.with_config(task.problem, p, config) for p, found in spaces for config in found[:2]]
-        default = plan.choice(ways)
-        best = min(likely, key=lambda p: p.seconds, default=default)
-        count = sum(len(found) for _, found in spaces)
-        count = count if most is None else min(count, most)
+        role = task.problem.role.value
+        try:
+            with stored.unused():
+                ways = plan.every(task.problem)
+        except (NotImplementedError, RuntimeError) as error:
+            tables.add(made, [task.label, role, "", "0", str(error), "", "", ""])
+            continue
+        found, default = space.plans(task.problem, ways), plan.choice(ways)
+        best = min(found, key=lambda p: p.seconds)
+        count = len(found) if most is None else min(len(found), max(most, len(ways)))
         times = [_us(seconds) for seconds in (best.seconds, default.seconds, default.roofline.seconds)]
         kernels = ", ".join(dict.fromkeys(p.kernel for p in ways))
-        winner = f"{best.kernel}: {str(best.config).strip()}"
-        tables.add(made, [task.label, task.problem.role.value, kernels, str(count), winner, *times])
+        tables.add(made, [task.label, role, kernels, str(count), f"{best.kernel}: {str(best.config).strip()}", *times])
         configs, total, by_default = configs + count, total + best.seconds, by_default + default.seconds
     tables.show(made)
     print(
