@@ -212,7 +212,8 @@ def every(problem: Problem, explicit: KernelConfig | None = None) -> list[Plan]:
     """
     if problem.dtype == "float8_e4m3fn" and problem.device.capability < 89:
         raise NotImplementedError(
-            f"{problem.device.name} has no float8_e4m3fn arithmetic, which came with compute capability 8.9: {problem.geometry}"
+            f"{problem.device.name} has no float8_e4m3fn arithmetic, which came with compute capability 8.9: "
+            f"{problem.geometry}"
         )
     original, strides = _unfolded(problem)
     bias_on_c = problem.has_bias and problem.role is Role.DGRAD and original is problem.geometry
