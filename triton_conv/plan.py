@@ -194,11 +194,6 @@ def make(problem: Problem) -> Plan:
 
 @lru_cache(maxsize=4096)
 def _make(problem: Problem, explicit: KernelConfig | None, rivals: bool, _generation: int) -> Plan:
-    geometry = problem.geometry
-    if problem.dtype == "float8_e4m3fn" and problem.device.capability < 89:
-        raise NotImplementedError(
-            f"{problem.device.name} has no float8_e4m3fn arithmetic, which came with compute capability 8.9: {geometry}"
-        )
     found = every(problem, explicit)
     best = choice(found)
     return _or_rival(best, found) if rivals else best
@@ -231,7 +226,15 @@ def choice(found: list[Plan]) -> Plan:
 
 
 def every(problem: Problem, explicit: KernelConfig | None = None) -> list[Plan]:
-    """The plans of all ways to run a problem, the plainest first; `make` chooses among them."""
+    """The plans of all ways to run a problem, the plainest first; `make` chooses among them.
+
+    Raises NotImplementedError for a dtype that the device has no arithmetic of.
+    """
+    if problem.dtype == "float8_e4m3fn" and problem.device.capability < 89:
+        raise NotImplementedError(
+            f"{problem.device.name} has no float8_e4m3fn arithmetic, which came with compute capability 8.9: "
+            f"{problem.geometry}"
+        )
     original, strides = _unfolded(problem)
     bias_on_c = problem.has_bias and problem.role is Role.DGRAD and original is problem.geometry
     found = ways.of(problem, original, strides, bias_on_c, explicit)

@@ -159,8 +159,8 @@ def _depthwise(problem: Problem, p: Plan) -> Iterator[DepthwiseConfig]:
     wgrad = p.role is Role.WGRAD
     _, _, rows_there, columns_there = tiles.positions(Role.FPROP if wgrad else p.role, g)
     dst = g.C if p.role is Role.DGRAD else g.K
-    rows = [r for r in sorted({rule.rows, 1, 2, 3, 4, 6, 8}) if r <= rows_there]
-    unrolls = {rule.unroll, (R, S), (ceil_div(R, 2), S), (1, S), (R, 1), (1, 1)}
+    rows = [r for r in sorted({rule.rows, 1, 2, 4, 8}) if r <= rows_there]
+    unrolls = {rule.unroll, (R, S), (1, S), (R, 1), (1, 1)}
     if side_by_side:
         channels, vectors, columns = _around(rule.channels, dst), {rule.vector, max(rule.vector // 2, 1)}, [1]
     else:
@@ -169,7 +169,7 @@ def _depthwise(problem: Problem, p: Plan) -> Iterator[DepthwiseConfig]:
     for row, column, vector, channel, unroll in product(rows, columns, sorted(vectors), channels, sorted(unrolls)):
         if row * column * prod(unroll) > configs.UNROLLED:
             continue
-        for walk, times, warps in product((1, 2, 4, 8), (1, 2), (4, 8)):
+        for walk, times, warps in product(sorted({rule.walk, 1, 2, 4}), (1, 2), (4, 8)):
             values = times * (configs.THREADS * warps // 4) * (vector if side_by_side else 1)
             if values < channel or (walk > 1 and walk * row >= 2 * rows_there):
                 continue

@@ -273,7 +273,7 @@ class _Session:
         return self.known[where]
 
     def _timed(self) -> list[Plan]:
-        found = [(p, self._known(p).get(p.config)) for p in self.plans.values()]
+        found = [(p, self._known(p).get(p.config)) for p in list(self.plans.values())]
         return [p for p, c in found if c is not None and c.status == "ok" and c.seconds is not None]
 
     def _best(self) -> Plan | None:
