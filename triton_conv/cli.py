@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_explain(sub)
     _add_audit(sub)
     _add_configs(sub)
+    _add_tune(sub)
     return parser
 
 
@@ -225,9 +226,7 @@ def _add_explain(sub: Any) -> None:
         "workspace and reason. Shapes are written 8x64x56x56; one value per axis is written 2,1 and (lower, upper) "
         "padding 2:0,1,1.",
     )
-    parser.add_argument("input", type=_shape, help="shape of the input, N x C x spatial, for example 8x64x56x56")
-    parser.add_argument("weight", type=_shape, help="shape of the weight as PyTorch has it, for example 128x64x3x3")
-    parser.add_argument("--transposed", action="store_true", help="a transposed convolution")
+    _add_convolution(parser)
     parser.add_argument(
         "--causal", action="store_true", help="causal_conv1d: an input B x C x L and a weight C x taps; its layout only"
     )
@@ -236,40 +235,13 @@ def _add_explain(sub: Any) -> None:
     )
     parser.add_argument("--activation", choices=("silu", "swish"), help="of --causal (default: none)")
     parser.add_argument("--initial-state", action="store_true", help="of --causal: with an initial state")
-    parser.add_argument("--stride", type=_ints, default=1, help="one value, or one per axis: 2,1 (default: 1)")
-    parser.add_argument(
-        "--padding",
-        type=_padding,
-        default=0,
-        help='one value, one value or (lower, upper) pair per axis: 2:0,1, or "same" or "valid" (default: 0)',
-    )
-    parser.add_argument(
-        "--output-padding", type=_ints, help="of a transposed convolution: one value, or one per axis (default: 0)"
-    )
-    parser.add_argument("--dilation", type=_ints, default=1, help="one value, or one per axis: 2,1 (default: 1)")
-    parser.add_argument("--groups", type=_positive, default=1, help="groups of channels (default: 1)")
-    parser.add_argument(
-        "--padding-mode",
-        type=_modes,
-        default="zeros",
-        help="zeros, reflect, replicate or circular, or one of them per axis: circular,zeros (default: zeros)",
-    )
     parser.add_argument(
         "--dtype",
         type=_dtype_or_float8,
         default="float32",
         help=f"{_dtype_names()}, or float8_e4m3fn for a scaled convolution (default: float32)",
     )
-    parser.add_argument(
-        "--out-dtype",
-        type=_dtype,
-        help="of float8_e4m3fn: bfloat16, float16 or float32 (default: bfloat16); int8 may be written as int32",
-    )
-    parser.add_argument(
-        "--precision", choices=("ieee", "tf32", "tf32x3"), help="of float32 (default: as PyTorch is set)"
-    )
     parser.add_argument("--channels-last", action="store_true", help="memory format of input and weight")
-    parser.add_argument("--bias", action="store_true", help="add a bias")
     parser.add_argument(
         "--device",
         type=_known_device,
@@ -473,7 +445,117 @@ def configs(arguments: argparse.Namespace) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# tune
+
+
+def _add_tune(sub: Any) -> None:
+    parser = sub.add_parser(
+        "tune",
+        help="find the quickest configs on this GPU: of a shape, of a suite of layers or of a model",
+        description="Measures configs of the kernels that can run a convolution and its gradients, likely winners "
+        "first, compares their values with a float64 reference, and stores what it finds where later calls look it "
+        "up. What is tuned is a shape, written as for explain, a suite or the convolutions that a model makes. Exit "
+        "code 1 if values were wrong.",
+    )
+    _add_convolution(parser, nargs="?")
+    parser.add_argument("--suite", type=_suite, action="append", help="layers of this suite; may be repeated")
+    parser.add_argument("--list-suites", action="store_true", help="show the suites and exit")
+    parser.add_argument("--batch", type=_positive, help="images of a suite's layers (default: the suite's own)")
+    parser.add_argument(
+        "--model",
+        metavar="MODULE:CALLABLE",
+        help="forward and backward of what this returns: torchvision:resnet50, or package.module:callable",
+    )
+    parser.add_argument(
+        "--input",
+        dest="inputs",
+        type=_model_input,
+        action="append",
+        metavar="SHAPE[:DTYPE]",
+        help="of --model: an argument of its forward, such as 256x3x224x224 or 8x77:int64; may be repeated",
+    )
+    parser.add_argument("--model-arguments", metavar="JSON", help='of --model: keywords, such as {"num_classes": 10}')
+    parser.add_argument("--autocast", type=_dtype, help="of --model: dtype of an autocast, bfloat16 or float16")
+    parser.add_argument("--forward-only", action="store_true", help="of --model: without its gradients")
+    parser.add_argument(
+        "--run-on", choices=("cpu", "cuda"), help="of --model: run it once for real, if its forward looks at values"
+    )
+    parser.add_argument(
+        "--dtype",
+        type=_dtype_or_float8,
+        help=f"{_dtype_names()}, or float8_e4m3fn (default: of a shape float32, else its own)",
+    )
+    parser.add_argument(
+        "--channels-last", action=argparse.BooleanOptionalAction, help="memory format (default: of a suite its own)"
+    )
+    parser.add_argument("--role", choices=("fprop", "dgrad", "wgrad"), help="only this one")
+    parser.add_argument("--device", choices=(*DEVICES, "cuda"), help="of --dry-run and --simulate (default: this GPU)")
+    parser.add_argument(
+        "--arch", type=int, choices=(80, 90, 100, 120), help="the same, a device of this compute capability"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="show what would be measured; needs no GPU")
+    parser.add_argument("--simulate", action="store_true", help="with made-up times, to try the rest; needs no GPU")
+    parser.add_argument("--seconds", type=_duration, help="to spend on each problem (default: no limit)")
+    parser.add_argument("--total-seconds", type=_duration, help="to spend on everything (default: no limit)")
+    parser.add_argument("--candidates", type=_positive, help="configs to try for each problem (default: all)")
+    parser.add_argument("--again", action="store_true", help="measure anew what is stored already")
+    parser.add_argument(
+        "--store", type=Path, metavar="DIR", help="where configs are stored (default: your own, see configs show)"
+    )
+    parser.add_argument("--export", type=Path, metavar="DIR", help="also write the winners as files that ship")
+    parser.set_defaults(command=tune)
+
+
+def tune(arguments: argparse.Namespace) -> int:
+    """`triton-conv tune`."""
+    _require("tune", "tuning", "rich")
+    from .tuning import commands_tune
+
+    try:
+        return commands_tune.tune(arguments)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Shared
+
+
+def _add_convolution(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
+    """A convolution by shapes and parameters."""
+    for name, words, example in (
+        ("input", "shape of the input, N x C x spatial", "8x64x56x56"),
+        ("weight", "shape of the weight as PyTorch has it", "128x64x3x3"),
+    ):
+        parser.add_argument(name, type=_shape, nargs=nargs, help=f"{words}, for example {example}")
+    parser.add_argument("--transposed", action="store_true", help="a transposed convolution")
+    parser.add_argument("--stride", type=_ints, default=1, help="one value, or one per axis: 2,1 (default: 1)")
+    parser.add_argument(
+        "--padding",
+        type=_padding,
+        default=0,
+        help='one value, one value or (lower, upper) pair per axis: 2:0,1, or "same" or "valid" (default: 0)',
+    )
+    parser.add_argument(
+        "--output-padding", type=_ints, help="of a transposed convolution: one value, or one per axis (default: 0)"
+    )
+    parser.add_argument("--dilation", type=_ints, default=1, help="one value, or one per axis: 2,1 (default: 1)")
+    parser.add_argument("--groups", type=_positive, default=1, help="groups of channels (default: 1)")
+    parser.add_argument(
+        "--padding-mode",
+        type=_modes,
+        default="zeros",
+        help="zeros, reflect, replicate or circular, or one of them per axis: circular,zeros (default: zeros)",
+    )
+    parser.add_argument(
+        "--out-dtype",
+        type=_dtype,
+        help="of float8_e4m3fn: bfloat16, float16 or float32 (default: bfloat16); int8 may be written as int32",
+    )
+    parser.add_argument(
+        "--precision", choices=("ieee", "tf32", "tf32x3"), help="of float32 (default: as PyTorch is set)"
+    )
+    parser.add_argument("--bias", action="store_true", help="add a bias")
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
@@ -592,6 +674,29 @@ def _layer(text: str) -> str:
     if text not in LAYERS:
         raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(LAYERS)}")
     return text
+
+
+def _suite(text: str) -> str:
+    from .tuning.suites import SUITES
+
+    if text not in SUITES:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(SUITES)}")
+    return text
+
+
+def _duration(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds") from None
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
+
+
+def _model_input(text: str) -> tuple[tuple[int, ...], Any]:
+    shape, _, dtype = text.partition(":")
+    return _shape(shape), _dtype(dtype) if dtype else None
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -163,8 +163,14 @@ def export(arguments: argparse.Namespace) -> int:
             if best is not None and best.seconds is not None:
                 device = DEVICES[arguments.rename].name if arguments.rename else found.device
                 together.setdefault((device, found.kernel), []).append(replace(found.entry, candidates=(best,)))
+    ship(arguments.directory, together)
+    return _told(faults)
+
+
+def ship(directory: Path, together: Mapping[tuple[str, str], Sequence[Entry]]) -> None:
+    """Writes measured entries, by device and kernel, into the files of a directory, and says so."""
     for (device, kernel), entries in together.items():
-        path = stored.path_of(arguments.directory, device, kernel)
+        path = stored.path_of(directory, device, kernel)
         measured = {(entry.key, entry.extents) for entry in entries}
         kept = [e for e in stored.read(path, kernel, [device]) if (e.key, e.extents) not in measured]
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -172,7 +178,6 @@ def export(arguments: argparse.Namespace) -> int:
         print(f"{path}: {len(entries)} measured, {len(kept)} as they were")
     if not together:
         print("nothing was measured")
-    return _told(faults)
 
 
 def seed(arguments: argparse.Namespace) -> int:

@@ -15,6 +15,7 @@ class Layer(NamedTuple):
     weight: tuple[int, ...]
     options: dict[str, Any]
     since: int = 80  # the first architecture that has its dtype
+    times: int = 1  # that it stands in its network
 
 
 BFLOAT16 = {"dtype": torch.bfloat16, "channels_last": True, "padding": 1}

@@ -1,0 +1,274 @@
+"""The command `triton-conv tune`: what is to be tuned, what would be done, and what came of it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from math import exp, fsum, log
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import execute, plan, stored
+from ..devices import DEVICES, H200, Device, known
+from ..stored import Candidate, Entry
+from . import asked, space, suites
+from .code import TARGETS
+from .commands_configs import ship
+from .measure import Bench, CudaBench, SimulatedBench
+from .seed import filed
+from .store import Store, merged
+from .sweep import sweep
+from .tune import Budget, Result, Task
+
+
+def tune(arguments: argparse.Namespace) -> int:
+    """Runs the command and returns its exit code. Raises ValueError for what cannot be done, before anything is."""
+    if arguments.list_suites:
+        return _list_suites()
+    asked.check(arguments)
+    _check(arguments)
+    device = _device(arguments)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always", UserWarning)
+        found = asked.tasks(arguments, device)
+    speaks = int(os.environ.get("RANK", "0")) == 0
+    for note in warned if speaks else ():
+        print(f"triton-conv: {note.message}", file=sys.stderr)
+    tasks = [task for task in found if arguments.role in (None, task.problem.role.value)]
+    if not tasks:
+        raise ValueError("there is nothing to tune")
+    if arguments.dry_run:
+        return _dry_run(tasks, device, arguments.candidates)
+    return _measured(arguments, tasks, device, speaks)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if arguments.dry_run and arguments.simulate:
+        raise ValueError("argument --simulate: does not go with --dry-run")
+    if arguments.simulate and arguments.store is None:
+        raise ValueError("argument --simulate: needs --store, a directory for times that nobody measured")
+    if arguments.export is not None and (arguments.dry_run or arguments.simulate):
+        raise ValueError("argument --export: only what was measured is exported")
+    if arguments.arch is not None and arguments.device is not None:
+        raise ValueError("argument --arch: does not go with --device")
+
+
+def _device(arguments: argparse.Namespace) -> Device:
+    """What is tuned for: with --dry-run and --simulate any, else this GPU."""
+    there, name = torch.cuda.is_available(), arguments.device
+    if arguments.dry_run or arguments.simulate:
+        if arguments.arch is not None:
+            return TARGETS[arguments.arch]
+        if name in DEVICES or (name is None and not there):
+            return DEVICES[name] if name else H200
+    elif arguments.arch is not None or name not in (None, "cuda"):
+        which = f"--arch {arguments.arch}" if arguments.arch is not None else f"--device {name}"
+        raise ValueError(f"argument {which}: only the GPU that is there is measured; add --dry-run or --simulate")
+    if not there:
+        raise ValueError(
+            "PyTorch sees no CUDA device to measure on: --dry-run shows what would be done, --simulate does it with "
+            "made-up times"
+        )
+    found = execute.device_of(torch.device("cuda", _local_rank()))
+    assert found is not None
+    return found
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def _list_suites() -> int:
+    from . import tables
+
+    made = tables.table("suite", ">layers", ">batch", "about")
+    for suite in suites.SUITES.values():
+        tables.add(made, [suite.name, str(len(suite.layers)), str(suite.batch), suite.about])
+    tables.show(made)
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What would be done
+
+
+def _dry_run(tasks: Sequence[Task], device: Device, most: int | None) -> int:
+    from . import tables
+
+    made = tables.table("layer", "role", "ways", ">configs", "likely winner", ">us", ">default us", ">roofline us")
+    configs, total, by_default = 0, 0.0, 0.0
+    for task in tasks:
+        role = task.problem.role.value
+        try:
+            with stored.unused():
+                ways = plan.every(task.problem)
+        except (NotImplementedError, RuntimeError) as error:
+            tables.add(made, [task.label, role, "", "0", str(error), "", "", ""])
+            continue
+        found, default = space.plans(task.problem, ways), plan.choice(ways)
+        best = min(found, key=lambda p: p.seconds)
+        count = len(found) if most is None else min(len(found), max(most, len(ways)))
+        times = [_us(seconds) for seconds in (best.seconds, default.seconds, default.roofline.seconds)]
+        kernels = ", ".join(dict.fromkeys(p.kernel for p in ways))
+        tables.add(made, [task.label, role, kernels, str(count), f"{best.kernel}: {str(best.config).strip()}", *times])
+        configs, total, by_default = configs + count, total + best.seconds, by_default + default.seconds
+    tables.show(made)
+    print(
+        f"{len(tasks)} problems on {device.name}, {configs} configs to compile and compare at most; predicted, not "
+        f"measured: {_us(by_default)} us by default, {_us(total)} us at best"
+    )
+    return 0
+
+
+def _us(seconds: float | None) -> str:
+    return "" if seconds is None else f"{1e6 * seconds:.1f}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What came of it
+
+
+class _Anew(Store):
+    """A store that only tells what was added to it in this process, so that everything else is measured again."""
+
+    def __init__(self, directory: Path | None):
+        super().__init__(directory)
+        self._added: dict[tuple[Any, ...], Entry] = {}
+
+    def add(self, device: str, kernel: str, *entries: Entry) -> None:
+        super().add(device, kernel, *entries)
+        for entry in entries:
+            what = (device, kernel, entry.key, entry.extents)
+            before = self._added.get(what)
+            self._added[what] = merged(before, entry) if before else entry
+
+    def entries(self, device: str, kernel: str) -> list[Entry]:
+        return [entry for what, entry in self._added.items() if what[:2] == (device, kernel)]
+
+
+def _measured(arguments: argparse.Namespace, tasks: Sequence[Task], device: Device, speaks: bool) -> int:
+    def simulated(_: int) -> Bench:
+        return SimulatedBench(device, noise=0.02)
+
+    directory = arguments.store or stored.user_directory()
+    store = _Anew(directory) if arguments.again else Store(directory)
+    make_bench: Callable[[int], Bench] = simulated if arguments.simulate else CudaBench
+    budget, done, interrupted = Budget(arguments.seconds, arguments.candidates), [], False
+    with _progress(len(tasks), speaks) as advance:
+
+        def heard(result: Result) -> None:
+            done.append(result)
+            advance(result)
+
+        try:
+            sweep(tasks, make_bench, store, budget, progress=heard, seconds=arguments.total_seconds)
+        except KeyboardInterrupt:
+            interrupted = True
+    stored.forget()
+    if not speaks:
+        return 130 if interrupted else 0
+    _summary(done, device, "made-up times: " if arguments.simulate else "")
+    where = directory if directory is not None else "memory only: there is no home directory"
+    print(f"{len(done)} of {len(tasks)} problems, in {where}")
+    wrong = 0
+    for result in done:
+        for fault in result.faults:
+            if fault.startswith("wrong"):
+                wrong += 1
+                print(f"{result.task.label} ({result.task.problem.geometry}): {fault}", file=sys.stderr)
+    if arguments.export is not None:
+        ship(arguments.export, _winners(done, Store(directory), device))
+    if interrupted:
+        print("triton-conv: interrupted; what was measured is kept", file=sys.stderr)
+        return 130
+    return 1 if wrong else 0
+
+
+@contextmanager
+def _progress(total: int, speaks: bool) -> Iterator[Callable[[Result], None]]:
+    """A bar with the time that is left, on a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    stderr = Console(stderr=True)
+    columns: Iterable[Any] = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=stderr, transient=True, disable=not (speaks and stderr.is_terminal)) as bar:
+        number = bar.add_task("tuning", total=total)
+        yield lambda result: bar.update(number, advance=1, description=result.task.label)
+
+
+def _summary(results: Sequence[Result], device: Device, prefix: str) -> None:
+    from . import tables
+
+    made = tables.table(
+        *("layer", "role", "kernel", "config", ">us", ">spread", ">default us", ">gain", ">cuDNN us", ">gain over it"),
+        *(">tried", ">wrong", "note"),
+    )
+    over_default, over_rivals = [], []
+    for result in results:
+        rival = min(result.rival.values(), default=None)
+        gain, over = _ratio(result.default_seconds, result.seconds), _ratio(rival, result.seconds)
+        over_default += [gain] if gain else []
+        over_rivals += [over] if over else []
+        times = [_us(result.seconds), "" if result.seconds is None else f"{result.spread:.1%}"]
+        times += [_us(result.default_seconds), _times(gain), _us(rival), _times(over)]
+        role, config = result.task.problem.role.value, str(result.config or "").strip()
+        counts = [str(result.tried), str(result.wrong or ""), result.skipped]
+        tables.add(made, [result.task.label, role, result.kernel, config, *times, *counts])
+    tables.show(made)
+    words = [f"{prefix}{len(over_default)} problems on {device.name}"]
+    if over_default:
+        words.append(f"{_mean(over_default):.2f} times as quick as by default")
+    if over_rivals:
+        slower = sum(gain < 1 for gain in over_rivals)
+        words.append(f"{_mean(over_rivals):.2f} times as quick as cuDNN at its best, slower on {slower}")
+    print(", ".join(words) + (" (geometric means)" if over_default else ""))
+
+
+def _ratio(other: float | None, seconds: float | None) -> float | None:
+    return other / seconds if other and seconds else None
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}"
+
+
+def _mean(ratios: Sequence[float]) -> float:
+    return exp(fsum(map(log, ratios)) / len(ratios))
+
+
+def _entries(results: Iterable[Result], store: Store) -> Iterator[tuple[str, Entry]]:
+    """(kernel, entry) of every way to run what was tuned, each once."""
+    seen = set()
+    for result in results:
+        for p in plan.every(result.task.problem):
+            what = (p.kernel, *filed(p))
+            if what not in seen:
+                seen.add(what)
+                for entry in store.entries(p.device.name, p.kernel):
+                    if (entry.key, entry.extents) == what[1:] and stored.current(entry, p.kernel):
+                        yield p.kernel, entry
+
+
+def _winners(results: Sequence[Result], store: Store, device: Device) -> dict[tuple[str, str], list[Entry]]:
+    """By device and kernel; a known device has the name under which its configs ship."""
+    kin = known(device.name, device.multiprocessors)
+    found: dict[tuple[str, str], list[Entry]] = {}
+    for kernel, entry in _entries(results, store):
+        best: Candidate | None = entry.winner
+        if best is not None and best.seconds is not None:
+            name = kin.name if kin else device.name
+            found.setdefault((name, kernel), []).append(replace(entry, candidates=(best,)))
+    return found
