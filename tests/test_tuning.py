@@ -222,6 +222,16 @@ def test_without_noise_the_quickest_wins_and_beats_the_default():
     assert entry.stamp["kernel"] == key.source_hash("box")
 
 
+def test_what_others_take_is_kept_for_the_layout_that_it_was_measured_in():
+    (problem, *_) = problems("contiguous")
+    store = Memory()
+    result = tune.tune_one(Task("layer", problem), SimulatedBench(H200), store, Budget(candidates=4))
+    (given,) = store.entries(H200.name, "gather")
+    (copied,) = store.entries(H200.name, "box")
+    assert given.baseline == result.rival != {}
+    assert copied.baseline == {}
+
+
 def test_wrong_candidates_never_win_and_are_kept_with_their_reason():
     (problem, *_) = problems("3x3")
     task, wrong = Task("layer", problem), []
