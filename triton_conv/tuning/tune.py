@@ -264,14 +264,17 @@ class _Session:
         where = (p.kernel, p.layout)
         if where not in self.known:
             wanted, source = ways.key_of(self.problem, p.layout), key.source_hash(p.kernel)
-            self.known[where] = {
-                c.config: c
+            entries = [
+                entry
                 for entry in self.store.entries(self.bench.device.name, p.kernel)
                 if (entry.key, entry.extents) == wanted
                 and (entry.source, entry.stamp.get("kernel")) == ("measured", source)
-                for c in entry.candidates
-                if c.seconds is not None or c.status != "ok"
+            ]
+            self.known[where] = {
+                c.config: c for e in entries for c in e.candidates if c.seconds is not None or c.status != "ok"
             }
+            for entry in entries if not (p.packs or self.again) else ():
+                self.rivals = dict(entry.baseline) or self.rivals
             for config in self.known[where]:
                 self.plans.setdefault((*where, config), plans.with_config(self.problem, p, config))
         return self.known[where]
