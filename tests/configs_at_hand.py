@@ -1,5 +1,7 @@
 """Entries, files and problems that tests of stored configs share."""
 
+from functools import cache
+
 import torch
 
 from triton_conv import explain, key, plan, stored
@@ -20,17 +22,22 @@ def problem(images=32, side=56, device=H200, title="forward", **options):
     return explain.problems((images, 64, side, side), (64, 64, 3, 3), device=device, **how)[title]
 
 
-def stamp(kernel="box", time=TIME, **others):
-    return {"kernel": key.source_hash(kernel), "triton": "3.7.1", "time": time, **others}
+def stamp(of="box", time=TIME, **others):
+    return {"kernel": key.source_hash(of), "triton": "3.7.1", "time": time, **others}
 
 
 def entry(seconds, images=32, side=56, kernel="box", source="measured", **others):
     """Of the problem above; `seconds` by config, None for a config that was chosen and not measured."""
-    with stored.hidden():
-        what = filed(plan.make(problem(images, side)))
+    what = _filed(images, side)
     candidates = [c if isinstance(c, Candidate) else Candidate(*c) for c in seconds]
     given = {"stamp": stamp(kernel), "baseline": {}, **others}
     return Entry(*what, source, given["stamp"], tuple(candidates), given["baseline"])
+
+
+@cache
+def _filed(images, side):
+    with stored.hidden():
+        return filed(plan.make(problem(images, side)))
 
 
 def write(directory, entries, device="NVIDIA H200", kernel="box"):

@@ -8,6 +8,7 @@ import random
 import shutil
 import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -209,6 +210,14 @@ def test_hidden_places_come_back_whatever_happens(places):
     with pytest.raises(ZeroDivisionError):
         look()
     assert box_plan().config == QUICK
+
+
+def test_what_one_thread_hides_others_find(places):
+    write(places[0], [entry([(QUICK, 1e-3)])])
+    with ThreadPoolExecutor(1) as pool, stored.hidden():
+        assert box_plan().config != QUICK
+        assert pool.submit(box_plan).result().config == QUICK
+        assert box_plan().config != QUICK
 
 
 def test_ten_thousand_shapes_are_looked_up_at_once_and_leave_nothing_behind(places):

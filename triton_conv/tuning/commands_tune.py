@@ -107,7 +107,7 @@ def _dry_run(tasks: Sequence[Task], device: Device, most: int | None) -> int:
     for task in tasks:
         role = task.problem.role.value
         try:
-            with stored.unused():
+            with stored.hidden():
                 ways = plan.every(task.problem)
         except (NotImplementedError, RuntimeError) as error:
             tables.add(made, [task.label, role, "", "0", str(error), "", "", ""])

@@ -11,17 +11,25 @@ from .. import key as keys
 from ..devices import Device
 from ..stored import Candidate, Entry
 from ..ways import Problem
+from . import suites
 from .layers import LAYERS
+
+# With configs for all of them, files would take several megabytes; the cost model chooses those of the others as well.
+SEEDED_SUITES = ("resnet50",)
 
 
 def common(device: Device) -> list[tuple[str, Problem]]:
-    """(label, problem) of the layers of the audit that a device has arithmetic for, and of their gradients."""
-    return [
+    """(label, problem) of layers that a device has arithmetic for, and of their gradients.
+
+    They are those of the audit and of `SEEDED_SUITES`.
+    """
+    audited = [
         (f"{name}, {title}", problem)
         for name, layer in LAYERS.items()
         if device.capability >= layer.since and not {"causal", "pointwise"} & layer.options.keys()
         for title, problem in explain.problems(layer.input, layer.weight, device=device, **layer.options).items()
     ]
+    return audited + [(task.label, task.problem) for name in SEEDED_SUITES for task in suites.tasks(name, device)]
 
 
 def filed(p: plan.Plan) -> tuple[keys.Key, keys.Extents]:

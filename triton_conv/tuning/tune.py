@@ -107,7 +107,7 @@ def tune_one(task: Task, bench: Bench, store: Store, budget: Budget = Budget(), 
     where a candidate broke the device, which is then in the store as failed: a new process goes on with the others.
     """
     try:
-        with stored.unused():
+        with stored.hidden():
             rules = plans.every(task.problem)
     except (NotImplementedError, RuntimeError) as error:
         return _skipped(task, str(error))
