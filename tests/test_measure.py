@@ -1,12 +1,16 @@
 """The loop that measures kernels, in Triton's interpreter and by a clock that is none; and its numbers."""
 
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+
 import pytest
 import torch
 
 from triton_conv import execute, explain, plan
-from triton_conv.devices import INTERPRETER
+from triton_conv.devices import DEVICES, INTERPRETER
 from triton_conv.geometry import Role
-from triton_conv.tuning import on_device, operands, rounds, space, tune
+from triton_conv.tuning import audit, on_device, operands, rounds, space, tune
+from triton_conv.tuning.ahead import Ahead
 from triton_conv.tuning.layers import Layer
 from triton_conv.tuning.on_device import KernelBench
 from triton_conv.tuning.tune import Budget, Task
@@ -81,9 +85,7 @@ def test_right_plans_have_no_fault(name, kernels):
         assert measuring.fault(problem, p) is None, p
 
 
-@pytest.mark.parametrize(
-    "name", ["gather", "depthwise", "float64", *(pytest.param(n, marks=pytest.mark.slow) for n in LAYERS)]
-)
+@pytest.mark.parametrize("name", ["depthwise", *(pytest.param(n, marks=pytest.mark.slow) for n in LAYERS)])
 def test_candidates_compute_what_the_default_does(name, kernels):
     measuring = bench()
     for problem, p in every(name):
@@ -222,6 +224,61 @@ def test_memory_that_is_short_takes_fewer_sets(kernels, monkeypatch):
     assert placed[-1] in (0, 1)
     monkeypatch.setattr(operands, "operands", lambda *a: scarce(*a[:2], seed=9))
     assert bench(clock).time(problem, plan.every(problem)[:1]) == [None]
+
+
+def test_a_kernel_that_cannot_be_timed_leaves_the_others(kernels):
+    problem = problems("gather")[0]
+    (p, *_) = plan.every(problem)
+
+    class Broken:
+        def run(self, tensors):
+            raise ValueError("not now")
+
+    with pytest.warns(UserWarning, match="not measured: gather .*ValueError: not now"):
+        first, second = bench().time(problem, [sabotaged(p, Broken()), p])
+    assert first is None
+    assert second.rounds == rounds.LEAST
+
+
+def test_a_broken_device_is_told_by_the_plan_that_broke_it(kernels):
+    problem = problems("gather")[0]
+    (p, *_) = plan.every(problem)
+
+    class Broken:
+        def run(self, tensors):
+            raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+
+    def dead():
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    with pytest.raises(torch.AcceleratorError):
+        bench(FakeClock(dead)).fault(problem, sabotaged(p, Broken()))
+
+
+@pytest.mark.slow
+def test_plans_are_compiled_ahead_as_the_audit_compiles_them():
+    found = [p for problem in problems("gather", DEVICES["H200"]) for p in plan.every(problem)]
+    ahead = Ahead(90, jobs=2)
+    ahead.expect(found[1:])
+    rows = {p: ahead.rows(p) for p in found}
+    subjects = [audit.Subject("", p) for p in found]
+    assert [rows[p] for p in found] == [of for _, of in sorted(audit.audit(subjects, 90, 2), key=lambda done: done[0])]
+    assert all(row.code.registers > 0 for of in rows.values() for row in of)
+    ahead.expect(found)
+    ahead.drop()
+
+
+def test_a_compiler_that_dies_is_tried_alone(monkeypatch):
+    """Whose death it was nobody can tell: the plan is compiled by a process of its own."""
+    (p, *_) = plan.every(problems("gather", DEVICES["H200"])[0])
+    dead: Future = Future()
+    dead.set_exception(BrokenProcessPool("a child process terminated abruptly"))
+    alone = [audit.Row(90, "", 2, "fprop", "gather", "float32", None, audit.Wanted(), error="the compiler died")]
+    monkeypatch.setattr(Ahead, "_submitted", lambda self, p: dead)
+    monkeypatch.setattr(audit, "audit", lambda subjects, arch, jobs: iter([(0, alone)]))
+    ahead = Ahead(90, jobs=1)
+    ahead.expect([p])
+    assert ahead.rows(p) == alone
 
 
 def test_folds_are_no_part_of_a_kernels_time(kernels, monkeypatch):

@@ -84,7 +84,7 @@ class Memory:
 # The space
 
 
-EVERYWHERE = ("3x3", "contiguous", "circular", "few channels", "float8", "float64")
+EVERYWHERE = ("3x3", "float8", "float64")
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def tasks():
 
 
 def test_two_noisy_sweeps_agree():
-    agreed, all_of_them = 0, tasks()[::2]
+    agreed, all_of_them = 0, tasks()[::4]
     for task in all_of_them:
         results, bench = [], SimulatedBench(H200)
         for seed in (1, 2):
