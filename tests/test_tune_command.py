@@ -155,8 +155,30 @@ def test_an_interrupt_leaves_what_was_measured(capsys, gpu, home, monkeypatch):
     assert tune(*SHAPE, *FEW) == 130
     printed = capsys.readouterr()
     assert "2 of 3 problems, in" in printed.out
-    assert printed.err == "triton-conv: interrupted; what was measured is kept\n"
+    assert printed.err == "triton-conv: interrupted; what was measured is kept, and not measured again\n"
     assert {entry.key.role for entry in Store(home).entries("NVIDIA H200", "box")} == {"fprop", "dgrad"}
+
+
+def test_a_gpu_that_breaks_leaves_what_was_measured(capsys, gpu, home, monkeypatch):
+    check = SimulatedBench.fault
+
+    def broken(self, problem, p):
+        if problem.role.value == "dgrad":
+            raise torch.AcceleratorError("an illegal memory access was encountered\nand more")
+        return check(self, problem, p)
+
+    monkeypatch.setattr(SimulatedBench, "fault", broken)
+    assert tune(*SHAPE, *FEW) == 1
+    printed = capsys.readouterr()
+    assert "1 of 3 problems, in" in printed.out
+    assert (
+        "error: the GPU answers no more: an illegal memory access was encountered; what was measured is kept"
+        in printed.err
+    )
+    monkeypatch.setattr(SimulatedBench, "fault", check)
+    assert tune(*SHAPE, *FEW) == 0
+    found = [c for entry in Store(home).entries("NVIDIA H200", "box") for c in entry.candidates]
+    assert sum(c.status == "failed" for c in found) == 1
 
 
 def test_measured_winners_are_exported_as_they_ship(capsys, gpu, tmp_path):
@@ -243,7 +265,10 @@ def test_a_model_that_looks_at_values_runs_for_real(capsys, network):
         (["--dry-run", "--model", "no_network:build", "--input", "1x3x9x9"], "no_network cannot be imported: Module"),
         (["--dry-run", "--model", "some_network", "--input", "1x3x9x9"], "'some_network' is not package.module:"),
         (["--dry-run", "--model", "some_network:build", "--input", "1x4x9x9"], "some_network:build on 1x4x9x9: "),
-        (["--dry-run", "--model", "some_network:Looks", "--input", "1x3x9x9"], "the forward of Looks needs the values"),
+        (
+            ["--dry-run", "--model", "some_network:Looks", "--input", "1x3x9x9"],
+            "the forward of Looks cannot run on tensors",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_said_before_anything_is(arguments, message, capsys, network, home):

@@ -231,8 +231,10 @@ def every(problem: Problem, explicit: KernelConfig | None = None) -> list[Plan]:
     Raises NotImplementedError for a dtype that the device has no arithmetic of.
     """
     if problem.dtype == "float8_e4m3fn" and problem.device.capability < 89:
-        lacks = f"{problem.device.name} has no float8_e4m3fn arithmetic"
-        raise NotImplementedError(f"{lacks}, which came with compute capability 8.9: {problem.geometry}")
+        raise NotImplementedError(
+            f"{problem.device.name} has no float8_e4m3fn arithmetic, which came with compute capability 8.9: "
+            f"{problem.geometry}"
+        )
     original, strides = _unfolded(problem)
     bias_on_c = problem.has_bias and problem.role is Role.DGRAD and original is problem.geometry
     found = ways.of(problem, original, strides, bias_on_c, explicit)

@@ -160,7 +160,8 @@ def _measured(arguments: argparse.Namespace, tasks: Sequence[Task], device: Devi
     directory = arguments.store or stored.user_directory()
     store = _Anew(directory) if arguments.again else Store(directory)
     make_bench: Callable[[int], Bench] = simulated if arguments.simulate else CudaBench
-    budget, done, interrupted = Budget(arguments.seconds, arguments.candidates), [], False
+    budget, done = Budget(arguments.seconds, arguments.candidates), []
+    code, ended = 0, ""
     with _progress(len(tasks), speaks) as advance:
 
         def heard(result: Result) -> None:
@@ -170,25 +171,25 @@ def _measured(arguments: argparse.Namespace, tasks: Sequence[Task], device: Devi
         try:
             sweep(tasks, make_bench, store, budget, progress=heard, seconds=arguments.total_seconds)
         except KeyboardInterrupt:
-            interrupted = True
+            code, ended = 130, "interrupted"
+        except torch.AcceleratorError as error:
+            code, ended = 1, f"error: the GPU answers no more: {str(error).splitlines()[0]}"
     stored.forget()
     if not speaks:
-        return 130 if interrupted else 0
+        return code
     _summary(done, device, "made-up times: " if arguments.simulate else "")
     where = directory if directory is not None else "memory only: there is no home directory"
     print(f"{len(done)} of {len(tasks)} problems, in {where}")
-    wrong = 0
     for result in done:
         for fault in result.faults:
             if fault.startswith("wrong"):
-                wrong += 1
                 print(f"{result.task.label} ({result.task.problem.geometry}): {fault}", file=sys.stderr)
+                code = code or 1
     if arguments.export is not None:
         ship(arguments.export, _winners(done, Store(directory), device))
-    if interrupted:
-        print("triton-conv: interrupted; what was measured is kept", file=sys.stderr)
-        return 130
-    return 1 if wrong else 0
+    if ended:
+        print(f"triton-conv: {ended}; what was measured is kept, and not measured again", file=sys.stderr)
+    return code
 
 
 @contextmanager
