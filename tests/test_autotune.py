@@ -13,7 +13,7 @@ from processes import fresh_processes
 import triton_conv
 from triton_conv import backends, execute, explain, plan, stored, ways
 from triton_conv import key as keys
-from triton_conv.devices import DEVICES, INTERPRETER
+from triton_conv.devices import DEVICES
 from triton_conv.stored import Candidate, Entry
 from triton_conv.tuning import ranks, training
 from triton_conv.tuning.measure import SimulatedBench
@@ -34,11 +34,14 @@ def clean(tmp_path, monkeypatch):
     assert execute._seen == ()
 
 
+WHERE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # of the tests' kernels
+
+
 class Counting(SimulatedBench):
     """Knows how many plans it was asked to time."""
 
-    def __init__(self, **options):
-        super().__init__(INTERPRETER, **options)
+    def __init__(self, where=WHERE, **options):
+        super().__init__(execute.device_of(where), **options)
         self.asked = 0
 
     def time(self, problem, plans):
@@ -46,12 +49,12 @@ class Counting(SimulatedBench):
         return super().time(problem, plans)
 
 
-def step(channels=4, **options):
+def step(channels=4, where=WHERE):
     """Forward and backward of a small convolution; its output and gradients."""
     torch.manual_seed(channels)
-    x, w = torch.randn(2, channels, 6, 6, requires_grad=True), torch.randn(8, channels, 3, 3, requires_grad=True)
-    b = torch.randn(8, requires_grad=True)
-    y = triton_conv.conv2d(x, w, b, padding=1, **options)
+    shapes = (2, channels, 6, 6), (8, channels, 3, 3), (8,)
+    x, w, b = (torch.randn(shape, device=where).requires_grad_() for shape in shapes)
+    y = triton_conv.conv2d(x, w, b, padding=1)
     y.square().sum().backward()
     return y.detach(), x.grad, w.grad, b.grad
 
@@ -164,6 +167,15 @@ def test_random_numbers_go_on_as_without(kernels):
     assert torch.equal(torch.randn(4), torch.randn(4, generator=torch.Generator().manual_seed(5)))
 
 
+def test_nothing_is_measured_while_code_is_traced(kernels, monkeypatch):
+    bench = Counting()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with pytest.warns(UserWarning, match="code is being traced"), triton_conv.autotune(bench=bench) as results:
+        step()
+    assert results == []
+    assert bench.asked == 0
+
+
 def test_nothing_is_measured_while_a_graph_is_captured(kernels, monkeypatch):
     bench, capturing = Counting(), True
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -183,7 +195,7 @@ def test_traced_calls_are_left_until_they_run(kernels):
 
     bench = Counting()
     with triton_conv.autotune(bench=bench) as results, FakeTensorMode():
-        triton_conv.conv2d(torch.randn(2, 4, 6, 6), torch.randn(8, 4, 3, 3))
+        triton_conv.conv2d(torch.randn(2, 4, 6, 6, device=WHERE), torch.randn(8, 4, 3, 3, device=WHERE))
     assert results == []
     assert bench.asked == 0
 
@@ -219,26 +231,26 @@ def train(rank, port, directory, channels, raises):
     os.environ["TRITON_CONV_CACHE"] = str(directory / f"cache-{rank}")
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    bench = Counting(noise=0.05, seed=rank)
-    said = ""
+    here = torch.device("cpu")
+    bench, said = Counting(here, noise=0.05, seed=rank), ""
     try:
         with triton_conv.autotune(candidates=3, bench=bench, timeout=20, lease=10) as results:
             for c in channels[rank]:
-                step(c)
+                step(c, here)
             if raises == rank:
                 raise KeyError("of this rank alone")
     except (RuntimeError, KeyError) as error:
         said, results = str(error), []
     runs = {}
     for c in sorted({c for some in channels for c in some}):
-        for problem in problems_of(lambda c=c: step(c)):
+        for problem in problems_of(lambda c=c: step(c, here)):
             found = [[p.kernel, str(p.config), p.measured, p.rival] for p in plan.every(problem)]
             runs[f"{c} {problem.role}"] = [found, str(plan.make(problem).config)]
     asked = bench.asked
     if not said:
         with triton_conv.autotune(candidates=3, bench=bench, timeout=20, lease=10) as again:
             for c in channels[rank]:
-                step(c)
+                step(c, here)
         assert again == []
     content = {"said": said, "runs": runs, "asked": asked, "then": bench.asked, "results": len(results)}
     (directory / f"rank-{rank}").write_text(json.dumps(content))
@@ -322,7 +334,7 @@ def test_a_plan_says_that_the_rival_runs_and_why(kernels):
 def test_tuning_remembers_the_rival(kernels, taken):
     class Beaten(Counting):
         def rivals(self, problem):
-            return {"cudnn channels_last": 1e-12}
+            return {"cudnn contiguous": 1e-9, "cudnn channels_last": 1e-12}
 
     with triton_conv.autotune(backend="auto", candidates=1, bench=Beaten()):
         step()
@@ -357,15 +369,12 @@ def test_the_rival_means_the_same(kernels, taken, case, channels_last, name, dty
 
     def run():
         torch.manual_seed(0)
-        x, w = (torch.randint(-3, 4, shape).to(dtype, memory_format=layout) for shape in (x_shape, w_shape))
-        x, w, b = (
-            x.requires_grad_(),
-            w.requires_grad_(),
-            torch.ones(6 if rank != 3 else 3, dtype=dtype).requires_grad_(),
-        )
+        x, w = (torch.randint(-3, 4, shape).to(WHERE, dtype, memory_format=layout) for shape in (x_shape, w_shape))
+        b = torch.ones(3 if rank == 3 else 6, dtype=dtype, device=WHERE).requires_grad_()
+        x, w = x.requires_grad_(), w.requires_grad_()
         with triton_conv.override():  # neither this nor autocast may change what the rival computes
             y = getattr(torch.nn.functional, function)(x, w, b, **options)
-            with torch.autocast("cpu", torch.float16):
+            with torch.autocast(WHERE.type, torch.float16):
                 y.backward(torch.ones_like(y))
         return y.detach(), x.grad, w.grad, b.grad
 
@@ -394,7 +403,8 @@ def test_what_the_rival_would_compute_otherwise_stays_here(kernels, taken, optio
     monkeypatch.setattr(execute, "default_precision", lambda: "tf32")
 
     def run():
-        triton_conv.conv2d(torch.randn(2, 4, 6, 6), torch.randn(8, 4, 3, 3), **{"padding": 1, **options})
+        x, w = torch.randn(2, 4, 6, 6, device=WHERE), torch.randn(8, 4, 3, 3, device=WHERE)
+        triton_conv.conv2d(x, w, **{"padding": 1, **options})
 
     install(problems_of(run), 1.0, 1e-9)
     with triton_conv.backend("auto"):
@@ -404,7 +414,8 @@ def test_what_the_rival_would_compute_otherwise_stays_here(kernels, taken, optio
 
 def test_integers_stay_here(kernels, taken):
     def run():
-        triton_conv.conv2d(torch.ones(1, 2, 4, 4, dtype=torch.int32), torch.ones(2, 2, 3, 3, dtype=torch.int32))
+        x, w = (torch.ones(shape, dtype=torch.int32, device=WHERE) for shape in ((1, 2, 4, 4), (2, 2, 3, 3)))
+        triton_conv.conv2d(x, w)
 
     install(problems_of(run), 1.0, 1e-9)
     with triton_conv.backend("auto"):

@@ -131,13 +131,35 @@ class Looks(nn.Module):
 
 
 def test_a_model_that_looks_at_values_is_named_and_can_run_for_real():
-    with pytest.raises(RuntimeError, match=r"the forward of Looks needs the values of tensors.*give a device"):
+    with pytest.raises(RuntimeError, match=r"the forward of Looks cannot run on tensors without values.*give a device"):
         calls_of(Looks(), images())
     model, random = Looks(), torch.get_rng_state()
     calls = calls_of(model, images(), device="cpu")
     assert described(calls) == [("fprop", (2, 3, 8, 16), ("zeros",) * 2), ("wgrad", (2, 4, 6, 14), ("zeros",) * 2)]
     assert all(t.is_meta for c in calls for t in (c.a, c.b))
     assert torch.equal(random, torch.get_rng_state())
+
+
+def test_a_model_that_names_a_device_is_told_so():
+    class Names(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x) + torch.ones(1, device="cuda")
+
+    with pytest.raises(RuntimeError, match=r"the forward of Names cannot run on .*two devices.*give a device"):
+        calls_of(Names(3, 4, 3), images())
+
+
+def test_modes_around_do_not_matter():
+    model = nn.Conv2d(3, 4, 3)
+    with torch.no_grad():
+        assert len(calls_of(model, images())) == 2
+    with torch.inference_mode():
+        assert len(calls_of(model, torch.zeros(1, 3, 9, 9))) == 2
+
+
+def test_parameters_that_are_computed():
+    for wrap in (nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm):
+        assert [c.role.value for c in calls_of(wrap(nn.Conv2d(3, 4, 3)), images())] == ["fprop", "wgrad"]
 
 
 def test_recording_for_real_finds_the_same():
@@ -154,6 +176,8 @@ def test_mistakes_are_the_models_own():
         calls_of(lambda x: x, images())
     with pytest.raises(ValueError, match=r"no output of Conv2d has a gradient.*backward=False"):
         calls_of(nn.Conv2d(3, 4, 3).requires_grad_(False), images())
+    with pytest.raises(RuntimeError, match="LazyConv2d has lazy modules without parameters yet"):
+        calls_of(nn.LazyConv2d(8, 3), images())
     locked = nn.Conv2d(3, 4, 3)
     locked.lock = threading.Lock()
     with pytest.raises(RuntimeError, match="Conv2d cannot be copied"):

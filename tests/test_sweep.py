@@ -54,20 +54,22 @@ class Slow(SimulatedBench):
         return super().time(problem, plans)
 
 
-def work(rank, size, port, directory, device, bench, given, gloo):
+def work(rank, size, port, directory, device, bench, given, gloo, agent):
     """A rank's process; its results end up in a file."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "LOCAL_RANK": str(rank), "GROUP_RANK": str(rank)}
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": str(agent), "LOCAL_RANK": str(rank), "GROUP_RANK": str(rank)}
     torch.set_num_threads(1)
     if gloo:
         dist.init_process_group("gloo")
-    ranks.gathered(ranks.of_this_job(), "start", "", timeout=30)
+    group = ranks.of_this_job()
+    ranks.gathered(group, "start", "", timeout=30)
     heard = []
     results = sweep.sweep(
         given,
         lambda index: Slow(device, directory / f"begun-{index}", **bench),
         Store(directory / (f"store-{rank}" if gloo else "store")),
         Budget(candidates=2),
+        group,
         progress=lambda result: heard.append(result.task.label),
         lease=LEASE,
         poll=0.01,
@@ -85,10 +87,13 @@ def processes():
 def run(processes, tmp_path):
     """Runs ranks, each with its own device, bench and tasks; their results, and tasks begun, by rank."""
 
-    def run(*given, gloo=False):
+    def run(*given, gloo=False, agent=True):
         store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)  # what torchrun's agent does
+        port = store.port
+        if not agent:
+            del store
         started = [
-            processes.Process(target=work, args=(rank, len(given), store.port, tmp_path, *arguments, gloo))
+            processes.Process(target=work, args=(rank, len(given), port, tmp_path, *arguments, gloo, agent))
             for rank, arguments in enumerate(given)
         ]
         for rank in started:
@@ -175,6 +180,14 @@ def test_each_device_does_all_of_its_own_tasks_and_everyone_hears_of_them(run, t
             assert there == {16, 32, 48}
 
 
+def test_the_rank_that_serves_the_store_leaves_last(run):
+    given = tasks(3)
+    results, _ = run(("H200", {}, given), ("H200", {"pause": 0.1}, given), agent=False)
+    for found, _ in results:
+        assert labels(found) == [t.label for t in given]
+    assert len(results) == 2
+
+
 def test_what_was_measured_before_is_not_measured_again(run):
     given = tasks(4)
     run(("H200", {}, given[:3]), ("H200", {}, given[:3]))
@@ -216,6 +229,23 @@ def test_of_two_results_the_first_counts():
     assert other.finish(name, later, "taken over")
     assert not one.finish(name, turn, "too late")
     assert one.result(name) == other.result(name) == "taken over"
+
+
+def test_what_a_rank_that_leaves_by_an_exception_had_is_anothers_at_once():
+    store = dist.HashStore()
+    one, other = (ranks.Queue(ranks.Ranks(store, rank, 2)) for rank in range(2))
+
+    def interrupted():
+        with one.joined(["a"]):
+            one.take()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    with other.joined(["a"]):
+        name, turn = other.take()
+        assert other.finish(name, turn, "1")
+        assert other.over()
 
 
 def test_who_does_not_speak_is_named():

@@ -13,6 +13,7 @@ from triton_conv.tuning.measure import SimulatedBench
 from triton_conv.tuning.store import Store
 
 SHAPE = ["8x64x28x28", "64x64x3x3", "--padding", "1", "--dtype", "bfloat16", "--channels-last"]
+FEW = ["--candidates", 5]
 
 
 @pytest.fixture(autouse=True)
@@ -70,10 +71,16 @@ def test_a_dry_run_of_a_shape_shows_what_would_be_compiled(capsys):
 def test_stored_configs_are_no_default_of_a_dry_run(capsys, home):
     assert tune("--dry-run", *SHAPE) == 0
     before = capsys.readouterr().out
-    assert tune("--simulate", *SHAPE, "--store", home) == 0
+    assert tune("--simulate", *SHAPE, *FEW, "--store", home) == 0
     capsys.readouterr()
     assert tune("--dry-run", *SHAPE) == 0
     assert capsys.readouterr().out == before
+
+
+def test_a_dry_run_says_what_a_device_cannot_do(capsys):
+    shape = ["8x64x28x28", "64x64x3x3", "--dtype", "float8_e4m3fn", "--channels-last"]
+    assert tune("--dry-run", *shape, "--arch", 80) == 0
+    assert "NVIDIA A100 has no float8_e4m3fn arithmetic" in capsys.readouterr().out
 
 
 def test_suites_are_listed(capsys):
@@ -91,7 +98,7 @@ def test_several_suites_at_another_batch(capsys):
 
 
 def test_a_simulation_writes_to_its_own_directory(capsys, home, tmp_path):
-    assert tune("--simulate", *SHAPE, "--store", tmp_path / "made_up", "--device", "H100") == 0
+    assert tune("--simulate", *SHAPE, *FEW, "--store", tmp_path / "made_up", "--device", "H100") == 0
     printed = capsys.readouterr()
     assert not home.exists()
     assert files(tmp_path / "made_up") == ["NVIDIA_H100/box.json", "NVIDIA_H100/box_wgrad.json"]
@@ -101,7 +108,7 @@ def test_a_simulation_writes_to_its_own_directory(capsys, home, tmp_path):
 
 
 def test_what_is_measured_is_what_later_calls_find(capsys, gpu, home):
-    assert tune(*SHAPE) == 0
+    assert tune(*SHAPE, *FEW) == 0
     assert files(home) == ["NVIDIA_H200/box.json", "NVIDIA_H200/box_wgrad.json"]
     capsys.readouterr()
     assert cli.main(["explain", *SHAPE]) == 0
@@ -115,18 +122,18 @@ def test_a_second_run_measures_nothing_but_with_again(gpu, monkeypatch):
     counts = []
     for arguments in ((), (), ("--again",), ("--candidates", 6)):
         measured.clear()
-        assert tune(*SHAPE, "--candidates", 5, *arguments) == 0
+        assert tune(*SHAPE, *FEW, *arguments) == 0
         counts.append(len(measured))
     assert counts == [15, 0, 15, 3]
 
 
 def test_wrong_candidates_are_reported_and_do_not_win(capsys, gpu, home, monkeypatch):
-    assert tune(*SHAPE, "--candidates", 5, "--role", "fprop") == 0
+    assert tune(*SHAPE, *FEW, "--role", "fprop") == 0
     (entry,) = Store(home).entries("NVIDIA H200", "box")
     wrong = entry.winner.config
     monkeypatch.setattr(commands_tune, "CudaBench", lambda index: SimulatedBench(H200, wrong=[wrong]))
     capsys.readouterr()
-    assert tune(*SHAPE, "--candidates", 5, "--role", "fprop", "--again", "--export", home / "export") == 1
+    assert tune(*SHAPE, *FEW, "--role", "fprop", "--again", "--export", home / "export") == 1
     printed = capsys.readouterr()
     assert printed.err.count("wrong: ") == 1
     assert "8x64x28x28 64x64x3x3 (" in printed.err
@@ -145,15 +152,37 @@ def test_an_interrupt_leaves_what_was_measured(capsys, gpu, home, monkeypatch):
         return measure(self, problem, plans)
 
     monkeypatch.setattr(SimulatedBench, "time", interrupted)
-    assert tune(*SHAPE) == 130
+    assert tune(*SHAPE, *FEW) == 130
     printed = capsys.readouterr()
     assert "2 of 3 problems, in" in printed.out
-    assert printed.err == "triton-conv: interrupted; what was measured is kept\n"
+    assert printed.err == "triton-conv: interrupted; what was measured is kept, and not measured again\n"
     assert {entry.key.role for entry in Store(home).entries("NVIDIA H200", "box")} == {"fprop", "dgrad"}
 
 
+def test_a_gpu_that_breaks_leaves_what_was_measured(capsys, gpu, home, monkeypatch):
+    check = SimulatedBench.fault
+
+    def broken(self, problem, p):
+        if problem.role.value == "dgrad":
+            raise torch.AcceleratorError("an illegal memory access was encountered\nand more")
+        return check(self, problem, p)
+
+    monkeypatch.setattr(SimulatedBench, "fault", broken)
+    assert tune(*SHAPE, *FEW) == 1
+    printed = capsys.readouterr()
+    assert "1 of 3 problems, in" in printed.out
+    assert (
+        "error: the GPU answers no more: an illegal memory access was encountered; what was measured is kept"
+        in printed.err
+    )
+    monkeypatch.setattr(SimulatedBench, "fault", check)
+    assert tune(*SHAPE, *FEW) == 0
+    found = [c for entry in Store(home).entries("NVIDIA H200", "box") for c in entry.candidates]
+    assert sum(c.status == "failed" for c in found) == 1
+
+
 def test_measured_winners_are_exported_as_they_ship(capsys, gpu, tmp_path):
-    assert tune(*SHAPE, "--export", tmp_path / "configs") == 0
+    assert tune(*SHAPE, *FEW, "--export", tmp_path / "configs") == 0
     assert files(tmp_path / "configs") == ["NVIDIA_H200/box.json", "NVIDIA_H200/box_wgrad.json"]
     for path in (tmp_path / "configs").rglob("*.json"):
         _, _, entries = stored.loads(path.read_text(), str(path))
@@ -199,7 +228,7 @@ def test_a_model_of_the_working_directory(capsys, network):
 
 def test_options_of_a_model(capsys, network):
     how = ("--model-arguments", '{"width": 24}', "--autocast", "bfloat16", "--channels-last", "--forward-only")
-    assert tune("--simulate", "--model", network, "--input", "2x3x16x16", *how, "--store", "made_up") == 0
+    assert tune("--simulate", "--model", network, "--input", "2x3x16x16", *how, *FEW, "--store", "made_up") == 0
     assert "3>24 3x3" in capsys.readouterr().out
     entries = [e for path in Path("made_up").rglob("*.json") for e in stored.loads(path.read_text(), "")[2]]
     assert {(e.key.role, e.key.dtype) for e in entries} == {("fprop", "bfloat16"), ("dgrad", "bfloat16")}
@@ -236,7 +265,10 @@ def test_a_model_that_looks_at_values_runs_for_real(capsys, network):
         (["--dry-run", "--model", "no_network:build", "--input", "1x3x9x9"], "no_network cannot be imported: Module"),
         (["--dry-run", "--model", "some_network", "--input", "1x3x9x9"], "'some_network' is not package.module:"),
         (["--dry-run", "--model", "some_network:build", "--input", "1x4x9x9"], "some_network:build on 1x4x9x9: "),
-        (["--dry-run", "--model", "some_network:Looks", "--input", "1x3x9x9"], "the forward of Looks needs the values"),
+        (
+            ["--dry-run", "--model", "some_network:Looks", "--input", "1x3x9x9"],
+            "the forward of Looks cannot run on tensors",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_said_before_anything_is(arguments, message, capsys, network, home):
@@ -287,7 +319,7 @@ def test_torchvision_by_name(capsys):
 
 def test_ranks_other_than_the_first_say_nothing(capsys, gpu, monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    assert tune(*SHAPE) == 0
+    assert tune(*SHAPE, *FEW) == 0
     printed = capsys.readouterr()
     assert printed.out == printed.err == ""
     assert torch.cuda.is_available()

@@ -513,7 +513,7 @@ def tune(arguments: argparse.Namespace) -> int:
 
     try:
         return commands_tune.tune(arguments)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise CommandError(str(error)) from error
 
 

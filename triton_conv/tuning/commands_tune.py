@@ -105,18 +105,19 @@ def _dry_run(tasks: Sequence[Task], device: Device, most: int | None) -> int:
     made = tables.table("layer", "role", "ways", ">configs", "likely winner", ">us", ">default us", ">roofline us")
     configs, total, by_default = 0, 0.0, 0.0
     for task in tasks:
-        with stored.hidden():
-            ways = plan.every(task.problem)
-        spaces = [(p, space.candidates(task.problem, p)) for p in ways]
-        likely = [plan.with_config(task.problem, p, config) for p, found in spaces for config in found[:2]]
-        default = plan.choice(ways)
-        best = min(likely, key=lambda p: p.seconds, default=default)
-        count = sum(len(found) for _, found in spaces)
-        count = count if most is None else min(count, most)
+        role = task.problem.role.value
+        try:
+            with stored.hidden():
+                ways = plan.every(task.problem)
+        except (NotImplementedError, RuntimeError) as error:
+            tables.add(made, [task.label, role, "", "0", str(error), "", "", ""])
+            continue
+        found, default = space.plans(task.problem, ways), plan.choice(ways)
+        best = min(found, key=lambda p: p.seconds)
+        count = len(found) if most is None else min(len(found), max(most, len(ways)))
         times = [_us(seconds) for seconds in (best.seconds, default.seconds, default.roofline.seconds)]
         kernels = ", ".join(dict.fromkeys(p.kernel for p in ways))
-        winner = f"{best.kernel}: {str(best.config).strip()}"
-        tables.add(made, [task.label, task.problem.role.value, kernels, str(count), winner, *times])
+        tables.add(made, [task.label, role, kernels, str(count), f"{best.kernel}: {str(best.config).strip()}", *times])
         configs, total, by_default = configs + count, total + best.seconds, by_default + default.seconds
     tables.show(made)
     print(
@@ -159,7 +160,8 @@ def _measured(arguments: argparse.Namespace, tasks: Sequence[Task], device: Devi
     directory = arguments.store or stored.user_directory()
     store = _Anew(directory) if arguments.again else Store(directory)
     make_bench: Callable[[int], Bench] = simulated if arguments.simulate else CudaBench
-    budget, done, interrupted = Budget(arguments.seconds, arguments.candidates), [], False
+    budget, done = Budget(arguments.seconds, arguments.candidates), []
+    code, ended = 0, ""
     with _progress(len(tasks), speaks) as advance:
 
         def heard(result: Result) -> None:
@@ -169,25 +171,25 @@ def _measured(arguments: argparse.Namespace, tasks: Sequence[Task], device: Devi
         try:
             sweep(tasks, make_bench, store, budget, progress=heard, seconds=arguments.total_seconds)
         except KeyboardInterrupt:
-            interrupted = True
+            code, ended = 130, "interrupted"
+        except torch.AcceleratorError as error:
+            code, ended = 1, f"error: the GPU answers no more: {str(error).splitlines()[0]}"
     stored.forget()
     if not speaks:
-        return 130 if interrupted else 0
+        return code
     _summary(done, device, "made-up times: " if arguments.simulate else "")
     where = directory if directory is not None else "memory only: there is no home directory"
     print(f"{len(done)} of {len(tasks)} problems, in {where}")
-    wrong = 0
     for result in done:
         for fault in result.faults:
             if fault.startswith("wrong"):
-                wrong += 1
                 print(f"{result.task.label} ({result.task.problem.geometry}): {fault}", file=sys.stderr)
+                code = code or 1
     if arguments.export is not None:
         ship(arguments.export, _winners(done, Store(directory), device))
-    if interrupted:
-        print("triton-conv: interrupted; what was measured is kept", file=sys.stderr)
-        return 130
-    return 1 if wrong else 0
+    if ended:
+        print(f"triton-conv: {ended}; what was measured is kept, and not measured again", file=sys.stderr)
+    return code
 
 
 @contextmanager

@@ -45,7 +45,9 @@ class Bench(Protocol):
 class SimulatedBench:
     """A device on which a plan takes its predicted time, times a factor that its config decides, times noise.
 
-    >>> bench = SimulatedBench(devices.H200, noise=0.05, seed=7)
+    >>> from triton_conv.devices import H200
+    >>> SimulatedBench(H200, noise=0.05, seed=7).stamp("box")["driver"]
+    'simulated'
 
     The factor is between 0.8 and 1.25; `noise` is the largest relative error of a sample, but for one sample in a
     hundred, which takes up to three times as long. The same seed gives the same samples, in whatever order plans are

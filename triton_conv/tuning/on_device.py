@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from functools import cache, partial
@@ -118,6 +119,7 @@ class KernelBench:
             self._forget()
             return "failed", f"out of memory: {audit.words(error)}"
         except Exception as error:  # whatever compilers and launches raise is a finding
+            self.clock.seconds(lambda: None)  # raises where the device answers nothing any more: that was this plan's
             return "failed", audit.words(error)
 
     def time(self, problem: Problem, plans: Sequence[Plan]) -> list[Timing | None]:
@@ -127,13 +129,15 @@ class KernelBench:
         while True:
             try:
                 sets = [operands.operands(problem, self.where, seed) for seed in range(count)]
-                samplers = [self._sampler(p, sets) for p in plans]
-                return interleaved(samplers, self.clock.now, _SECONDS)
+                samplers = {n: s for n, p in enumerate(plans) if (s := self._sampler(p, sets)) is not None}
+                found = interleaved(list(samplers.values()), self.clock.now, _SECONDS)
+                timings = dict(zip(samplers, found, strict=True))
+                return [timings.get(n) for n in range(len(plans))]
             except torch.OutOfMemoryError:
                 if count == 1:
                     return [None] * len(plans)
                 count //= 2
-            sets, samplers = [], []
+            sets, samplers = [], {}
             self.clock.emptied()
 
     def rivals(self, problem: Problem) -> dict[str, float]:
@@ -187,7 +191,8 @@ class KernelBench:
         self._case = None
         self.clock.emptied()
 
-    def _sampler(self, p: Plan, sets: Sequence[tuple[execute.Call, Tensor]]) -> Callable[[], float]:
+    def _sampler(self, p: Plan, sets: Sequence[tuple[execute.Call, Tensor]]) -> Callable[[], float] | None:
+        """Samples of a plan's kernel on these operands in turns; None where it cannot be captured."""
         shared = execute.workspace(p, self.where)
         tensors = [execute.prepared(p, call, output)[0] | shared for call, output in sets]
         launches = p.launches[:-1] if p.fold else p.launches  # a fold is no part of the kernel
@@ -196,7 +201,13 @@ class KernelBench:
             for launch in launches:
                 launch.run(t)
 
-        return self._repeated([partial(on, t) for t in tensors])
+        try:
+            return self._repeated([partial(on, t) for t in tensors])
+        except (torch.AcceleratorError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            warnings.warn(f"not measured: {p.kernel} {p.config}: {audit.words(error)}", stacklevel=2)
+            return None
 
     def _repeated(self, works: Sequence[Callable[[], object]]) -> Callable[[], float]:
         """Seconds of one work, from so many one after the other that they fill a sample."""
@@ -215,10 +226,7 @@ class KernelBench:
 
 
 class CudaBench(KernelBench):
-    """Measures on a CUDA device, by its index.
-
-    >>> bench = CudaBench(0)
-    """
+    """Measures on a CUDA device, by its index. Raises RuntimeError where there is none."""
 
     interprets = False
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses import fake_tensor
+from torch.nn.parameter import UninitializedParameter
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -28,7 +29,8 @@ _NEEDS_VALUES = (
     fake_tensor.UnsupportedFakeTensorException,
     fake_tensor.UnsupportedOperatorException,
 )
-_WORDS = ("FakeTensor", "tensor subclass", "data pointer", "data_ptr")  # of other errors for want of values
+# Of other errors for want of values, and of code that names a device.
+_WORDS = ("FakeTensor", "tensor subclass", "data pointer", "data_ptr", "at least two devices")
 
 
 def calls_of(
@@ -52,14 +54,19 @@ def calls_of(
     autocast: the dtype of a `torch.autocast` around the forward. channels_last: lays out the model's parameters and
     inputs of four and five dimensions so. device: runs the copy there for real, for models that look at values.
 
-    Raises TypeError if `model` is no `torch.nn.Module`, RuntimeError if it cannot be copied or its forward needs values
-    and no `device` was given, ValueError if no output has a gradient; the model's own errors pass.
+    Raises TypeError if `model` is no `torch.nn.Module`; RuntimeError if it cannot be copied, has lazy modules that did
+    not run yet, or needs values and no `device` was given; ValueError if no output has a gradient. The model's own
+    errors pass.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"calls_of(): argument 'model' must be torch.nn.Module, not {type(model).__name__}")
-    name, real = type(model).__name__, torch.device(device) if device is not None else None
+    name = type(model).__name__
+    if any(isinstance(p, UninitializedParameter) for p in model.parameters()):
+        raise RuntimeError(f"{name} has lazy modules without parameters yet: record it after its first forward")
+    real = torch.device(device) if device is not None else None
     fake: Any
     with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
         if real is None:
             fake = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
             stack.enter_context(_explained(name))
@@ -156,8 +163,8 @@ def _explained(name: str) -> Iterator[None]:
             raise
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RuntimeError(
-            f"the forward of {name} needs the values of tensors, and there are none while its convolutions are "
-            f"recorded ({first}): give a device on which to run it for real"
+            f"the forward of {name} cannot run on tensors without values, on a CPU, to record its convolutions "
+            f"({first}): give a device on which to run it for real"
         ) from error
 
 

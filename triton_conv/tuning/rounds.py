@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 from .. import stored
 
-LEAST, MOST = 9, 60  # rounds of whoever is not eliminated
+# Rounds before anyone is eliminated, of those that then are left, and of those that remain close to a tie.
+LEAST, USUAL, MOST = 9, 30, 100
 
 
 class Timing(NamedTuple):
@@ -59,7 +60,7 @@ def interleaved(
             samples[i].append(samplers[i]())
         if number + 1 >= LEAST:
             alive = contenders(samples, alive)
-            if settled([samples[i] for i in alive]):
+            if len(alive) == 1 or (number + 1 >= USUAL and settled([samples[i] for i in alive])):
                 break
     return [timing(s) if len(s) >= LEAST else None for s in samples]
 
