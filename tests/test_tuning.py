@@ -222,6 +222,16 @@ def test_without_noise_the_quickest_wins_and_beats_the_default():
     assert entry.stamp["kernel"] == key.source_hash("box")
 
 
+def test_what_others_take_is_kept_for_the_layout_that_it_was_measured_in():
+    (problem, *_) = problems("contiguous")
+    store = Memory()
+    result = tune.tune_one(Task("layer", problem), SimulatedBench(H200), store, Budget(candidates=4))
+    (given,) = store.entries(H200.name, "gather")
+    (copied,) = store.entries(H200.name, "box")
+    assert given.baseline == result.rival != {}
+    assert copied.baseline == {}
+
+
 def test_wrong_candidates_never_win_and_are_kept_with_their_reason():
     (problem, *_) = problems("3x3")
     task, wrong = Task("layer", problem), []
@@ -254,13 +264,17 @@ class Counting(SimulatedBench):
 
     def __init__(self, *args, breaks=None, error=KeyboardInterrupt, **kwargs):
         super().__init__(*args, **kwargs)
-        self.checked, self.breaks, self.error = Counter(), breaks, error
+        self.checked, self.breaks, self.error, self.asked = Counter(), breaks, error, 0
 
     def fault(self, problem, p):
         self.checked[p.kernel, p.layout, p.config] += 1
         if sum(self.checked.values()) == self.breaks:
             raise self.error("broke")
         return super().fault(problem, p)
+
+    def rivals(self, problem):
+        self.asked += 1
+        return super().rivals(problem)
 
 
 def test_a_killed_sweep_goes_on_where_it_was():
@@ -279,6 +293,8 @@ def test_a_killed_sweep_goes_on_where_it_was():
     third = Counting(H200)
     again = tune.tune_one(task, third, store)
     assert not third.checked
+    assert not third.asked
+    assert again.rival == result.rival
     assert (again.kernel, again.config, again.tried) == (result.kernel, result.config, result.tried)
     fourth = Counting(H200)
     tune.tune_one(task, fourth, store, again=True)

@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import backends, execute, key
 from ..devices import Device
 from ..plan import Plan
-from ..ways import Problem
+from ..ways import Layout, Problem
 from . import audit, operands
 from .ahead import Ahead
 from .code import TARGETS, compiled_kernels, read
@@ -128,7 +128,11 @@ class KernelBench:
         while True:
             try:
                 sets = [operands.operands(problem, self.where, seed) for seed in range(count)]
-                samplers = {n: s for n, p in enumerate(plans) if (s := self._sampler(p, sets)) is not None}
+                ready: dict[Layout, list[dict[str, Tensor]]] = {}
+                for p in plans:  # those of one layout read the same copies
+                    if p.layout not in ready:
+                        ready[p.layout] = [execute.prepared(p, call, output)[0] for call, output in sets]
+                samplers = {n: s for n, p in enumerate(plans) if (s := self._sampler(p, ready[p.layout])) is not None}
                 found = interleaved(list(samplers.values()), self.clock.now, _SECONDS)
                 timings = dict(zip(samplers, found, strict=True))
                 return [timings.get(n) for n in range(len(plans))]
@@ -136,7 +140,7 @@ class KernelBench:
                 if count == 1:
                     return [None] * len(plans)
                 count //= 2
-            sets, samplers = [], {}
+            sets, samplers, ready = [], {}, {}
             self.clock.emptied()
 
     def rivals(self, problem: Problem) -> dict[str, float]:
@@ -190,10 +194,9 @@ class KernelBench:
         self._case = None
         self.clock.emptied()
 
-    def _sampler(self, p: Plan, sets: Sequence[tuple[execute.Call, Tensor]]) -> Callable[[], float] | None:
-        """Samples of a plan's kernel on these operands in turns; None where it cannot be captured."""
+    def _sampler(self, p: Plan, ready: Sequence[dict[str, Tensor]]) -> Callable[[], float] | None:
+        """Samples of a plan's kernel on these tensors in turns; None where it cannot be captured."""
         shared = execute.workspace(p, self.where)
-        tensors = [execute.prepared(p, call, output)[0] | shared for call, output in sets]
         launches = p.launches[:-1] if p.fold else p.launches  # a fold is no part of the kernel
 
         def on(t: dict[str, Tensor]) -> None:
@@ -201,7 +204,7 @@ class KernelBench:
                 launch.run(t)
 
         try:
-            return self._repeated([partial(on, t) for t in tensors])
+            return self._repeated([partial(on, t | shared) for t in ready])
         except (torch.AcceleratorError, torch.OutOfMemoryError):
             raise
         except Exception as error:

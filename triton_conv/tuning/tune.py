@@ -170,6 +170,7 @@ class _Session:
     def __init__(self, problem: Problem, bench: Bench, store: Store, again: bool):
         self.problem, self.bench, self.store, self.again = problem, bench, store, again
         self.rivals: dict[str, float] | None = None
+        self.measured = False
         self.plans: dict[tuple[str, Layout, KernelConfig], Plan] = {}
         self.known: dict[tuple[str, Layout], _Known] = {}
         self.faults: list[str] = []
@@ -192,7 +193,7 @@ class _Session:
 
     def finish(self) -> None:
         """Measures those that are nearly the quickest once more beside each other, if anything was measured."""
-        if self.rivals is None:
+        if not self.measured:
             return
         timed = [(self._seconds(p), key.simplicity(p.config), p) for p in self._timed()]
         least = min((seconds for seconds, _, _ in timed), default=0.0)
@@ -246,8 +247,11 @@ class _Session:
 
     def _keep(self, p: Plan, candidate: Candidate) -> None:
         self._known(p)[p.config] = candidate
+        self.measured = True
         of, extents = ways.key_of(self.problem, p.layout)
-        entry = Entry(of, extents, "measured", self.bench.stamp(p.kernel), (candidate,), self._baseline())
+        # after copies, an entry is that of operands which lie so from the start: others take another time for these
+        baseline = {} if p.packs else self._baseline()
+        entry = Entry(of, extents, "measured", self.bench.stamp(p.kernel), (candidate,), baseline)
         self.store.add(self.bench.device.name, p.kernel, entry)
 
     def _baseline(self) -> dict[str, float]:
@@ -260,14 +264,17 @@ class _Session:
         where = (p.kernel, p.layout)
         if where not in self.known:
             wanted, source = ways.key_of(self.problem, p.layout), key.source_hash(p.kernel)
-            self.known[where] = {
-                c.config: c
+            entries = [
+                entry
                 for entry in self.store.entries(self.bench.device.name, p.kernel)
                 if (entry.key, entry.extents) == wanted
                 and (entry.source, entry.stamp.get("kernel")) == ("measured", source)
-                for c in entry.candidates
-                if c.seconds is not None or c.status != "ok"
+            ]
+            self.known[where] = {
+                c.config: c for e in entries for c in e.candidates if c.seconds is not None or c.status != "ok"
             }
+            for entry in entries if not (p.packs or self.again) else ():
+                self.rivals = dict(entry.baseline) or self.rivals
             for config in self.known[where]:
                 self.plans.setdefault((*where, config), plans.with_config(self.problem, p, config))
         return self.known[where]
