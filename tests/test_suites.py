@@ -81,7 +81,7 @@ def test_layers_chain():
     for name in ("sd_vae", "wan_vae"):
         seen = {layer.input[1] for layer in SUITES[name].layers.values()}
         widths = {layer.weight[0] for layer in SUITES[name].layers.values()} - {3, 4}
-        assert widths - seen <= {768}, name  # of Wan's, the channels that become frames
+        assert widths - seen <= {768, 3 * 384}, name  # of Wan's, those that become frames, and keys beside queries
 
 
 def test_tasks_are_each_problem_once_with_all_roles():

@@ -20,9 +20,9 @@ TRAINED = {"dtype": torch.bfloat16, "channels_last": True}  # what people train 
 class Layers(dict[str, Layer]):
     """Layers by name; one that has been there is counted, not repeated."""
 
-    def add(self, name: str, input: Sequence[int], weight: Sequence[int], **options: Any) -> None:
-        """Appends a layer of one image."""
-        layer = Layer((1, *input), tuple(weight), {**TRAINED, **options})
+    def add(self, name: str, input: Sequence[int], weight: Sequence[int], images: int = 1, **options: Any) -> None:
+        """Appends a layer; `images` are those that the network makes of one, frames or patches."""
+        layer = Layer((images, *input), tuple(weight), {**TRAINED, **options})
         for known, other in self.items():
             if other._replace(times=1) == layer:
                 self[known] = other._replace(times=other.times + 1)
@@ -212,7 +212,7 @@ def x3d() -> Layers:
     size = 112
     for blocks, width in zip((3, 5, 11, 7), (54, 108, 216, 432), strict=True):
         for block in range(blocks):
-            options = {"stride": (1, 2, 2)} if block == 0 else {}
+            options: dict[str, Any] = {"stride": (1, 2, 2)} if block == 0 else {}
             layers.add("3x3x3", (width, 16, size, size), (width, 1, 3, 3, 3), groups=width, padding=1, **options)
             size = size // 2 if block == 0 else size
     return layers
@@ -229,7 +229,10 @@ def wan_decoder() -> Layers:
         weight = (filters, channels, 3, 3, 3)
         layers.add(name, (channels, frames, height, height * 104 // 60), weight, padding=((2, 0), 1, 1))
 
+    layers.add("latent", (16, 1, 60, 104), (16, 16, 1, 1, 1))
     causal("input", 16, 384, 1, 60)
+    for filters in (3 * 384, 384):
+        layers.add("attention", (384, 60, 104), (filters, 384, 1, 1))
     # (channels in, channels out, frames, height, residual blocks, whether frames double after them)
     stages = [(384, 384, 1, 60, 5, True), (192, 384, 2, 120, 3, True), (192, 192, 4, 240, 3, False)]
     for channels, width, frames, height, blocks, doubles in [*stages, (96, 96, 4, 480, 3, False)]:
@@ -242,6 +245,9 @@ def wan_decoder() -> Layers:
                 layers.add("shortcut", (into, *image), (width, into, 1, 1, 1))
         if doubles:
             layers.add("3x1x1", (width, *image), (2 * width, width, 3, 1, 1), padding=((2, 0), 0, 0))
+        larger = (width, 2 * image[1], 2 * image[2])  # of frames one by one
+        if width > 96:
+            layers.add("3x3", larger, (width // 2, width, 3, 3), images=2 * frames if doubles else frames, padding=1)
     causal("output", 96, 3, 4, 480)
     return layers
 
@@ -254,7 +260,7 @@ def ltx_video() -> Layers:
     """
     layers = Layers()
     extents = [(121, 128, 192), (61, 64, 96), (31, 32, 48), (16, 16, 24)]
-    border = {"padding_mode": ("replicate", "zeros", "zeros")}
+    border: dict[str, Any] = {"padding_mode": ("replicate", "zeros", "zeros")}
     first: dict[str, Any] = {**border, "padding": ((2, 0), 1, 1)}
     both: dict[str, Any] = {**border, "padding": 1}
     for width, extent in zip((128, 256, 512, 512), extents, strict=True):

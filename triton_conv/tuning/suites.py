@@ -153,9 +153,7 @@ def _patches() -> Layers:
     # Wang et al. 2024; Qwen 2025: patches come one by one, 1024 of them from an image of 32x32.
     for name, taps, width in (("Qwen2-VL", 14, 1280), ("Qwen3-VL", 16, 1152)):
         filters = (2, taps, taps)
-        found.add(name, (3, *filters), (width, 3, *filters), stride=filters)
-        (last,) = [key for key in found if key.startswith(name)]
-        found[last] = found[last]._replace(input=(1024, *found[last].input[1:]))
+        found.add(name, (3, *filters), (width, 3, *filters), images=1024, stride=filters)
     return found
 
 
@@ -163,7 +161,7 @@ def _wavenet() -> Layers:
     """Dilated stacks over raw audio, in memory with samples side by side."""
     found = Layers()
     for dilation in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512):  # WaveNet (van den Oord et al. 2016): causal, two taps
-        options = {"padding": ((dilation, 0),), "dilation": dilation, "channels_last": False}
+        options: dict[str, Any] = {"padding": ((dilation, 0),), "dilation": dilation, "channels_last": False}
         found.add(f"WaveNet dilation {dilation}", (64, 16000), (128, 64, 2), **options)
     for dilation in (1, 2, 4, 8, 16, 32, 64, 128):  # WaveGlow (Prenger et al. 2018): 16000 samples, 8 a group
         options = {"padding": dilation, "dilation": dilation, "channels_last": False}
@@ -183,7 +181,7 @@ def _whisper() -> Layers:
 def _circular() -> Layers:
     """Longitudes go round: the globe at 5.625 degrees, and panoramas of 512x1024."""
     found = Layers()
-    border = {"padding_mode": ("zeros", "circular")}
+    border: dict[str, Any] = {"padding_mode": ("zeros", "circular")}
     # The ResNet of Rasp and Thuerey 2021 (WeatherBench), 117 fields in and 128 channels.
     found.add("globe", (117, 32, 64), (128, 117, 7, 7), padding=3, **border)
     found.add("globe", (128, 32, 64), (128, 128, 3, 3), padding=1, **border)
