@@ -6,7 +6,7 @@ from concurrent.futures.process import BrokenProcessPool
 import pytest
 import torch
 
-from triton_conv import execute, explain, plan
+from triton_conv import backends, execute, explain, plan
 from triton_conv.devices import DEVICES, INTERPRETER
 from triton_conv.geometry import Role
 from triton_conv.tuning import audit, on_device, operands, rounds, space, tune
@@ -301,11 +301,12 @@ def test_folds_are_no_part_of_a_kernels_time(kernels, monkeypatch):
 def test_rivals_compute_the_same():
     for name in ("gather", "depthwise", "transposed", "video", "audio", "float64", "copied"):
         for problem in problems(name):
-            assert on_device.comparable(problem)
-            call, _ = operands.operands(problem._replace(has_bias=False), torch.device("cpu"), seed=1)
+            assert backends.comparable(problem)
+            call, output = operands.operands(problem, torch.device("cpu"), seed=1)
             want = operands.expected(problem, call)
             for channels_last in (False, True):
-                got = on_device.convolution(call, channels_last)()
+                got = on_device.convolution(call, output, channels_last)()
+                assert (got.shape, got.stride()) == (output.shape, output.stride())
                 depth = got.reshape(want.shape).double()
                 torch.testing.assert_close(depth, want, atol=0.05 if call.a.itemsize == 2 else 1e-4, rtol=1e-2)
             assert set(bench().rivals(problem)) == {"cudnn contiguous", "cudnn channels_last"}

@@ -36,6 +36,7 @@ class backend:
     measured it at the very same size and found it quicker than our quickest kernel, by more than a tie. What nobody
     tuned stays here. The environment variable TRITON_CONV_BACKEND sets what holds before the first call.
 
+    cuDNN was measured with `torch.backends.cudnn.benchmark` on; without it, it may run an algorithm that takes longer.
     Values are then cuDNN's, and so is their error; "auto" gives up the same bits on every run. Under
     `torch.use_deterministic_algorithms(True)` cuDNN competes only if `torch.backends.cudnn.deterministic` is set too.
     A float32 precision other than PyTorch's own setting, 8-bit floats, integers, complex numbers, padding modes and
@@ -79,10 +80,14 @@ def current() -> str:
 
 def admits(problem: Problem) -> bool:
     """Whether PyTorch may compute a problem in our place: asked for, of the same meaning, with no promise broken."""
-    return current() == "auto" and _same_meaning(problem) and _keeps_promises(problem)
+    return current() == "auto" and comparable(problem) and _keeps_promises(problem)
 
 
-def _same_meaning(problem: Problem) -> bool:
+def comparable(problem: Problem) -> bool:
+    """Whether PyTorch's own convolution computes the same: zeros equal on both sides, all outputs, a dtype of cuDNN's.
+
+    What precision it multiplies with is not asked.
+    """
     g = problem.geometry
     most = map(max, g.stride, g.dilation) if problem.role is Role.DGRAD else g.stride  # torch's rules
     return (

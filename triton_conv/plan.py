@@ -202,13 +202,13 @@ def _make(problem: Problem, explicit: KernelConfig | None, rivals: bool, _genera
 def _or_rival(best: Plan, found: list[Plan]) -> Plan:
     """The best plan; where others' kernels were measured to be quicker, by more than a tie, one that they run.
 
-    The plainest way is asked for its rival: a way with copies may have been measured for operands in another layout.
+    A way without copies is asked for its rival: one with copies is filed with operands that lie so from the start.
     """
-    plainest = next((p for p in found if p.rival is not None), best)
-    ours, theirs = best.measured_seconds, plainest.rival
-    if ours is None or theirs is None or theirs * (1 + stored.TIE) >= ours:
+    given = next((p for p in found if p.rival is not None and not p.packs), None)
+    ours, theirs = best.measured_seconds, given.rival if given else None
+    if given is None or ours is None or theirs is None or theirs * (1 + stored.TIE) >= ours:
         return best
-    name = plainest.rival_name
+    name = given.rival_name
     reason = f"{name}, {1e6 * theirs:.3g} us measured against {1e6 * ours:.3g} us of {best.kernel}"
     return replace(best, reason=reason, rival_name=name, rival_runs=True)
 

@@ -17,9 +17,8 @@ import torch
 import triton
 from torch import Tensor
 
-from .. import execute, key
+from .. import backends, execute, key
 from ..devices import Device
-from ..geometry import Role, output_extent
 from ..plan import Plan
 from ..ways import Layout, Problem
 from . import audit, operands
@@ -147,18 +146,18 @@ class KernelBench:
     def rivals(self, problem: Problem) -> dict[str, float]:
         """Of PyTorch's own convolution on operands as they lie, and after copies to the other memory format.
 
-        Outputs come back in the layout that the problem has. Without bias and scales; {} for what cuDNN cannot do.
+        Outputs come back in the layout that the problem has. {} for what cuDNN cannot do.
         """
         self._forget()
         names = ("cudnn contiguous", "cudnn channels_last")
-        if not comparable(problem):
+        if not backends.comparable(problem):
             return {}
         count = rotation(3 * operands.bytes_of(problem), self.device.l2_bytes, self.clock.free_bytes())
         tf32 = problem.precision == "tf32"
         try:
             with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=tf32):
-                calls = [operands.operands(problem, self.where, seed)[0] for seed in range(count)]
-                works = [[convolution(call, last) for call in calls] for last in (False, True)]
+                sets = [operands.operands(problem, self.where, seed) for seed in range(count)]
+                works = [[convolution(*tensors, last) for tensors in sets] for last in (False, True)]
                 samplers = [self._repeated(work) for work in works]
                 found = interleaved(samplers, self.clock.now, _SECONDS)
         except torch.AcceleratorError:
@@ -262,45 +261,10 @@ def repeats(seconds: float, works: int) -> int:
     return max(1, min(math.ceil(_SAMPLE / max(seconds, 1e-9)), _LAUNCHES // works))
 
 
-def comparable(problem: Problem) -> bool:
-    """Whether PyTorch's own convolution computes the same: zeros equal on both sides, all outputs, a dtype of cuDNN's.
-
-    Three TF32 products have no counterpart there; they are compared with float32.
-    """
-    g, floats = problem.geometry, ("float16", "bfloat16", "float32", "float64")
-    walk = zip(g.input, g.padding, g.filter, g.stride, g.dilation, strict=True)
-    whole = tuple(output_extent(i, *pads, f, s, d) for i, pads, f, s, d in walk) == g.output
-    even = all(lower == upper for lower, upper in g.padding) and all(mode == "zeros" for mode in g.modes)
-    return problem.dtype in floats and problem.out_dtype == problem.dtype and whole and even and not problem.has_scale
-
-
-def convolution(call: execute.Call, channels_last: bool) -> Callable[[], Tensor]:
-    """PyTorch's own convolution of a call in a memory format, with copies to it and back where operands lie otherwise.
-
-    Axes of one position are left out, since PyTorch has other kernels for three than for two.
-    """
-    g = call.geometry
-    flat = g.filter[0] == g.input[0] == 1 and not any(g.padding[0])
-    rank, last = (2, torch.channels_last) if flat else (3, torch.channels_last_3d)
-    memory_format = last if channels_last else torch.contiguous_format
-    a, b = (t.squeeze(2) if flat else t for t in (call.a, call.b))
-    walk = (g.stride[3 - rank :], [lower for lower, _ in g.padding[3 - rank :]], g.dilation[3 - rank :])
-    rest = (*walk, False, [0] * rank, g.groups)
-    missing = {Role.DGRAD: "x", Role.WGRAD: "w"}.get(call.role, "")
-    shape = g.shape(missing or "x")
-    like = a.new_empty((*shape[:2], *shape[5 - rank :]) if missing else (0,) * a.dim()).to(memory_format=memory_format)
-    given = last if call.a.stride(1) == 1 else torch.contiguous_format
-
-    def run() -> Tensor:
-        first, second = (t.contiguous(memory_format=memory_format) for t in (a, b))
-        if not missing:
-            return torch.ops.aten.convolution(first, second, None, *rest).contiguous(memory_format=given)
-        x, w = (like, second) if missing == "x" else (second, like)
-        wanted = [missing == "x", missing == "w", False]
-        dx, dw, _ = torch.ops.aten.convolution_backward(first, x, w, None, *rest, wanted)
-        return dx.contiguous(memory_format=given) if missing == "x" else dw
-
-    return run
+def convolution(call: execute.Call, output: Tensor, channels_last: bool) -> Callable[[], Tensor]:
+    """PyTorch's own convolution of a call, as `triton_conv.backend("auto")` runs it: with copies to a memory format."""
+    how = (call.bias, tuple(output.shape), output.stride(), channels_last)
+    return partial(backends.convolve, call.role, call.geometry, call.a, call.b, *how)
 
 
 def stamp(kernel: str, driver: str) -> dict[str, str]:
