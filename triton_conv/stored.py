@@ -184,7 +184,10 @@ def hidden(*places: str) -> Iterator[None]:
 
 
 def find(device: Device, kernel: str, key: Key, extents: Extents) -> Found | None:
-    """The config installed, else the user store's or the shipped one; of these extents, else the bucket's largest."""
+    """The config installed, else the user store's or the shipped one; of these extents, else the bucket's largest.
+
+    What a model chose for another size is no answer: it says less than what the model chooses for this one.
+    """
     hidden_now = _hidden.get()
     for place in PLACES:
         if place in hidden_now:
@@ -201,7 +204,9 @@ def find(device: Device, kernel: str, key: Key, extents: Extents) -> Found | Non
                 return Found(
                     chosen.config, f"{place}, {chosen.source}", True, chosen.seconds, chosen.rival, chosen.rival_name
                 )
-            chosen = next(iter(bucket.values()))
+            chosen = next(iter(bucket.values()))  # a measured one, if there is any
+            if chosen.source != "measured":
+                continue
             return Found(chosen.config, f"{place}, {chosen.source} for another size", False, None, None)
     return None
 
