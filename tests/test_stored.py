@@ -120,7 +120,9 @@ def test_each_place_is_asked_in_turn_and_named(places):
     look("", rule())
     assert "tiles by predicted time for NVIDIA H200" in box_plan().reason
     write(shipped, [entry([(CONFIGS[1], None)], images=40, source="model")])
-    look("shipped, model for another size", CONFIGS[1])
+    look("", rule())  # the model chooses for this size
+    write(shipped, [entry([(CONFIGS[1], 1e-3)], images=40)])
+    look("shipped, measured for another size", CONFIGS[1])
     write(shipped, [entry([(CONFIGS[2], None)], source="model")])
     look("shipped, model", CONFIGS[2])
     write(user, [entry([(CONFIGS[3], 1e-3)], images=40)])
