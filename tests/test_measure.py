@@ -192,6 +192,25 @@ def test_references_in_parts_are_the_same(monkeypatch):
                 torch.testing.assert_close(operands.expected(problem, call), whole)
 
 
+def test_references_run_where_only_deterministic_algorithms_are_allowed(monkeypatch):
+    problem, seen, whole = problems("gather")[0], [], operands.reference.fprop
+
+    def watched(*arguments):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return whole(*arguments)
+
+    monkeypatch.setattr(operands.reference, "fprop", watched)
+    call, _ = operands.operands(problem, torch.device("cpu"), seed=1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        operands.expected(problem, call)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert seen == [False]
+
+
 def test_plans_are_timed_in_rounds(kernels):
     problem = problems("copied")[0]
     clock, ps = FakeClock(), plan.every(problem)
@@ -382,7 +401,8 @@ class FakeCuda:
             self.current = before
 
     @contextmanager
-    def graph(self, graph):
+    def graph(self, graph, capture_error_mode):
+        assert capture_error_mode == "thread_local"
         self.current = "capturing"
         self.events.append(f"capture, collector {gc.isenabled()}")
         yield

@@ -76,7 +76,8 @@ class CudaClock:
         # the stream is set anew, because a capture that fails leaves its own behind as the current one
         with torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.current_stream(self.device)), _uncollected():
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            # of this thread's errors alone: those of a training script may copy batches or watch over collectives
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 work()
         return graph.replay
 

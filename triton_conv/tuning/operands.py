@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from math import prod
 
@@ -71,7 +72,7 @@ def wrong(problem: Problem, p: Plan, call: execute.Call, output: Tensor, want: T
 def expected(problem: Problem, call: execute.Call) -> Tensor:
     """What a plan should compute, in float64 on the operands' device, by plain PyTorch without cuDNN."""
     g, total = problem.geometry, list[Tensor]()
-    with backends.cudnn(enabled=False):  # whose algorithms may transform, which is inexact for integers
+    with _any_algorithm(), backends.cudnn(enabled=False):  # which may transform: that is inexact for integers
         for images, part in _parts(g):
             a = call.a[images].double()
             if problem.role is Role.FPROP:
@@ -96,6 +97,17 @@ def _parts(g: ConvGeometry) -> Iterator[tuple[slice, ConvGeometry]]:
     for first in range(0, g.N, size):
         images = min(size, g.N - first)
         yield slice(first, first + images), replace(g, N=images)
+
+
+@contextmanager
+def _any_algorithm() -> Iterator[None]:
+    """Even where `torch.use_deterministic_algorithms` is on, which refuses cuBLAS unless its workspace is set."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def _fprops(x: Tensor, w: Tensor, part: ConvGeometry) -> Iterator[Tensor]:
