@@ -218,7 +218,7 @@ def test_plans_are_timed_in_rounds(kernels):
     assert len(ps) == len(found) == 2
     assert all(t.rounds >= rounds.LEAST and t.spread == 0 for t in found)
     assert clock.captures == len(ps)
-    sets = on_device.rotation(operands.bytes_of(problem) + max(p.workspace_bytes for p in ps), 2**10, 2**30)
+    sets = on_device.rotation(operands.bytes_of(problem), 2**10, 2**30)
     assert {t.seconds for t in found} == {1e-3 / sets}
 
 
@@ -532,6 +532,22 @@ def test_rotated_sets_are_more_than_twice_l2():
         assert count >= 2
     assert on_device.rotation(2**30, 60 * 2**20, 3 * 2**30) == 1
     assert on_device.rotation(2**20, 60 * 2**20, 20 * 2**20) == 10
+
+
+@pytest.mark.parametrize("splits", [1, 64])
+def test_a_workspace_beside_operands_does_not_keep_them_in_l2(kernels, monkeypatch, splits):
+    problem = next(p for p in problems("box") if p.role is Role.WGRAD)
+    (p, *_) = plan.every(problem)
+    p = plan.with_config(problem, p, plan.replace(p.config, splits=splits))
+    size, placed, whole = operands.bytes_of(problem), [], operands.operands
+    monkeypatch.setattr(operands, "operands", lambda *a: placed.append(a) or whole(*a))
+    device = DEVICE._replace(l2_bytes=5 * size)
+    measuring = bench(device=device)
+    measuring.time(problem, [sabotaged(p)])
+    assert len(placed) == 11
+    measuring.rivals(problem)
+    assert len(placed) == 22
+    assert bench(FakeClock(free=8 * size), device)._sets(problem, size) == 2
 
 
 def test_samples_are_long_and_graphs_are_not():

@@ -142,7 +142,7 @@ class KernelBench:
     def time(self, problem: Problem, plans: Sequence[Plan]) -> list[Timing | None]:
         self._make_room()
         most = max((p.workspace_bytes for p in plans), default=0)
-        count = rotation(operands.bytes_of(problem) + most, self.device.l2_bytes, self.clock.free_bytes())
+        count = self._sets(problem, most)
         while True:
             try:
                 sets = [operands.operands(problem, self.where, seed) for seed in range(count)]
@@ -170,7 +170,7 @@ class KernelBench:
         if not backends.comparable(problem):
             return {}
         self._make_room()
-        count = rotation(3 * operands.bytes_of(problem), self.device.l2_bytes, self.clock.free_bytes())
+        count = self._sets(problem, 2 * operands.bytes_of(problem))
         try:
             with backends.cudnn(precision="tf32" if problem.precision == "tf32" else "ieee"):
                 sets = [operands.operands(problem, self.where, seed) for seed in range(count)]
@@ -205,6 +205,11 @@ class KernelBench:
             call, output = operands.operands(problem, self.where, seed=0)
             self._problem, self._case = problem, (call, output, operands.expected(problem, call))
         return self._case
+
+    def _sets(self, problem: Problem, beside: int) -> int:
+        """How many sets of operands to take in turns, for which L2 must be too small without the bytes beside each."""
+        size = operands.bytes_of(problem)
+        return rotation(size, self.device.l2_bytes, self.clock.free_bytes() * size // (size + beside))
 
     def _make_room(self) -> None:
         """Keeps what candidates are compared with, if it is little: a reference may take seconds."""
