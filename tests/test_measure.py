@@ -1,7 +1,13 @@
 """The loop that measures kernels, in Triton's interpreter and by a clock that is none; and its numbers."""
 
+import gc
+import multiprocessing.spawn
+import sys
+import weakref
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -9,10 +15,10 @@ import torch
 from triton_conv import backends, execute, explain, plan
 from triton_conv.devices import DEVICES, INTERPRETER
 from triton_conv.geometry import Role
-from triton_conv.tuning import audit, on_device, operands, rounds, space, tune
+from triton_conv.tuning import ahead, audit, on_device, operands, rounds, space, tune
 from triton_conv.tuning.ahead import Ahead
 from triton_conv.tuning.layers import Layer
-from triton_conv.tuning.on_device import KernelBench
+from triton_conv.tuning.on_device import CudaClock, KernelBench
 from triton_conv.tuning.tune import Budget, Task
 
 DEVICE = INTERPRETER._replace(l2_bytes=2**10)  # few sets of operands are enough
@@ -186,6 +192,25 @@ def test_references_in_parts_are_the_same(monkeypatch):
                 torch.testing.assert_close(operands.expected(problem, call), whole)
 
 
+def test_references_run_where_only_deterministic_algorithms_are_allowed(monkeypatch):
+    problem, seen, whole = problems("gather")[0], [], operands.reference.fprop
+
+    def watched(*arguments):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return whole(*arguments)
+
+    monkeypatch.setattr(operands.reference, "fprop", watched)
+    call, _ = operands.operands(problem, torch.device("cpu"), seed=1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        operands.expected(problem, call)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert seen == [False]
+
+
 def test_plans_are_timed_in_rounds(kernels):
     problem = problems("copied")[0]
     clock, ps = FakeClock(), plan.every(problem)
@@ -193,7 +218,7 @@ def test_plans_are_timed_in_rounds(kernels):
     assert len(ps) == len(found) == 2
     assert all(t.rounds >= rounds.LEAST and t.spread == 0 for t in found)
     assert clock.captures == len(ps)
-    sets = on_device.rotation(operands.bytes_of(problem) + max(p.workspace_bytes for p in ps), 2**10, 2**30)
+    sets = on_device.rotation(operands.bytes_of(problem), 2**10, 2**30)
     assert {t.seconds for t in found} == {1e-3 / sets}
 
 
@@ -258,14 +283,14 @@ def test_a_broken_device_is_told_by_the_plan_that_broke_it(kernels):
 @pytest.mark.slow
 def test_plans_are_compiled_ahead_as_the_audit_compiles_them():
     found = [p for problem in problems("gather", DEVICES["H200"]) for p in plan.every(problem)]
-    ahead = Ahead(90, jobs=2)
-    ahead.expect(found[1:])
-    rows = {p: ahead.rows(p) for p in found}
+    compiling = Ahead(90, jobs=2)
+    compiling.expect(found[1:])
+    rows = {p: compiling.rows(p) for p in found}
     subjects = [audit.Subject("", p) for p in found]
     assert [rows[p] for p in found] == [of for _, of in sorted(audit.audit(subjects, 90, 2), key=lambda done: done[0])]
     assert all(row.code.registers > 0 for of in rows.values() for row in of)
-    ahead.expect(found)
-    ahead.drop()
+    compiling.expect(found)
+    compiling.drop()
 
 
 def test_a_compiler_that_dies_is_tried_alone(monkeypatch):
@@ -276,9 +301,169 @@ def test_a_compiler_that_dies_is_tried_alone(monkeypatch):
     alone = [audit.Row(90, "", 2, "fprop", "gather", "float32", None, audit.Wanted(), error="the compiler died")]
     monkeypatch.setattr(Ahead, "_submitted", lambda self, p: dead)
     monkeypatch.setattr(audit, "audit", lambda subjects, arch, jobs: iter([(0, alone)]))
-    ahead = Ahead(90, jobs=1)
-    ahead.expect([p])
-    assert ahead.rows(p) == alone
+    compiling = Ahead(90, jobs=1)
+    compiling.expect([p])
+    assert compiling.rows(p) == alone
+
+
+def test_what_waits_for_a_compiler_that_dies_is_given_to_another(monkeypatch):
+    first, second = (p for problem in problems("gather", DEVICES["H200"])[:2] for p in plan.every(problem)[:1])
+    dead, alive = Future(), Future()
+    dead.set_exception(BrokenProcessPool("a child process terminated abruptly"))
+    alive.set_result([])
+    given = iter([dead, dead, alive])
+    monkeypatch.setattr(Ahead, "_submitted", lambda self, p: next(given))
+    monkeypatch.setattr(audit, "audit", lambda subjects, arch, jobs: iter([(0, ["alone"])]))
+    broken = Ahead(90, jobs=1)
+    broken.expect([first, second])
+    assert broken.rows(first) == ["alone"]
+    assert broken.rows(second) == []
+
+
+def test_compilers_do_not_run_the_users_script(monkeypatch):
+    """Which may have no `if __name__ == "__main__"`, and then would train a model in each of them."""
+    seen = []
+
+    class Pool:
+        def __init__(self, *args, **kwargs):
+            pass
+
+        def submit(self, *args):
+            seen.append(set(multiprocessing.spawn.get_preparation_data("child")))
+
+    script = ModuleType("__main__")
+    script.__file__ = __file__
+    monkeypatch.setitem(sys.modules, "__main__", script)
+    monkeypatch.setattr(ahead, "ProcessPoolExecutor", Pool)
+    (p, *_) = plan.every(problems("gather", DEVICES["H200"])[0])
+    Ahead(90, jobs=1).expect([p])
+    of_main = {"init_main_from_name", "init_main_from_path"}
+    assert of_main & set(multiprocessing.spawn.get_preparation_data("child"))
+    assert not of_main & seen[0]
+
+
+@pytest.mark.parametrize(("free", "references"), [(2**30, 1), (2**12, 2)])
+def test_a_reference_is_kept_while_there_is_room(kernels, monkeypatch, free, references):
+    whole, made = operands.expected, []
+    monkeypatch.setattr(operands, "expected", lambda *a: made.append(a) or whole(*a))
+    problem = problems("gather")[0]
+    measuring, (p, *_) = bench(FakeClock(free=free)), plan.every(problem)
+    for _ in range(2):
+        assert measuring.fault(problem, p) is None
+        assert measuring.time(problem, [p])[0] is not None
+        assert measuring.rivals(problem)
+    assert len(made) == references
+
+
+def test_outputs_rotate_as_operands_do():
+    """Else those of a rival, which allocates them, would stay in L2."""
+
+    class Output:
+        pass
+
+    alive, most = weakref.WeakSet(), []
+
+    def work():
+        output = Output()
+        alive.add(output)
+        most.append(len(alive))
+        return output
+
+    bench()._repeated([work] * 3)
+    assert max(most) == 3
+    assert not alive
+
+
+class FakeCuda:
+    """Notes, in order, what is asked of a device."""
+
+    def __init__(self, monkeypatch, fails=False):
+        self.events, self.current, self.fails = [], "mine", fails
+        for name in ("device", "Event", "CUDAGraph", "graph", "stream", "current_stream", "_sleep"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+
+    @contextmanager
+    def device(self, device):
+        yield
+
+    def current_stream(self, device):
+        return self.current
+
+    def _sleep(self, cycles):
+        self.events.append("sleep")
+
+    @contextmanager
+    def stream(self, stream):
+        before = self.current
+        try:
+            yield
+        finally:
+            self.current = before
+
+    @contextmanager
+    def graph(self, graph, capture_error_mode):
+        assert capture_error_mode == "thread_local"
+        self.current = "capturing"
+        self.events.append(f"capture, collector {gc.isenabled()}")
+        yield
+        if self.fails:
+            raise torch.AcceleratorError("capture was invalidated")
+        self.current = "mine"
+
+    def CUDAGraph(self):
+        return SimpleNamespace(replay=lambda: self.events.append("replay"))
+
+    def Event(self, enable_timing):
+        assert enable_timing
+
+        def note(what):
+            return lambda: self.events.append(what)
+
+        return SimpleNamespace(record=note("record"), synchronize=note("synchronize"), elapsed_time=lambda end: 2.0)
+
+
+def test_the_host_is_ahead_of_the_device_when_a_sample_starts(monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+    replay = CudaClock(torch.device("cuda", 0)).captured(lambda: cuda.events.append(f"work on {cuda.current}"))
+    assert cuda.events == ["capture, collector False", "work on capturing"]
+    assert gc.isenabled()
+    cuda.events.clear()
+    assert CudaClock(torch.device("cuda", 0)).seconds(replay) == 2e-3
+    assert cuda.events == ["sleep", "record", "replay", "record", "synchronize"]
+
+
+def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch):
+    cuda = FakeCuda(monkeypatch, fails=True)
+    with pytest.raises(torch.AcceleratorError):
+        CudaClock(torch.device("cuda", 0)).captured(lambda: None)
+    assert cuda.current == "mine"
+    assert gc.isenabled()
+
+
+def test_what_cannot_be_captured_is_not_measured_while_the_device_answers(kernels):
+    class Uncapturable(FakeClock):
+        def captured(self, work):
+            raise torch.AcceleratorError("operation not permitted when stream is capturing")
+
+    problem = problems("gather")[0]
+    with pytest.warns(UserWarning, match="not measured: gather"):
+        assert bench(Uncapturable()).time(problem, plan.every(problem)[:1]) == [None]
+    assert bench(Uncapturable()).rivals(problem) == {}
+
+
+def test_settings_of_tf32_by_operator_are_no_hindrance(kernels):
+    """`torch.backends.cudnn.flags` refuses where convolutions and recurrent networks have different ones."""
+    problem, conv = problems("gather")[0], torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    try:
+        conv.fp32_precision = "ieee"
+        assert bench().fault(problem, plan.every(problem)[0]) is None
+        assert bench().rivals(problem)
+        with backends.cudnn(enabled=False, precision="tf32"):
+            assert (conv.fp32_precision, torch.backends.cudnn.enabled) == ("tf32", False)
+        assert (conv.fp32_precision, torch.backends.cudnn.enabled) == ("ieee", True)
+    finally:
+        conv.fp32_precision = before
 
 
 def test_folds_are_no_part_of_a_kernels_time(kernels, monkeypatch):
@@ -347,6 +532,22 @@ def test_rotated_sets_are_more_than_twice_l2():
         assert count >= 2
     assert on_device.rotation(2**30, 60 * 2**20, 3 * 2**30) == 1
     assert on_device.rotation(2**20, 60 * 2**20, 20 * 2**20) == 10
+
+
+@pytest.mark.parametrize("splits", [1, 64])
+def test_a_workspace_beside_operands_does_not_keep_them_in_l2(kernels, monkeypatch, splits):
+    problem = next(p for p in problems("box") if p.role is Role.WGRAD)
+    (p, *_) = plan.every(problem)
+    p = plan.with_config(problem, p, plan.replace(p.config, splits=splits))
+    size, placed, whole = operands.bytes_of(problem), [], operands.operands
+    monkeypatch.setattr(operands, "operands", lambda *a: placed.append(a) or whole(*a))
+    device = DEVICE._replace(l2_bytes=5 * size)
+    measuring = bench(device=device)
+    measuring.time(problem, [sabotaged(p)])
+    assert len(placed) == 11
+    measuring.rivals(problem)
+    assert len(placed) == 22
+    assert bench(FakeClock(free=8 * size), device)._sets(problem, size) == 2
 
 
 def test_samples_are_long_and_graphs_are_not():

@@ -310,9 +310,16 @@ def test_another_kernel_source_is_measured_again(monkeypatch):
     assert bench.checked
 
 
-def test_what_breaks_the_device_is_kept_as_failed():
+@pytest.mark.parametrize("number", [1, 2])
+def test_what_breaks_the_device_is_kept_as_failed(number):
+    class Dead(Counting):
+        def rivals(self, problem):
+            if sum(self.checked.values()) >= self.breaks:
+                raise self.error("broken")
+            return super().rivals(problem)
+
     task, store = Task("layer", problems("one pixel")[0]), Memory()
-    bench = Counting(H200, breaks=2, error=torch.AcceleratorError)
+    bench = Dead(H200, breaks=number, error=torch.AcceleratorError)
     with pytest.raises(torch.AcceleratorError):
         tune.tune_one(task, bench, store)
     kernel, last = store.added[-1]

@@ -7,8 +7,10 @@ is how it then computes them.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,6 +115,30 @@ def default_precision() -> str:
     """How PyTorch is set to multiply float32 in convolutions; covers `cudnn.allow_tf32` and the newer settings."""
     setting = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
     return "tf32" if setting == "tf32" else "ieee"
+
+
+@contextmanager
+def cudnn(enabled: bool = True, precision: str = "") -> Iterator[None]:
+    """Within it, cuDNN is used or not, chooses by measuring, and multiplies float32 as "tf32" or "ieee" if so asked.
+
+    Unlike `torch.backends.cudnn.flags`, it can be entered whichever of PyTorch's settings of TF32 were made.
+    """
+    settings: Any = torch.backends.cudnn
+    names = ("enabled", "benchmark", "deterministic")
+    before, precise = [getattr(settings, name) for name in names], settings.conv.fp32_precision
+
+    def put(values: Sequence[bool], precision: str) -> None:
+        with torch.backends.__allow_nonbracketed_mutation():  # as `flags` itself does
+            for name, value in zip(names, values, strict=True):
+                setattr(settings, name, value)
+            if precision:
+                settings.conv.fp32_precision = precision
+
+    try:
+        put((enabled, True, False), precision)
+        yield
+    finally:
+        put(before, precision and precise)
 
 
 def _cut_off(g: ConvGeometry) -> tuple[int, ...]:

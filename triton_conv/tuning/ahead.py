@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import replace
+from types import ModuleType
 
 from ..plan import Plan
 from . import audit
@@ -44,7 +47,9 @@ class Ahead:
             return (future or self._submitted(p)).result()
         except (BrokenProcessPool, CancelledError):  # by whichever plan: this one is compiled alone
             self._pool = None
-            ((_, rows),) = audit.audit([_subject(p)], self.arch, jobs=1)
+            self.expect(list(self._waiting))  # those that broke with it
+            with _without_main():
+                ((_, rows),) = audit.audit([_subject(p)], self.arch, jobs=1)
             return rows
 
     def _submitted(self, p: Plan) -> Future[list[audit.Row]]:
@@ -54,10 +59,22 @@ class Ahead:
                 context = multiprocessing.get_context("spawn")
                 self._pool = ProcessPoolExecutor(self.jobs, context, initializer=audit.heed_the_parent)
             try:
-                return self._pool.submit(audit.compiled, task)
+                with _without_main():
+                    return self._pool.submit(audit.compiled, task)
             except BrokenProcessPool:
                 self._pool = None
         raise RuntimeError("processes that compile kernels die as they start")
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """A process that starts in here does not run the user's script, which need not be made for that."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _subject(p: Plan) -> audit.Subject:

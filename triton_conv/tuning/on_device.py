@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import re
 import subprocess
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from functools import cache, partial
 from pathlib import Path
@@ -29,6 +31,7 @@ from .rounds import Timing, interleaved
 _SAMPLE = 1e-3  # seconds of a sample, at least: what starts a graph is little beside it
 _LAUNCHES = 2048  # of a graph, at most
 _SECONDS = 60.0  # of rounds over plans that are measured together, at most
+_HEAD_START = 300_000  # cycles that the device waits, in which the host enqueues what is measured
 
 
 class Clock(Protocol):
@@ -62,6 +65,7 @@ class CudaClock:
     def seconds(self, work: Callable[[], object]) -> float:
         with torch.cuda.device(self.device):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(_HEAD_START)  # else a sample holds what the host takes to launch a graph
             start.record()
             work()
             end.record()
@@ -69,9 +73,11 @@ class CudaClock:
         return start.elapsed_time(end) * 1e-3
 
     def captured(self, work: Callable[[], object]) -> Callable[[], object]:
-        with torch.cuda.device(self.device):
+        # the stream is set anew, because a capture that fails leaves its own behind as the current one
+        with torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.current_stream(self.device)), _uncollected():
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            # of this thread's errors alone: those of a training script may copy batches or watch over collectives
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 work()
         return graph.replay
 
@@ -80,6 +86,18 @@ class CudaClock:
 
     def emptied(self) -> None:
         torch.cuda.empty_cache()
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without garbage collection: a graph or a module that is freed while another graph is captured spoils that one."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class KernelBench:
@@ -118,13 +136,13 @@ class KernelBench:
             self._forget()
             return "failed", f"out of memory: {audit.words(error)}"
         except Exception as error:  # whatever compilers and launches raise is a finding
-            self.clock.seconds(lambda: None)  # raises where the device answers nothing any more: that was this plan's
+            self._check_device()  # whose end would be this plan's doing
             return "failed", audit.words(error)
 
     def time(self, problem: Problem, plans: Sequence[Plan]) -> list[Timing | None]:
-        self._forget()
+        self._make_room()
         most = max((p.workspace_bytes for p in plans), default=0)
-        count = rotation(operands.bytes_of(problem) + most, self.device.l2_bytes, self.clock.free_bytes())
+        count = self._sets(problem, most)
         while True:
             try:
                 sets = [operands.operands(problem, self.where, seed) for seed in range(count)]
@@ -137,32 +155,30 @@ class KernelBench:
                 timings = dict(zip(samplers, found, strict=True))
                 return [timings.get(n) for n in range(len(plans))]
             except torch.OutOfMemoryError:
-                if count == 1:
+                if count == 1 and self._case is None:
                     return [None] * len(plans)
-                count //= 2
+                count = max(count // 2, 1)
             sets, samplers, ready = [], {}, {}
-            self.clock.emptied()
+            self._forget()
 
     def rivals(self, problem: Problem) -> dict[str, float]:
         """Of PyTorch's own convolution on operands as they lie, and after copies to the other memory format.
 
         Outputs come back in the layout that the problem has. {} for what cuDNN cannot do.
         """
-        self._forget()
         names = ("cudnn contiguous", "cudnn channels_last")
         if not backends.comparable(problem):
             return {}
-        count = rotation(3 * operands.bytes_of(problem), self.device.l2_bytes, self.clock.free_bytes())
-        tf32 = problem.precision == "tf32"
+        self._make_room()
+        count = self._sets(problem, 2 * operands.bytes_of(problem))
         try:
-            with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=tf32):
+            with backends.cudnn(precision="tf32" if problem.precision == "tf32" else "ieee"):
                 sets = [operands.operands(problem, self.where, seed) for seed in range(count)]
                 works = [[convolution(*tensors, last) for tensors in sets] for last in (False, True)]
                 samplers = [self._repeated(work) for work in works]
                 found = interleaved(samplers, self.clock.now, _SECONDS)
-        except torch.AcceleratorError:
-            raise
-        except RuntimeError:  # no algorithm, or no memory for it
+        except RuntimeError:  # no algorithm, or no memory for it, or none that can be captured
+            self._check_device()
             self._forget()
             return {}
         return {name: t.seconds for name, t in zip(names, found, strict=True) if t is not None}
@@ -190,9 +206,27 @@ class KernelBench:
             self._problem, self._case = problem, (call, output, operands.expected(problem, call))
         return self._case
 
+    def _sets(self, problem: Problem, beside: int) -> int:
+        """How many sets of operands to take in turns, for which L2 must be too small without the bytes beside each."""
+        size = operands.bytes_of(problem)
+        return rotation(size, self.device.l2_bytes, self.clock.free_bytes() * size // (size + beside))
+
+    def _make_room(self) -> None:
+        """Keeps what candidates are compared with, if it is little: a reference may take seconds."""
+        self.clock.emptied()
+        if self._case is not None:
+            call, *others = self._case
+            held = sum(t.numel() * t.element_size() for t in (call.a, call.b, *others))
+            if held > self.clock.free_bytes() // 4:
+                self._forget()
+
     def _forget(self) -> None:
         self._case = None
         self.clock.emptied()
+
+    def _check_device(self) -> None:
+        """Raises torch.AcceleratorError where the device answers nothing any more."""
+        self.clock.seconds(lambda: None)
 
     def _sampler(self, p: Plan, ready: Sequence[dict[str, Tensor]]) -> Callable[[], float] | None:
         """Samples of a plan's kernel on these tensors in turns; None where it cannot be captured."""
@@ -205,9 +239,10 @@ class KernelBench:
 
         try:
             return self._repeated([partial(on, t | shared) for t in ready])
-        except (torch.AcceleratorError, torch.OutOfMemoryError):
+        except torch.OutOfMemoryError:
             raise
         except Exception as error:
+            self._check_device()
             warnings.warn(f"not measured: {p.kernel} {p.config}: {audit.words(error)}", stacklevel=2)
             return None
 
@@ -216,14 +251,16 @@ class KernelBench:
 
         def batch(times: int) -> None:
             for _ in range(times):
-                for work in works:
-                    work()
+                held = [work() for work in works]  # so that outputs rotate too
+                del held
 
         self.clock.seconds(partial(batch, 1))  # compiles, and lets cuDNN choose: neither can be captured
         times, replay = 1, self.clock.captured(partial(batch, 1))
+        self.clock.seconds(replay)  # the first one carries the graph to the device
         needed = repeats(self.clock.seconds(replay), len(works))
         if needed > 1:
             times, replay = needed, self.clock.captured(partial(batch, needed))
+            self.clock.seconds(replay)
         return lambda: self.clock.seconds(replay) / (times * len(works))
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from math import prod
 
 import torch
 from torch import Tensor
 
-from .. import check, execute, plan, reference
+from .. import backends, check, execute, plan, reference
 from ..geometry import ConvGeometry, Role
 from ..plan import Plan
 from ..ways import Problem
@@ -71,15 +72,17 @@ def wrong(problem: Problem, p: Plan, call: execute.Call, output: Tensor, want: T
 def expected(problem: Problem, call: execute.Call) -> Tensor:
     """What a plan should compute, in float64 on the operands' device, by plain PyTorch without cuDNN."""
     g, total = problem.geometry, list[Tensor]()
-    with torch.backends.cudnn.flags(enabled=False):  # whose algorithms may transform, which is inexact for integers
+    with _any_algorithm(), backends.cudnn(enabled=False):  # which may transform: that is inexact for integers
         for images, part in _parts(g):
             a = call.a[images].double()
             if problem.role is Role.FPROP:
-                total.append(reference.fprop(a, call.b.double(), None, part))
+                total.append(sum(_fprops(a, call.b, part), torch.zeros((), dtype=a.dtype, device=a.device)))
             elif problem.role is Role.DGRAD:
-                total.append(reference.dgrad(a, call.b.double(), None, part))
+                found = [reference.dgrad(a, call.b[:, c].double(), None, some) for c, some in _channels(part)]
+                total.append(torch.cat(found, 1))
             else:
-                dw = reference.wgrad(a, call.b[images].double(), part)
+                found = [reference.wgrad(a, call.b[images, c].double(), some) for c, some in _channels(part)]
+                dw = torch.cat(found, 1)
                 total = [total[0] + dw if total else dw]
     result = torch.cat(total)
     if call.scales is not None:
@@ -94,6 +97,34 @@ def _parts(g: ConvGeometry) -> Iterator[tuple[slice, ConvGeometry]]:
     for first in range(0, g.N, size):
         images = min(size, g.N - first)
         yield slice(first, first + images), replace(g, N=images)
+
+
+@contextmanager
+def _any_algorithm() -> Iterator[None]:
+    """Even where `torch.use_deterministic_algorithms` is on, which refuses cuBLAS unless its workspace is set."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def _fprops(x: Tensor, w: Tensor, part: ConvGeometry) -> Iterator[Tensor]:
+    for c, some in _channels(part):
+        yield reference.fprop(x[:, c], w[:, c].double(), None, some)
+
+
+def _channels(g: ConvGeometry) -> Iterator[tuple[slice, ConvGeometry]]:
+    """Input channels whose windows fit into some chunks, and their geometry: PyTorch lays the windows of an image out.
+
+    Those of a group are not shared out, except where it is the only one.
+    """
+    most = max(8 * _CHUNK // max(prod(g.filter) * prod(g.output), 1), 1) if g.groups == 1 else g.C
+    for first in range(0, g.C, most):
+        channels = min(most, g.C - first)
+        of_these = slice(first, first + channels) if channels < g.C else slice(None)
+        yield of_these, replace(g, C=channels)
 
 
 def _empty(problem: Problem, name: str, device: torch.device, written: str) -> Tensor:

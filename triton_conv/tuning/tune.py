@@ -232,6 +232,7 @@ class _Session:
         try:
             fault = self.bench.fault(self.problem, p)
         except torch.AcceleratorError as error:
+            self.rivals = self.rivals or {}  # which nobody can measure any more
             self._keep(p, Candidate(p.config, status="failed", why=audit.words(error)))
             raise
         if fault is not None:
