@@ -14,6 +14,7 @@ from triton_conv.tuning.store import Store
 
 SHAPE = ["8x64x28x28", "64x64x3x3", "--padding", "1", "--dtype", "bfloat16", "--channels-last"]
 FEW = ["--candidates", 5]
+HOME = object()  # the directory that the home fixture gives
 
 
 @pytest.fixture(autouse=True)
@@ -28,12 +29,19 @@ def home(tmp_path, monkeypatch):
     stored.forget()
 
 
+class Bench(SimulatedBench):
+    """Says of its made-up times that they were measured."""
+
+    def stamp(self, kernel):
+        return {**super().stamp(kernel), "driver": "580.65"}
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """A GPU that makes its times up."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr(commands_tune.execute, "device_of", lambda device: H200)
-    monkeypatch.setattr(commands_tune, "CudaBench", lambda index: SimulatedBench(H200))
+    monkeypatch.setattr(commands_tune, "CudaBench", lambda index: Bench(H200))
 
 
 def tune(*arguments):
@@ -68,10 +76,12 @@ def test_a_dry_run_of_a_shape_shows_what_would_be_compiled(capsys):
         assert float(roofline) <= float(best) <= float(default)
 
 
-def test_stored_configs_are_no_default_of_a_dry_run(capsys, home):
+def test_stored_configs_are_no_default_of_a_dry_run(capsys, tmp_path, monkeypatch):
     assert tune("--dry-run", *SHAPE) == 0
     before = capsys.readouterr().out
-    assert tune("--simulate", *SHAPE, *FEW, "--store", home) == 0
+    assert tune("--simulate", *SHAPE, *FEW, "--store", tmp_path / "made_up") == 0
+    monkeypatch.setenv("TRITON_CONV_CACHE", str(tmp_path / "made_up"))
+    stored.forget()
     capsys.readouterr()
     assert tune("--dry-run", *SHAPE) == 0
     assert capsys.readouterr().out == before
@@ -112,7 +122,9 @@ def test_what_is_measured_is_what_later_calls_find(capsys, gpu, home):
     assert files(home) == ["NVIDIA_H200/box.json", "NVIDIA_H200/box_wgrad.json"]
     capsys.readouterr()
     assert cli.main(["explain", *SHAPE]) == 0
-    assert capsys.readouterr().out.count("config of user store, measured") == 3
+    printed = capsys.readouterr().out
+    assert printed.count("config of user store, measured") == 3
+    assert printed.count("us measured, ") == 3
 
 
 def test_a_second_run_measures_nothing_but_with_again(gpu, monkeypatch):
@@ -131,7 +143,7 @@ def test_wrong_candidates_are_reported_and_do_not_win(capsys, gpu, home, monkeyp
     assert tune(*SHAPE, *FEW, "--role", "fprop") == 0
     (entry,) = Store(home).entries("NVIDIA H200", "box")
     wrong = entry.winner.config
-    monkeypatch.setattr(commands_tune, "CudaBench", lambda index: SimulatedBench(H200, wrong=[wrong]))
+    monkeypatch.setattr(commands_tune, "CudaBench", lambda index: Bench(H200, wrong=[wrong]))
     capsys.readouterr()
     assert tune(*SHAPE, *FEW, "--role", "fprop", "--again", "--export", home / "export") == 1
     printed = capsys.readouterr()
@@ -218,6 +230,17 @@ def network(tmp_path, monkeypatch):
     sys.modules.pop("some_network", None)
 
 
+def test_simulated_times_do_not_stand_beside_measured_ones(capsys, gpu, tmp_path):
+    shape = [*SHAPE, *FEW, "--role", "fprop", "--store"]
+    assert tune(*shape, tmp_path / "made_up", "--simulate") == 0
+    assert tune(*shape, tmp_path / "measured") == 0
+    capsys.readouterr()
+    assert tune(*shape, tmp_path / "made_up", "--again") == 2
+    assert f"argument --store: {tmp_path / 'made_up'} holds simulated times" in capsys.readouterr().err
+    assert tune(*shape, tmp_path / "measured", "--simulate") == 2
+    assert f"argument --store: {tmp_path / 'measured'} holds measured times" in capsys.readouterr().err
+
+
 def test_a_model_of_the_working_directory(capsys, network):
     assert tune("--dry-run", "--model", network, "--input", "2x3x16x16") == 0
     printed = capsys.readouterr().out
@@ -253,6 +276,8 @@ def test_a_model_that_looks_at_values_runs_for_real(capsys, network):
         ([*SHAPE, "--dry-run", "--arch", "90", "--device", "H100"], "argument --arch: does not go with --device"),
         ([*SHAPE, "--simulate"], "argument --simulate: needs --store"),
         ([*SHAPE, "--simulate", "--store", "x", "--export", "y"], "argument --export: only what was measured"),
+        ([*SHAPE, "--simulate", "--store", HOME], "argument --store: is your own"),
+        ([*SHAPE, "--dry-run", "--dtype", "complex64"], "argument --dtype: complex convolutions are made of real ones"),
         ([*SHAPE, "--dry-run", "--simulate"], "argument --simulate: does not go with --dry-run"),
         ([*SHAPE, "--dry-run", "--batch", "3"], "argument --batch: goes with --suite"),
         (["--dry-run", "--suite", "resnet50", "--stride", "2"], "argument --stride: goes with INPUT and WEIGHT"),
@@ -261,6 +286,10 @@ def test_a_model_that_looks_at_values_runs_for_real(capsys, network):
         (["--dry-run", *SHAPE, "--output-padding", "1"], "argument --output-padding: only a transposed"),
         (["--dry-run", "--suite", "mamba"], "there is nothing to tune"),
         (["--dry-run", "--model", "some_network:build"], "argument --model: needs --input"),
+        (
+            ["--dry-run", "--model", "some_network:build", "--input", "1x3x9x9", "--autocast", "float64"],
+            "argument --autocast: is bfloat16 or float16",
+        ),
         (["--dry-run", "--model", "some_network:tower", "--input", "1x3x9x9"], "some_network has no tower"),
         (["--dry-run", "--model", "no_network:build", "--input", "1x3x9x9"], "no_network cannot be imported: Module"),
         (["--dry-run", "--model", "some_network", "--input", "1x3x9x9"], "'some_network' is not package.module:"),
@@ -272,7 +301,7 @@ def test_a_model_that_looks_at_values_runs_for_real(capsys, network):
     ],
 )
 def test_what_cannot_be_done_is_said_before_anything_is(arguments, message, capsys, network, home):
-    assert tune(*arguments) == 2
+    assert tune(*(home if argument is HOME else argument for argument in arguments)) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.splitlines()[-1].startswith("triton-conv: error: ")
@@ -317,9 +346,10 @@ def test_torchvision_by_name(capsys):
     assert len(rows(capsys.readouterr().out, "wgrad")) == 23
 
 
-def test_ranks_other_than_the_first_say_nothing(capsys, gpu, monkeypatch):
+@pytest.mark.parametrize("arguments", [(*SHAPE, *FEW), (*SHAPE, "--dry-run"), ("--list-suites",)])
+def test_ranks_other_than_the_first_say_nothing(arguments, capsys, gpu, monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    assert tune(*SHAPE, *FEW) == 0
+    assert tune(*arguments) == 0
     printed = capsys.readouterr()
     assert printed.out == printed.err == ""
     assert torch.cuda.is_available()

@@ -17,43 +17,51 @@ import torch
 
 from .. import execute, plan, stored
 from ..devices import DEVICES, H200, Device, known
+from ..key import CONFIGS
 from ..stored import Candidate, Entry
 from . import asked, space, suites
 from .code import TARGETS
 from .commands_configs import ship
 from .measure import Bench, CudaBench, SimulatedBench
+from .ranks import local_rank
 from .seed import filed
 from .store import Store, merged
 from .sweep import sweep
 from .tune import Budget, Result, Task
+from .verify import made_up
 
 
 def tune(arguments: argparse.Namespace) -> int:
     """Runs the command and returns its exit code. Raises ValueError for what cannot be done, before anything is."""
+    speaks = int(os.environ.get("RANK", "0")) == 0
     if arguments.list_suites:
-        return _list_suites()
+        return _list_suites() if speaks else 0
     asked.check(arguments)
     _check(arguments)
     device = _device(arguments)
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always", UserWarning)
         found = asked.tasks(arguments, device)
-    speaks = int(os.environ.get("RANK", "0")) == 0
     for note in warned if speaks else ():
         print(f"triton-conv: {note.message}", file=sys.stderr)
     tasks = [task for task in found if arguments.role in (None, task.problem.role.value)]
     if not tasks:
         raise ValueError("there is nothing to tune")
     if arguments.dry_run:
-        return _dry_run(tasks, device, arguments.candidates)
+        return _dry_run(tasks, device, arguments.candidates) if speaks else 0
     return _measured(arguments, tasks, device, speaks)
 
 
 def _check(arguments: argparse.Namespace) -> None:
+    if arguments.dtype is not None and arguments.dtype.is_complex:
+        raise ValueError("argument --dtype: complex convolutions are made of real ones: tune these")
     if arguments.dry_run and arguments.simulate:
         raise ValueError("argument --simulate: does not go with --dry-run")
     if arguments.simulate and arguments.store is None:
         raise ValueError("argument --simulate: needs --store, a directory for times that nobody measured")
+    own = stored.user_directory()
+    if arguments.simulate and own is not None and arguments.store.resolve() == own.resolve():
+        raise ValueError("argument --store: is your own, where look-ups would find times that nobody measured")
     if arguments.export is not None and (arguments.dry_run or arguments.simulate):
         raise ValueError("argument --export: only what was measured is exported")
     if arguments.arch is not None and arguments.device is not None:
@@ -76,13 +84,9 @@ def _device(arguments: argparse.Namespace) -> Device:
             "PyTorch sees no CUDA device to measure on: --dry-run shows what would be done, --simulate does it with "
             "made-up times"
         )
-    found = execute.device_of(torch.device("cuda", _local_rank()))
+    found = execute.device_of(torch.device("cuda", local_rank()))
     assert found is not None
     return found
-
-
-def _local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def _list_suites() -> int:
@@ -159,6 +163,7 @@ def _measured(arguments: argparse.Namespace, tasks: Sequence[Task], device: Devi
 
     directory = arguments.store or stored.user_directory()
     store = _Anew(directory) if arguments.again else Store(directory)
+    _check_alike(Store(directory), device, arguments.simulate)
     make_bench: Callable[[int], Bench] = simulated if arguments.simulate else CudaBench
     budget, done = Budget(arguments.seconds, arguments.candidates), []
     code, ended = 0, ""
@@ -190,6 +195,15 @@ def _measured(arguments: argparse.Namespace, tasks: Sequence[Task], device: Devi
     if ended:
         print(f"triton-conv: {ended}; what was measured is kept, and not measured again", file=sys.stderr)
     return code
+
+
+def _check_alike(store: Store, device: Device, simulate: bool) -> None:
+    """Raises ValueError where simulated times would stand beside measured ones."""
+    for kernel in CONFIGS:
+        for entry in store.entries(device.name, kernel):
+            if entry.source == "measured" and made_up(entry) != simulate:
+                there = "measured" if simulate else "simulated"
+                raise ValueError(f"argument --store: {store.directory} holds {there} times: give another")
 
 
 @contextmanager
