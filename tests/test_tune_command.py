@@ -113,7 +113,7 @@ def test_a_simulation_writes_to_its_own_directory(capsys, home, tmp_path):
     assert not home.exists()
     assert files(tmp_path / "made_up") == ["NVIDIA_H100/box.json", "NVIDIA_H100/box_wgrad.json"]
     assert "made-up times: 3 problems on NVIDIA H100" in printed.out
-    assert f"3 of 3 problems, in {tmp_path / 'made_up'}" in printed.out
+    assert f"3 of 3 problems measured, in {tmp_path / 'made_up'}" in printed.out
     assert printed.err == ""
 
 
@@ -166,7 +166,7 @@ def test_an_interrupt_leaves_what_was_measured(capsys, gpu, home, monkeypatch):
     monkeypatch.setattr(SimulatedBench, "time", interrupted)
     assert tune(*SHAPE, *FEW) == 130
     printed = capsys.readouterr()
-    assert "2 of 3 problems, in" in printed.out
+    assert "2 of 3 problems measured, in" in printed.out
     assert printed.err == "triton-conv: interrupted; what was measured is kept, and not measured again\n"
     assert {entry.key.role for entry in Store(home).entries("NVIDIA H200", "box")} == {"fprop", "dgrad"}
 
@@ -182,7 +182,7 @@ def test_a_gpu_that_breaks_leaves_what_was_measured(capsys, gpu, home, monkeypat
     monkeypatch.setattr(SimulatedBench, "fault", broken)
     assert tune(*SHAPE, *FEW) == 1
     printed = capsys.readouterr()
-    assert "1 of 3 problems, in" in printed.out
+    assert "1 of 3 problems measured, in" in printed.out
     assert (
         "error: the GPU answers no more: an illegal memory access was encountered; what was measured is kept"
         in printed.err
@@ -239,6 +239,23 @@ def test_simulated_times_do_not_stand_beside_measured_ones(capsys, gpu, tmp_path
     assert f"argument --store: {tmp_path / 'made_up'} holds simulated times" in capsys.readouterr().err
     assert tune(*shape, tmp_path / "measured", "--simulate") == 2
     assert f"argument --store: {tmp_path / 'measured'} holds measured times" in capsys.readouterr().err
+
+
+def test_a_store_that_takes_no_files_is_said_before_anything_is_measured(capsys, gpu, tmp_path, monkeypatch):
+    assert tune(*SHAPE, *FEW, "--store", "/dev/null/configs") == 2
+    assert "argument --store: /dev/null/configs takes no files: /dev/null is no directory" in capsys.readouterr().err
+    monkeypatch.setenv("TRITON_CONV_CACHE", "/dev/null/configs")
+    monkeypatch.setattr(stored, "_held", {})
+    assert tune(*SHAPE, *FEW) == 2
+    with pytest.warns(UserWarning, match="configs stay in memory"):
+        assert tune(*SHAPE, *FEW, "--role", "fprop", "--export", tmp_path / "configs") == 0
+    assert files(tmp_path / "configs") == ["NVIDIA_H200/box.json"]
+
+
+def test_a_sweep_that_ran_out_of_time_counts_what_was_measured(capsys, gpu):
+    assert tune(*SHAPE, "--total-seconds", 1e-6) == 0
+    printed = capsys.readouterr().out
+    assert "0 of 3 problems measured, in" in printed
 
 
 def test_a_model_of_the_working_directory(capsys, network):

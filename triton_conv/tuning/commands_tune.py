@@ -163,7 +163,7 @@ def _measured(arguments: argparse.Namespace, tasks: Sequence[Task], device: Devi
 
     directory = arguments.store or stored.user_directory()
     store = _Anew(directory) if arguments.again else Store(directory)
-    _check_alike(Store(directory), device, arguments.simulate)
+    _check_store(Store(directory), device, arguments)
     make_bench: Callable[[int], Bench] = simulated if arguments.simulate else CudaBench
     budget, done = Budget(arguments.seconds, arguments.candidates), []
     code, ended = 0, ""
@@ -184,7 +184,8 @@ def _measured(arguments: argparse.Namespace, tasks: Sequence[Task], device: Devi
         return code
     _summary(done, device, "made-up times: " if arguments.simulate else "")
     where = directory if directory is not None else "memory only: there is no home directory"
-    print(f"{len(done)} of {len(tasks)} problems, in {where}")
+    there = sum(result.seconds is not None for result in done)
+    print(f"{there} of {len(tasks)} problems measured, in {where}")
     for result in done:
         for fault in result.faults:
             if fault.startswith("wrong"):
@@ -197,12 +198,17 @@ def _measured(arguments: argparse.Namespace, tasks: Sequence[Task], device: Devi
     return code
 
 
-def _check_alike(store: Store, device: Device, simulate: bool) -> None:
-    """Raises ValueError where simulated times would stand beside measured ones."""
+def _check_store(store: Store, device: Device, arguments: argparse.Namespace) -> None:
+    """Raises ValueError where times would be lost, or simulated ones stand beside measured ones."""
+    if arguments.export is None:
+        try:
+            store.try_writing()
+        except OSError as error:
+            raise ValueError(f"argument --store: {error}: give another, or --export") from error
     for kernel in CONFIGS:
         for entry in store.entries(device.name, kernel):
-            if entry.source == "measured" and made_up(entry) != simulate:
-                there = "measured" if simulate else "simulated"
+            if entry.source == "measured" and made_up(entry) != arguments.simulate:
+                there = "simulated" if made_up(entry) else "measured"
                 raise ValueError(f"argument --store: {store.directory} holds {there} times: give another")
 
 
