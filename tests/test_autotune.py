@@ -279,11 +279,11 @@ def trained(directory, channels, raises=None):
 
 
 def test_ranks_of_other_noise_files_and_problems_end_up_with_the_same_configs(tmp_path):
-    one, other = trained(tmp_path, [[4], [4, 8]])
+    one, other = trained(tmp_path, [[2, 4], [4, 8]])
     assert one["runs"] == other["runs"]
-    assert len(one["runs"]) == one["results"] == other["results"] == 6
+    assert len(one["runs"]) == one["results"] == other["results"] == 9
     assert one["asked"] > 0
-    assert other["asked"] > 0  # they shared the work
+    assert other["asked"] > 0  # each measured what only it computes, at least
     assert one["then"] == one["asked"]
     assert other["then"] == other["asked"]
 

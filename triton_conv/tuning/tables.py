@@ -25,6 +25,7 @@ def add(to: Table, cells: Sequence[str]) -> None:
 
 
 def show(made: Table) -> None:
+    """Prints a table, in lines as long as it takes where no terminal shows them."""
     console = Console()
     if not console.is_terminal:  # whatever reads it wraps no lines
         console.width = console.measure(made, options=console.options.update(width=10**4)).maximum
