@@ -258,6 +258,22 @@ def test_a_sweep_that_ran_out_of_time_counts_what_was_measured(capsys, gpu):
     assert "0 of 3 problems measured, in" in printed
 
 
+@pytest.mark.parametrize("width", [20, 40, 80, 200])
+def test_a_narrow_terminal_hides_no_column(width, capsys, monkeypatch):
+    pytest.importorskip("rich")
+    from rich.console import Console
+
+    from triton_conv.tuning import tables
+
+    monkeypatch.setattr(tables, "Console", lambda: Console(force_terminal=True, width=width))
+    made = tables.table("layer", "config", ">default us", ">gain over it")
+    tables.add(made, ["stage 4 downsample", "128x64x64 filters_first", "13.5", "1.95"])
+    tables.show(made)
+    printed = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    words = "layer config default us gain over it stage 4 downsample 128x64x64 filters_first 13.5 1.95"
+    assert set(words.split()) <= set(printed.split())
+
+
 def test_a_model_of_the_working_directory(capsys, network):
     assert tune("--dry-run", "--model", network, "--input", "2x3x16x16") == 0
     printed = capsys.readouterr().out
