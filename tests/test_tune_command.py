@@ -11,6 +11,7 @@ from triton_conv.devices import H200
 from triton_conv.tuning import commands_tune
 from triton_conv.tuning.measure import SimulatedBench
 from triton_conv.tuning.store import Store
+from triton_conv.tuning.tune import tune as tune_all
 
 SHAPE = ["8x64x28x28", "64x64x3x3", "--padding", "1", "--dtype", "bfloat16", "--channels-last"]
 FEW = ["--candidates", 5]
@@ -239,6 +240,27 @@ def test_simulated_times_do_not_stand_beside_measured_ones(capsys, gpu, tmp_path
     assert f"argument --store: {tmp_path / 'made_up'} holds simulated times" in capsys.readouterr().err
     assert tune(*shape, tmp_path / "measured", "--simulate") == 2
     assert f"argument --store: {tmp_path / 'measured'} holds measured times" in capsys.readouterr().err
+
+
+def test_what_ranks_of_other_devices_found_is_exported_as_theirs(capsys, gpu, home, tmp_path, monkeypatch):
+    elsewhere = H200._replace(name="NVIDIA A100")
+
+    def sweep(tasks, make_bench, store, budget, **options):
+        others = [task._replace(problem=task.problem._replace(device=elsewhere)) for task in tasks]
+        return [
+            *tune_all(tasks, Bench(H200), store, budget, options["progress"]),
+            *tune_all(others, Bench(elsewhere), store, budget, options["progress"]),
+        ]
+
+    monkeypatch.setattr(commands_tune, "sweep", sweep)
+    assert tune(*SHAPE, *FEW, "--role", "fprop", "--export", tmp_path / "configs") == 0
+    printed = capsys.readouterr().out
+    assert "2 of 2 problems measured" in printed
+    assert "2 problems on NVIDIA H200, NVIDIA A100" in printed
+    for device in ("NVIDIA H200", "NVIDIA A100"):
+        (entry,) = Store(tmp_path / "configs").entries(device, "box")
+        (found,) = Store(home).entries(device, "box")
+        assert entry.winner == found.winner
 
 
 def test_a_store_that_takes_no_files_is_said_before_anything_is_measured(capsys, gpu, tmp_path, monkeypatch):

@@ -185,14 +185,15 @@ def _measured(arguments: argparse.Namespace, tasks: Sequence[Task], device: Devi
     _summary(done, device, "made-up times: " if arguments.simulate else "")
     where = directory if directory is not None else "memory only: there is no home directory"
     there = sum(result.seconds is not None for result in done)
-    print(f"{there} of {len(tasks)} problems measured, in {where}")
+    every = {task.problem for task in (*tasks, *(result.task for result in done))}
+    print(f"{there} of {len(every)} problems measured, in {where}")
     for result in done:
         for fault in result.faults:
             if fault.startswith("wrong"):
                 print(f"{result.task.label} ({result.task.problem.geometry}): {fault}", file=sys.stderr)
                 code = code or 1
     if arguments.export is not None:
-        ship(arguments.export, _winners(done, Store(directory), device))
+        ship(arguments.export, _winners(done, Store(directory)))
     if ended:
         print(f"triton-conv: {ended}; what was measured is kept, and not measured again", file=sys.stderr)
     return code
@@ -249,7 +250,8 @@ def _summary(results: Sequence[Result], device: Device, prefix: str) -> None:
         counts = [str(result.tried), str(result.wrong or ""), result.skipped]
         tables.add(made, [result.task.label, role, result.kernel, config, *times, *counts])
     tables.show(made)
-    words = [f"{prefix}{len(over_default)} problems on {device.name}"]
+    names = dict.fromkeys([device.name, *(result.task.problem.device.name for result in results)])
+    words = [f"{prefix}{len(over_default)} problems on {', '.join(names)}"]
     if over_default:
         words.append(f"{_mean(over_default):.2f} times as quick as by default")
     if over_rivals:
@@ -270,26 +272,26 @@ def _mean(ratios: Sequence[float]) -> float:
     return exp(fsum(map(log, ratios)) / len(ratios))
 
 
-def _entries(results: Iterable[Result], store: Store) -> Iterator[tuple[str, Entry]]:
-    """(kernel, entry) of every way to run what was tuned, each once."""
+def _entries(results: Iterable[Result], store: Store) -> Iterator[tuple[Device, str, Entry]]:
+    """(device, kernel, entry) of every way to run what was tuned, each once."""
     seen = set()
     for result in results:
         for p in plan.every(result.task.problem):
-            what = (p.kernel, *filed(p))
+            what = (p.device.name, p.kernel, *filed(p))
             if what not in seen:
                 seen.add(what)
                 for entry in store.entries(p.device.name, p.kernel):
-                    if (entry.key, entry.extents) == what[1:] and stored.current(entry, p.kernel):
-                        yield p.kernel, entry
+                    if (entry.key, entry.extents) == what[2:] and stored.current(entry, p.kernel):
+                        yield p.device, p.kernel, entry
 
 
-def _winners(results: Sequence[Result], store: Store, device: Device) -> dict[tuple[str, str], list[Entry]]:
+def _winners(results: Sequence[Result], store: Store) -> dict[tuple[str, str], list[Entry]]:
     """By device and kernel; a known device has the name under which its configs ship."""
-    kin = known(device.name, device.multiprocessors)
     found: dict[tuple[str, str], list[Entry]] = {}
-    for kernel, entry in _entries(results, store):
+    for device, kernel, entry in _entries(results, store):
         best: Candidate | None = entry.winner
         if best is not None and best.seconds is not None:
+            kin = known(device.name, device.multiprocessors)
             name = kin.name if kin else device.name
             found.setdefault((name, kernel), []).append(replace(entry, candidates=(best,)))
     return found
