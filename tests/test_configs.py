@@ -93,6 +93,7 @@ def faults(directory):
     ("change", "words"),
     [
         ({"stamp": {**stamp(), "kernel": "0" * 16}}, "was made for another version of the kernel"),
+        ({"stamp": {**stamp(), "driver": "simulated"}}, "its times are simulated"),
         ({"candidates": ()}, "has no config that is right"),
         ({"candidates": (Candidate(CONFIGS[0], 1.0, 0.0, "wrong"),)}, "has no config that is right"),
         ({"candidates": (Candidate(replace(CONFIGS[0], splits=2)),)}, "its 2 splits are for weight gradients"),
@@ -195,6 +196,21 @@ def test_merge_takes_files_and_directories(user, tmp_path, capsys):
     assert f"{broken}: is no JSON" in capsys.readouterr().err
     assert cli.main(["configs", "merge", str(tmp_path / "nowhere")]) == 2
     assert "there is no such file or directory" in capsys.readouterr().err
+
+
+def test_simulated_times_are_neither_merged_nor_exported(user, tmp_path, capsys):
+    made_up = {**stamp(), "driver": "simulated"}
+    path = write(user, [entry([(CONFIGS[0], 1e-3)], images=n, stamp=made_up) for n in (3, 4)])
+    assert cli.main(["configs", "export", str(tmp_path / "export")]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == "nothing was measured\n"
+    assert printed.err == f"{path}: its times are simulated\n"
+    other = path.rename(tmp_path / "box.json")
+    assert cli.main(["configs", "merge", str(other)]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == f"0 entries merged into {user}\n"
+    assert printed.err == f"{other}: its times are simulated\n"
+    assert not path.exists()
 
 
 def test_merge_says_when_it_could_not_write(tmp_path, capsys, monkeypatch):

@@ -11,9 +11,11 @@ from triton_conv.devices import H200
 from triton_conv.tuning import commands_tune
 from triton_conv.tuning.measure import SimulatedBench
 from triton_conv.tuning.store import Store
+from triton_conv.tuning.tune import tune as tune_all
 
 SHAPE = ["8x64x28x28", "64x64x3x3", "--padding", "1", "--dtype", "bfloat16", "--channels-last"]
 FEW = ["--candidates", 5]
+HOME = object()  # the directory that the home fixture gives
 
 
 @pytest.fixture(autouse=True)
@@ -28,12 +30,19 @@ def home(tmp_path, monkeypatch):
     stored.forget()
 
 
+class Bench(SimulatedBench):
+    """Says of its made-up times that they were measured."""
+
+    def stamp(self, kernel):
+        return {**super().stamp(kernel), "driver": "580.65"}
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """A GPU that makes its times up."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr(commands_tune.execute, "device_of", lambda device: H200)
-    monkeypatch.setattr(commands_tune, "CudaBench", lambda index: SimulatedBench(H200))
+    monkeypatch.setattr(commands_tune, "CudaBench", lambda index: Bench(H200))
 
 
 def tune(*arguments):
@@ -68,10 +77,12 @@ def test_a_dry_run_of_a_shape_shows_what_would_be_compiled(capsys):
         assert float(roofline) <= float(best) <= float(default)
 
 
-def test_stored_configs_are_no_default_of_a_dry_run(capsys, home):
+def test_stored_configs_are_no_default_of_a_dry_run(capsys, tmp_path, monkeypatch):
     assert tune("--dry-run", *SHAPE) == 0
     before = capsys.readouterr().out
-    assert tune("--simulate", *SHAPE, *FEW, "--store", home) == 0
+    assert tune("--simulate", *SHAPE, *FEW, "--store", tmp_path / "made_up") == 0
+    monkeypatch.setenv("TRITON_CONV_CACHE", str(tmp_path / "made_up"))
+    stored.forget()
     capsys.readouterr()
     assert tune("--dry-run", *SHAPE) == 0
     assert capsys.readouterr().out == before
@@ -103,7 +114,7 @@ def test_a_simulation_writes_to_its_own_directory(capsys, home, tmp_path):
     assert not home.exists()
     assert files(tmp_path / "made_up") == ["NVIDIA_H100/box.json", "NVIDIA_H100/box_wgrad.json"]
     assert "made-up times: 3 problems on NVIDIA H100" in printed.out
-    assert f"3 of 3 problems, in {tmp_path / 'made_up'}" in printed.out
+    assert f"3 of 3 problems measured, in {tmp_path / 'made_up'}" in printed.out
     assert printed.err == ""
 
 
@@ -112,7 +123,9 @@ def test_what_is_measured_is_what_later_calls_find(capsys, gpu, home):
     assert files(home) == ["NVIDIA_H200/box.json", "NVIDIA_H200/box_wgrad.json"]
     capsys.readouterr()
     assert cli.main(["explain", *SHAPE]) == 0
-    assert capsys.readouterr().out.count("config of user store, measured") == 3
+    printed = capsys.readouterr().out
+    assert printed.count("config of user store, measured") == 3
+    assert printed.count("us measured, ") == 3
 
 
 def test_a_second_run_measures_nothing_but_with_again(gpu, monkeypatch):
@@ -131,7 +144,7 @@ def test_wrong_candidates_are_reported_and_do_not_win(capsys, gpu, home, monkeyp
     assert tune(*SHAPE, *FEW, "--role", "fprop") == 0
     (entry,) = Store(home).entries("NVIDIA H200", "box")
     wrong = entry.winner.config
-    monkeypatch.setattr(commands_tune, "CudaBench", lambda index: SimulatedBench(H200, wrong=[wrong]))
+    monkeypatch.setattr(commands_tune, "CudaBench", lambda index: Bench(H200, wrong=[wrong]))
     capsys.readouterr()
     assert tune(*SHAPE, *FEW, "--role", "fprop", "--again", "--export", home / "export") == 1
     printed = capsys.readouterr()
@@ -154,7 +167,7 @@ def test_an_interrupt_leaves_what_was_measured(capsys, gpu, home, monkeypatch):
     monkeypatch.setattr(SimulatedBench, "time", interrupted)
     assert tune(*SHAPE, *FEW) == 130
     printed = capsys.readouterr()
-    assert "2 of 3 problems, in" in printed.out
+    assert "2 of 3 problems measured, in" in printed.out
     assert printed.err == "triton-conv: interrupted; what was measured is kept, and not measured again\n"
     assert {entry.key.role for entry in Store(home).entries("NVIDIA H200", "box")} == {"fprop", "dgrad"}
 
@@ -170,7 +183,7 @@ def test_a_gpu_that_breaks_leaves_what_was_measured(capsys, gpu, home, monkeypat
     monkeypatch.setattr(SimulatedBench, "fault", broken)
     assert tune(*SHAPE, *FEW) == 1
     printed = capsys.readouterr()
-    assert "1 of 3 problems, in" in printed.out
+    assert "1 of 3 problems measured, in" in printed.out
     assert (
         "error: the GPU answers no more: an illegal memory access was encountered; what was measured is kept"
         in printed.err
@@ -218,6 +231,71 @@ def network(tmp_path, monkeypatch):
     sys.modules.pop("some_network", None)
 
 
+def test_simulated_times_do_not_stand_beside_measured_ones(capsys, gpu, tmp_path):
+    shape = [*SHAPE, *FEW, "--role", "fprop", "--store"]
+    assert tune(*shape, tmp_path / "made_up", "--simulate") == 0
+    assert tune(*shape, tmp_path / "measured") == 0
+    capsys.readouterr()
+    assert tune(*shape, tmp_path / "made_up", "--again") == 2
+    assert f"argument --store: {tmp_path / 'made_up'} holds simulated times" in capsys.readouterr().err
+    assert tune(*shape, tmp_path / "measured", "--simulate") == 2
+    assert f"argument --store: {tmp_path / 'measured'} holds measured times" in capsys.readouterr().err
+
+
+def test_what_ranks_of_other_devices_found_is_exported_as_theirs(capsys, gpu, home, tmp_path, monkeypatch):
+    elsewhere = H200._replace(name="NVIDIA A100")
+
+    def sweep(tasks, make_bench, store, budget, **options):
+        others = [task._replace(problem=task.problem._replace(device=elsewhere)) for task in tasks]
+        return [
+            *tune_all(tasks, Bench(H200), store, budget, options["progress"]),
+            *tune_all(others, Bench(elsewhere), store, budget, options["progress"]),
+        ]
+
+    monkeypatch.setattr(commands_tune, "sweep", sweep)
+    assert tune(*SHAPE, *FEW, "--role", "fprop", "--export", tmp_path / "configs") == 0
+    printed = capsys.readouterr().out
+    assert "2 of 2 problems measured" in printed
+    assert "2 problems on NVIDIA H200, NVIDIA A100" in printed
+    for device in ("NVIDIA H200", "NVIDIA A100"):
+        (entry,) = Store(tmp_path / "configs").entries(device, "box")
+        (found,) = Store(home).entries(device, "box")
+        assert entry.winner == found.winner
+
+
+def test_a_store_that_takes_no_files_is_said_before_anything_is_measured(capsys, gpu, tmp_path, monkeypatch):
+    assert tune(*SHAPE, *FEW, "--store", "/dev/null/configs") == 2
+    assert "argument --store: /dev/null/configs takes no files: /dev/null is no directory" in capsys.readouterr().err
+    monkeypatch.setenv("TRITON_CONV_CACHE", "/dev/null/configs")
+    monkeypatch.setattr(stored, "_held", {})
+    assert tune(*SHAPE, *FEW) == 2
+    with pytest.warns(UserWarning, match="configs stay in memory"):
+        assert tune(*SHAPE, *FEW, "--role", "fprop", "--export", tmp_path / "configs") == 0
+    assert files(tmp_path / "configs") == ["NVIDIA_H200/box.json"]
+
+
+def test_a_sweep_that_ran_out_of_time_counts_what_was_measured(capsys, gpu):
+    assert tune(*SHAPE, "--total-seconds", 1e-6) == 0
+    printed = capsys.readouterr().out
+    assert "0 of 3 problems measured, in" in printed
+
+
+@pytest.mark.parametrize("width", [20, 40, 80, 200])
+def test_a_narrow_terminal_hides_no_column(width, capsys, monkeypatch):
+    pytest.importorskip("rich")
+    from rich.console import Console
+
+    from triton_conv.tuning import tables
+
+    monkeypatch.setattr(tables, "Console", lambda: Console(force_terminal=True, width=width))
+    made = tables.table("layer", "config", ">default us", ">gain over it")
+    tables.add(made, ["stage 4 downsample", "128x64x64 filters_first", "13.5", "1.95"])
+    tables.show(made)
+    printed = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    words = "layer config default us gain over it stage 4 downsample 128x64x64 filters_first 13.5 1.95"
+    assert set(words.split()) <= set(printed.split())
+
+
 def test_a_model_of_the_working_directory(capsys, network):
     assert tune("--dry-run", "--model", network, "--input", "2x3x16x16") == 0
     printed = capsys.readouterr().out
@@ -253,6 +331,8 @@ def test_a_model_that_looks_at_values_runs_for_real(capsys, network):
         ([*SHAPE, "--dry-run", "--arch", "90", "--device", "H100"], "argument --arch: does not go with --device"),
         ([*SHAPE, "--simulate"], "argument --simulate: needs --store"),
         ([*SHAPE, "--simulate", "--store", "x", "--export", "y"], "argument --export: only what was measured"),
+        ([*SHAPE, "--simulate", "--store", HOME], "argument --store: is your own"),
+        ([*SHAPE, "--dry-run", "--dtype", "complex64"], "argument --dtype: complex convolutions are made of real ones"),
         ([*SHAPE, "--dry-run", "--simulate"], "argument --simulate: does not go with --dry-run"),
         ([*SHAPE, "--dry-run", "--batch", "3"], "argument --batch: goes with --suite"),
         (["--dry-run", "--suite", "resnet50", "--stride", "2"], "argument --stride: goes with INPUT and WEIGHT"),
@@ -261,6 +341,10 @@ def test_a_model_that_looks_at_values_runs_for_real(capsys, network):
         (["--dry-run", *SHAPE, "--output-padding", "1"], "argument --output-padding: only a transposed"),
         (["--dry-run", "--suite", "mamba"], "there is nothing to tune"),
         (["--dry-run", "--model", "some_network:build"], "argument --model: needs --input"),
+        (
+            ["--dry-run", "--model", "some_network:build", "--input", "1x3x9x9", "--autocast", "float64"],
+            "argument --autocast: is bfloat16 or float16",
+        ),
         (["--dry-run", "--model", "some_network:tower", "--input", "1x3x9x9"], "some_network has no tower"),
         (["--dry-run", "--model", "no_network:build", "--input", "1x3x9x9"], "no_network cannot be imported: Module"),
         (["--dry-run", "--model", "some_network", "--input", "1x3x9x9"], "'some_network' is not package.module:"),
@@ -272,7 +356,7 @@ def test_a_model_that_looks_at_values_runs_for_real(capsys, network):
     ],
 )
 def test_what_cannot_be_done_is_said_before_anything_is(arguments, message, capsys, network, home):
-    assert tune(*arguments) == 2
+    assert tune(*(home if argument is HOME else argument for argument in arguments)) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.splitlines()[-1].startswith("triton-conv: error: ")
@@ -317,9 +401,10 @@ def test_torchvision_by_name(capsys):
     assert len(rows(capsys.readouterr().out, "wgrad")) == 23
 
 
-def test_ranks_other_than_the_first_say_nothing(capsys, gpu, monkeypatch):
+@pytest.mark.parametrize("arguments", [(*SHAPE, *FEW), (*SHAPE, "--dry-run"), ("--list-suites",)])
+def test_ranks_other_than_the_first_say_nothing(arguments, capsys, gpu, monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    assert tune(*SHAPE, *FEW) == 0
+    assert tune(*arguments) == 0
     printed = capsys.readouterr()
     assert printed.out == printed.err == ""
     assert torch.cuda.is_available()

@@ -244,6 +244,7 @@ def _value(value: Any, hint: Any, name: str) -> Any:
 
 
 def shown(value: Any) -> str:
+    """A value of a file for a message: printable and not long, whatever it is."""
     try:
         text = ascii(value)
     except RecursionError:

@@ -92,7 +92,8 @@ def text(
 ) -> str:
     """The call in one line, then its `plans`, each under a title that says what it computes, and what time they take.
 
-    That time is predicted by `triton_conv.cost`, and compared with the least that the device's data sheet allows.
+    That time is the measured one where the config was measured for this very size, else predicted by
+    `triton_conv.cost`, and compared with the least that the device's data sheet allows.
     """
     if parameters.pop("causal", False):
         how = (transposed, dtype, channels_last, bias, device)
@@ -208,10 +209,13 @@ def _times(p: plan.Plan | CausalPlan | SeparablePlan) -> str:
         return f"{limit}\ntime       {_with_prefix(p.seconds)}s predicted, not measured: {share}; {programs}"
     if isinstance(p, plan.Plan) and p.kernel not in cost.TILES:
         return f"{limit}\ntime       not predicted: there is no model of this kernel"
-    kernel, share = p.prediction, f"{least.seconds / p.seconds:.0%} of that limit"
+    kernel, words, seconds = p.prediction, f"{_with_prefix(p.seconds)}s predicted, not measured", p.seconds
+    if isinstance(p, plan.Plan) and p.measured_seconds is not None:
+        seconds, around = p.measured_seconds, ", copies around it predicted" if p.packs or p.fold else ""
+        words = f"{_with_prefix(seconds)}s measured{around}, {_with_prefix(p.seconds)}s predicted"
+    share = f"{least.seconds / seconds:.0%} of that limit"
     tiles = f"tiles {kernel.tiles}, waves {kernel.waves}, {kernel.useful:.0%} of the products useful"
-    time = f"{_with_prefix(p.seconds)}s predicted, not measured: {share}; {tiles}; bound by {kernel.limit}"
-    return f"{limit}\ntime       {time}"
+    return f"{limit}\ntime       {words}: {share}; {tiles}; bound by {kernel.limit}"
 
 
 def _with_prefix(value: float) -> str:

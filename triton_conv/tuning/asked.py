@@ -88,6 +88,8 @@ def _of_a_shape(arguments: argparse.Namespace, device: Device) -> list[Task]:
 def _of_a_model(arguments: argparse.Namespace, device: Device) -> list[Task]:
     if not arguments.inputs:
         raise ValueError("argument --model: needs --input, the shape of an input, for example 256x3x224x224")
+    if arguments.autocast not in (None, torch.bfloat16, torch.float16):
+        raise ValueError("argument --autocast: is bfloat16 or float16")
     try:
         given = json.loads(arguments.model_arguments or "{}")
     except ValueError as error:

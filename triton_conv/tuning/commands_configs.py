@@ -16,7 +16,7 @@ from ..stored import Candidate, Entry, MalformedError
 from . import seed as seeding
 from . import verify as verifying
 from .store import Store
-from .verify import Fault, described
+from .verify import Fault, described, made_up
 
 
 class Filed(NamedTuple):
@@ -68,6 +68,8 @@ def merge(arguments: argparse.Namespace) -> int:
     for found in _filed(path for given in arguments.paths for path in files(given)):
         if isinstance(found, Fault):
             faults.append(found)
+        elif made_up(found.entry):
+            faults += {Fault(found.path, "", "its times are simulated")}.difference(faults)
         else:
             together.setdefault((found.device, found.kernel), []).append(found.entry)
     for (device, kernel), entries in together.items():
@@ -158,6 +160,8 @@ def export(arguments: argparse.Namespace) -> int:
     for found in _filed(files(directory) if directory and directory.is_dir() else []):
         if isinstance(found, Fault):
             faults.append(found)
+        elif made_up(found.entry):
+            faults += {Fault(found.path, "", "its times are simulated")}.difference(faults)
         elif _asked_for(found, arguments) and stored.current(found.entry, found.kernel):
             best = found.entry.winner
             if best is not None and best.seconds is not None:

@@ -17,43 +17,51 @@ import torch
 
 from .. import execute, plan, stored
 from ..devices import DEVICES, H200, Device, known
+from ..key import CONFIGS
 from ..stored import Candidate, Entry
 from . import asked, space, suites
 from .code import TARGETS
 from .commands_configs import ship
 from .measure import Bench, CudaBench, SimulatedBench
+from .ranks import local_rank
 from .seed import filed
 from .store import Store, merged
 from .sweep import sweep
 from .tune import Budget, Result, Task
+from .verify import made_up
 
 
 def tune(arguments: argparse.Namespace) -> int:
     """Runs the command and returns its exit code. Raises ValueError for what cannot be done, before anything is."""
+    speaks = int(os.environ.get("RANK", "0")) == 0
     if arguments.list_suites:
-        return _list_suites()
+        return _list_suites() if speaks else 0
     asked.check(arguments)
     _check(arguments)
     device = _device(arguments)
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always", UserWarning)
         found = asked.tasks(arguments, device)
-    speaks = int(os.environ.get("RANK", "0")) == 0
     for note in warned if speaks else ():
         print(f"triton-conv: {note.message}", file=sys.stderr)
     tasks = [task for task in found if arguments.role in (None, task.problem.role.value)]
     if not tasks:
         raise ValueError("there is nothing to tune")
     if arguments.dry_run:
-        return _dry_run(tasks, device, arguments.candidates)
+        return _dry_run(tasks, device, arguments.candidates) if speaks else 0
     return _measured(arguments, tasks, device, speaks)
 
 
 def _check(arguments: argparse.Namespace) -> None:
+    if arguments.dtype is not None and arguments.dtype.is_complex:
+        raise ValueError("argument --dtype: complex convolutions are made of real ones: tune these")
     if arguments.dry_run and arguments.simulate:
         raise ValueError("argument --simulate: does not go with --dry-run")
     if arguments.simulate and arguments.store is None:
         raise ValueError("argument --simulate: needs --store, a directory for times that nobody measured")
+    own = stored.user_directory()
+    if arguments.simulate and own is not None and arguments.store.resolve() == own.resolve():
+        raise ValueError("argument --store: is your own, where look-ups would find times that nobody measured")
     if arguments.export is not None and (arguments.dry_run or arguments.simulate):
         raise ValueError("argument --export: only what was measured is exported")
     if arguments.arch is not None and arguments.device is not None:
@@ -76,13 +84,9 @@ def _device(arguments: argparse.Namespace) -> Device:
             "PyTorch sees no CUDA device to measure on: --dry-run shows what would be done, --simulate does it with "
             "made-up times"
         )
-    found = execute.device_of(torch.device("cuda", _local_rank()))
+    found = execute.device_of(torch.device("cuda", local_rank()))
     assert found is not None
     return found
-
-
-def _local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def _list_suites() -> int:
@@ -159,6 +163,7 @@ def _measured(arguments: argparse.Namespace, tasks: Sequence[Task], device: Devi
 
     directory = arguments.store or stored.user_directory()
     store = _Anew(directory) if arguments.again else Store(directory)
+    _check_store(Store(directory), device, arguments)
     make_bench: Callable[[int], Bench] = simulated if arguments.simulate else CudaBench
     budget, done = Budget(arguments.seconds, arguments.candidates), []
     code, ended = 0, ""
@@ -179,17 +184,33 @@ def _measured(arguments: argparse.Namespace, tasks: Sequence[Task], device: Devi
         return code
     _summary(done, device, "made-up times: " if arguments.simulate else "")
     where = directory if directory is not None else "memory only: there is no home directory"
-    print(f"{len(done)} of {len(tasks)} problems, in {where}")
+    there = sum(result.seconds is not None for result in done)
+    every = {task.problem for task in (*tasks, *(result.task for result in done))}
+    print(f"{there} of {len(every)} problems measured, in {where}")
     for result in done:
         for fault in result.faults:
             if fault.startswith("wrong"):
                 print(f"{result.task.label} ({result.task.problem.geometry}): {fault}", file=sys.stderr)
                 code = code or 1
     if arguments.export is not None:
-        ship(arguments.export, _winners(done, Store(directory), device))
+        ship(arguments.export, _winners(done, Store(directory)))
     if ended:
         print(f"triton-conv: {ended}; what was measured is kept, and not measured again", file=sys.stderr)
     return code
+
+
+def _check_store(store: Store, device: Device, arguments: argparse.Namespace) -> None:
+    """Raises ValueError where times would be lost, or simulated ones stand beside measured ones."""
+    if arguments.export is None:
+        try:
+            store.try_writing()
+        except OSError as error:
+            raise ValueError(f"argument --store: {error}: give another, or --export") from error
+    for kernel in CONFIGS:
+        for entry in store.entries(device.name, kernel):
+            if entry.source == "measured" and made_up(entry) != arguments.simulate:
+                there = "simulated" if made_up(entry) else "measured"
+                raise ValueError(f"argument --store: {store.directory} holds {there} times: give another")
 
 
 @contextmanager
@@ -229,7 +250,8 @@ def _summary(results: Sequence[Result], device: Device, prefix: str) -> None:
         counts = [str(result.tried), str(result.wrong or ""), result.skipped]
         tables.add(made, [result.task.label, role, result.kernel, config, *times, *counts])
     tables.show(made)
-    words = [f"{prefix}{len(over_default)} problems on {device.name}"]
+    names = dict.fromkeys([device.name, *(result.task.problem.device.name for result in results)])
+    words = [f"{prefix}{len(over_default)} problems on {', '.join(names)}"]
     if over_default:
         words.append(f"{_mean(over_default):.2f} times as quick as by default")
     if over_rivals:
@@ -250,26 +272,26 @@ def _mean(ratios: Sequence[float]) -> float:
     return exp(fsum(map(log, ratios)) / len(ratios))
 
 
-def _entries(results: Iterable[Result], store: Store) -> Iterator[tuple[str, Entry]]:
-    """(kernel, entry) of every way to run what was tuned, each once."""
+def _entries(results: Iterable[Result], store: Store) -> Iterator[tuple[Device, str, Entry]]:
+    """(device, kernel, entry) of every way to run what was tuned, each once."""
     seen = set()
     for result in results:
         for p in plan.every(result.task.problem):
-            what = (p.kernel, *filed(p))
+            what = (p.device.name, p.kernel, *filed(p))
             if what not in seen:
                 seen.add(what)
                 for entry in store.entries(p.device.name, p.kernel):
-                    if (entry.key, entry.extents) == what[1:] and stored.current(entry, p.kernel):
-                        yield p.kernel, entry
+                    if (entry.key, entry.extents) == what[2:] and stored.current(entry, p.kernel):
+                        yield p.device, p.kernel, entry
 
 
-def _winners(results: Sequence[Result], store: Store, device: Device) -> dict[tuple[str, str], list[Entry]]:
+def _winners(results: Sequence[Result], store: Store) -> dict[tuple[str, str], list[Entry]]:
     """By device and kernel; a known device has the name under which its configs ship."""
-    kin = known(device.name, device.multiprocessors)
     found: dict[tuple[str, str], list[Entry]] = {}
-    for kernel, entry in _entries(results, store):
+    for device, kernel, entry in _entries(results, store):
         best: Candidate | None = entry.winner
         if best is not None and best.seconds is not None:
+            kin = known(device.name, device.multiprocessors)
             name = kin.name if kin else device.name
             found.setdefault((name, kernel), []).append(replace(entry, candidates=(best,)))
     return found

@@ -11,6 +11,12 @@ import torch
 
 
 class Layer(NamedTuple):
+    """A convolution: shapes as PyTorch has them, and what `explain.problems` takes by name.
+
+    >>> Layer((32, 256, 56, 56), (256, 256, 3, 3), BFLOAT16).options["padding"]
+    1
+    """
+
     input: tuple[int, ...]
     weight: tuple[int, ...]
     options: dict[str, Any]

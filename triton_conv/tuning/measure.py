@@ -42,6 +42,9 @@ class Bench(Protocol):
         """Seconds that others' kernels take for the problem, by name."""
 
 
+SIMULATED = "simulated"  # the driver in the stamps of times that nobody measured
+
+
 class SimulatedBench:
     """A device on which a plan takes its predicted time, times a factor that its config decides, times noise.
 
@@ -67,7 +70,7 @@ class SimulatedBench:
         self._measured: Counter[str] = Counter()
 
     def stamp(self, kernel: str) -> dict[str, str]:
-        return stamp(kernel, "simulated")
+        return stamp(kernel, SIMULATED)
 
     def fault(self, problem: Problem, p: Plan) -> Fault | None:
         if p.prediction.seconds == math.inf:

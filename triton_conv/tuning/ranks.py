@@ -140,6 +140,7 @@ class Queue:
         self._store.set(f"retired {self.rank}", "")
 
     def is_done(self, name: str) -> bool:
+        """Whether anybody has handed in a task's result."""
         if name not in self._done and self._has(f"done {name}"):
             self._done.add(name)
         return name in self._done

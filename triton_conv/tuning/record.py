@@ -164,7 +164,7 @@ def _explained(name: str) -> Iterator[None]:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RuntimeError(
             f"the forward of {name} cannot run on tensors without values, on a CPU, to record its convolutions "
-            f"({first}): give a device on which to run it for real"
+            f"({first}): give a device (--run-on) on which to run it for real"
         ) from error
 
 

@@ -37,6 +37,7 @@ def timing(samples: Sequence[float]) -> Timing:
 
 
 def quartiles(samples: Sequence[float]) -> tuple[float, float]:
+    """The lower and the upper one; of a single sample, itself."""
     if len(samples) < 2:
         return samples[0], samples[0]
     low, _, high = quantiles(samples, n=4, method="inclusive")

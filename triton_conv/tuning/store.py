@@ -7,6 +7,7 @@ old file or a new one. What no file can take stays in memory, where look-ups of 
 from __future__ import annotations
 
 import os
+import tempfile
 import warnings
 from collections.abc import Iterable
 from datetime import datetime, timezone
@@ -54,6 +55,19 @@ class Store:
             self._hold(device, kernel, waiting, error)
         else:
             stored.hold(self.directory, device, kernel, ())
+
+    def try_writing(self) -> None:
+        """Raises OSError, in words, if the directory takes no files."""
+        if self.directory is None:
+            raise OSError("there is no home directory")
+        try:
+            _make(self.directory)
+            with tempfile.TemporaryFile(dir=self.directory):
+                pass
+        except FileExistsError as error:
+            raise OSError(f"{self.directory} takes no files: {error.filename} is no directory") from error
+        except OSError as error:
+            raise OSError(f"{self.directory} takes no files: {error.strerror or error}") from error
 
     def entries(self, device: str, kernel: str) -> list[Entry]:
         """Those of the file, and those that it could not take. A file that cannot be read is worth a warning."""

@@ -25,7 +25,13 @@ def add(to: Table, cells: Sequence[str]) -> None:
 
 
 def show(made: Table) -> None:
+    """Prints a table, in lines as long as it takes where no terminal shows them or one is too narrow for its words."""
     console = Console()
-    if not console.is_terminal:  # whatever reads it wraps no lines
-        console.width = console.measure(made, options=console.options.update(width=10**4)).maximum
-    console.print(made)
+    if console.is_terminal:
+        for column in made.columns:
+            if column.no_wrap:
+                column.header = str(column.header).replace(" ", "\n")
+    needed = console.measure(made, options=console.options.update(width=10**4))
+    if not console.is_terminal or console.width < needed.minimum:  # where columns would vanish
+        console.width = needed.maximum
+    console.print(made, soft_wrap=console.width == needed.maximum)

@@ -63,12 +63,15 @@ def autotune(
     were captured or compiled inside are tuned as others are; a graph keeps what it has captured. Without a GPU there is
     nothing to tune: the context warns, once in a process. `bench` is what measures, for tests.
 
-    Raises ValueError for a budget that is no time, fewer than one candidate, or an unknown backend.
+    Raises ValueError for a budget, timeout or lease that is no number of seconds above 0, for candidates that are no
+    whole number above 0, and for an unknown backend.
     """
-    if budget is not None and not budget > 0:
-        raise ValueError(f"budget must be a number of seconds above 0, or None, but got budget={budget!r}")
-    if candidates is not None and candidates < 1:
-        raise ValueError(f"candidates must be 1 or more, or None, but got candidates={candidates!r}")
+    if budget is not None:
+        _check_seconds("budget", budget)
+    _check_seconds("timeout", timeout)
+    _check_seconds("lease", lease)
+    if candidates is not None and not (isinstance(candidates, int) and candidates > 0):
+        raise ValueError(f"candidates must be a whole number above 0, or None, but got candidates={candidates!r}")
     if backend is not None:
         backends.check(backend, "backend")
     results: list[Result] = []
@@ -89,6 +92,11 @@ def autotune(
         raise
     how = Budget(budget, candidates)
     results += _agreed(list(problems), how, bench, store or Store(stored.user_directory()), progress, timeout, lease)
+
+
+def _check_seconds(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise ValueError(f"{name} must be a number of seconds above 0, but got {name}={value!r}")
 
 
 _TOPIC = "triton_conv.autotune"

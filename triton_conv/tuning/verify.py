@@ -18,6 +18,7 @@ from ..stored import Entry, MalformedError
 from ..ways import Layout, Problem
 from .audit import Subject, audit, faults
 from .code import TARGETS
+from .measure import SIMULATED
 
 
 class Fault(NamedTuple):
@@ -29,6 +30,11 @@ class Fault(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.path}: {self.entry}: {self.why}" if self.entry else f"{self.path}: {self.why}"
+
+
+def made_up(entry: Entry) -> bool:
+    """Whether its times are those of a simulation."""
+    return entry.stamp.get("driver") == SIMULATED
 
 
 def described(entry: Entry) -> str:
@@ -117,6 +123,9 @@ def verified(directory: Path) -> Iterator[Fault | tuple[Path, Entry, Plan]]:
             seen.add((entry.key, entry.extents))
             if not stored.current(entry, path.stem):
                 yield Fault(path, described(entry), "was made for another version of the kernel")
+                continue
+            if made_up(entry):
+                yield Fault(path, described(entry), "its times are simulated")
                 continue
             try:
                 yield path, entry, plan_of(entry, path.stem, device)
