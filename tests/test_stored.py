@@ -15,7 +15,7 @@ import pytest
 import torch
 from configs_at_hand import CONFIGS, entry, problem, stamp, write
 
-from triton_conv import explain, key, plan, stored
+from triton_conv import explain, key, plan, stored, ways
 from triton_conv.config import BandedConfig, BoxConfig, Config, DepthwiseConfig
 from triton_conv.devices import DEVICES, H200
 from triton_conv.geometry import ConvGeometry, Role
@@ -481,3 +481,14 @@ def test_what_ships_is_in_the_package_or_beside_it(monkeypatch, tmp_path):
     assert stored.shipped_directory() == tmp_path / "autotune_configs"
     (tmp_path / "triton_conv" / "autotune_configs").mkdir(parents=True)
     assert stored.shipped_directory() == tmp_path / "triton_conv" / "autotune_configs"
+
+
+def test_padding_of_other_than_zeros_is_filed_apart():
+    """The copies and registers of a kernel that maps positions are not those of one that reads zeros."""
+    shape = ((32, 128, 56, 56), (128, 1, 31, 31))
+    how = {"padding": 15, "groups": 128, "dtype": torch.bfloat16}
+    modes = ("zeros", "circular", "reflect")
+    forward = [explain.problems(*shape, padding_mode=mode, **how)["forward"] for mode in modes]
+    zeros, circular, reflect = (ways.key_of(asked, plan.make(asked).layout) for asked in forward)
+    assert circular == reflect
+    assert zeros == (circular[0]._replace(zero_padding=True), circular[1])

@@ -36,7 +36,8 @@ class Key(NamedTuple):
 
     Numbers are those of the geometry that the kernel computes (`ways.Layout`): a 1x1 convolution of 32 images is the
     same as one of as many pixels in one image. `pixels` is the power of two at or below the number of output positions
-    of all images: shapes of one bucket share their config. Padding, bias and padding modes are left out.
+    of all images: shapes of one bucket share their config. `zero_padding` says that nothing but zeros is around the
+    input; how much of it, which other padding modes, and bias are left out.
     """
 
     role: str
@@ -44,6 +45,7 @@ class Key(NamedTuple):
     out_dtype: str
     precision: str
     channels_last: bool
+    zero_padding: bool
     groups: int
     C: int
     K: int
@@ -67,7 +69,8 @@ def of(
     """The key of a canonical geometry, and where in its bucket it is."""
     extents = Extents(g.N, _three(g.input), _three(g.output))
     walk = (_three(g.filter), _three(g.stride), _three(g.dilation))
-    what = (role.value, dtype, out_dtype, precision, channels_last)
+    zero_padding = all(mode == "zeros" for mode in g.modes)
+    what = (role.value, dtype, out_dtype, precision, channels_last, zero_padding)
     return Key(*what, g.groups, g.C, g.K, *walk, bucket(extents)), extents
 
 

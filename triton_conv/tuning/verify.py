@@ -47,6 +47,7 @@ def described(entry: Entry) -> str:
     words.append(f"{_by(extents.input)} to {_by(extents.output)},")
     words.append(f"filter {_by(key.filter)}")
     words += [f"{name} {_by(getattr(key, name))}" for name in ("stride", "dilation") if max(getattr(key, name)) > 1]
+    words += [] if key.zero_padding else ["padding of other than zeros"]
     return " ".join([*words, "channels-last" if key.channels_last else "contiguous"])
 
 
@@ -67,7 +68,8 @@ def problem_of(entry: Entry, device: Device) -> Problem:
     for i, o, taps, step, apart in zip(inputs, outputs, key.filter, key.stride, key.dilation, strict=True):
         missing = max((o - 1) * step + apart * (taps - 1) + 1 - i, 0)
         padding.append((missing // 2, missing - missing // 2))
-    how = (key.filter, outputs, key.stride, tuple(padding), key.dilation)
+    modes = tuple("zeros" if key.zero_padding or not any(p) else "replicate" for p in padding)
+    how = (key.filter, outputs, key.stride, tuple(padding), key.dilation, modes)
     g, role = ConvGeometry(N, key.C, key.K, key.groups, inputs, *how), Role(key.role)
     strides = Strides(*(ways.dense_strides(g.shape(name), key.channels_last) for name in ("x", "w", "y")))
     has_scale = key.dtype == "float8_e4m3fn"
