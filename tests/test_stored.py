@@ -20,6 +20,8 @@ from triton_conv.config import BandedConfig, BoxConfig, Config, DepthwiseConfig
 from triton_conv.devices import DEVICES, H200
 from triton_conv.geometry import ConvGeometry, Role
 from triton_conv.stored import Candidate, Entry, MalformedError
+from triton_conv.tuning import audit
+from triton_conv.tuning.layers import BFLOAT16, Layer
 
 QUICK, OTHER = CONFIGS[0], CONFIGS[-1]
 
@@ -492,3 +494,12 @@ def test_padding_of_other_than_zeros_is_filed_apart():
     zeros, circular, reflect = (ways.key_of(asked, plan.make(asked).layout) for asked in forward)
     assert circular == reflect
     assert zeros == (circular[0]._replace(zero_padding=True), circular[1])
+
+
+def test_what_ships_is_audited_and_not_what_a_user_stored(places, monkeypatch):
+    monkeypatch.setattr(audit, "LAYERS", {"one": Layer((32, 64, 56, 56), (64, 64, 3, 3), BFLOAT16)})
+    write(places[0], [entry([(CONFIGS[3], 1e-3)])])
+    assert box_plan().config == CONFIGS[3]
+    assert CONFIGS[3] not in {subject.plan.config for subject in audit.shipped(90)}
+    write(places[1], [entry([(CONFIGS[4], None)], source="model")])
+    assert CONFIGS[4] in {subject.plan.config for subject in audit.shipped(90)}

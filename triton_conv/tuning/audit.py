@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from .. import causal_cost, explain, tiles
+from .. import causal_cost, explain, stored, tiles
 from ..causal_config import CausalConfig
 from ..causal_plan import CausalPlan
 from ..config import ITEM_BYTES, BandedConfig, DepthwiseConfig, Device, KernelConfig
@@ -86,13 +86,16 @@ class Row:
 def shipped(arch: int) -> list[Subject]:
     """Everything that runs unless the user says otherwise: the default plans of `LAYERS` on this architecture.
 
-    Layers are there with smaller batches as far as these get other configs: where few tiles are to fill a device.
+    What a user has stored is not asked. Layers are there with smaller batches as far as these get other configs: where
+    few tiles are to fill a device.
     """
     found: dict[tuple, Subject] = {}
     for name, layer in LAYERS.items():
         for N in (layer.input[0], 4, 1) if arch >= layer.since else ():
             shapes = (N, *layer.input[1:]), layer.weight
-            for plan in explain.plans(*shapes, bias=True, device=TARGETS[arch], **layer.options).values():
+            with stored.hidden("installed", "user store"):
+                plans = explain.plans(*shapes, bias=True, device=TARGETS[arch], **layer.options)
+            for plan in plans.values():
                 config: Any = plan.config  # how many slabs there are is no part of the code, if there is more than one
                 key = (name, plan.role, plan.kernel, replace(config, splits=min(config.splits, 2)))
                 found.setdefault(key, Subject(name, plan))
