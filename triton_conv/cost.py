@@ -301,18 +301,12 @@ def _banded_step(role: Role, g: ConvGeometry, config: BandedConfig, item: int, s
     source, grads = (g.output, g.input) if role is Role.DGRAD else (g.input, g.output)
     pixels = min(gcd(source[2], 8), filters) if g.modes[2] == "zeros" else 1
     if role is Role.WGRAD:
-        rows, columns, depth, width = (
-            config.height * config.chunk,
-            config.columns,
-            blocks,
-            min(gcd(grads[2], 8), filters),
-        )
+        rows, columns, depth = config.height * config.chunk, config.columns, blocks
+        width, taps = min(gcd(grads[2], 8), filters), min(g.filter[2], counting.BANDED_TAPS)
         loads = blocks * (rows // pixels + columns // width)
-        chunks = ceil_div(config.columns + min(g.filter[2], counting.BANDED_TAPS) - 1, config.chunk)
-        gathered = config.height * min(g.filter[2], counting.BANDED_TAPS) * columns
-        issued = (
-            BANDED_WGRAD_STEP * threads + BANDED_LOAD * loads + BANDED_GATHER * gathered * chunks / max(steps, chunks)
-        )
+        chunks = ceil_div(columns + taps - 1, config.chunk)
+        gathered = config.height * taps * columns * chunks / max(steps, chunks)
+        issued = BANDED_WGRAD_STEP * threads + BANDED_LOAD * loads + BANDED_GATHER * gathered
     else:
         rows, columns, depth, width = blocks, config.height * config.columns, config.chunk, filters
         issued = BANDED_STEP * threads + BANDED_LOAD * depth * (rows // pixels + columns // filters)

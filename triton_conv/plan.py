@@ -264,11 +264,10 @@ def _against(chosen: Plan, other: Plan) -> Plan:
         what += f" of {other.bundle} groups in one"
     if other.packs:
         what += " after copies"
-    measured = chosen.measured_seconds, other.measured_seconds
-    if None not in measured:
-        times = f"{1e6 * (measured[0] or 0):.3g} us measured, against {1e6 * (measured[1] or 0):.3g} us of {what}"
-    else:
-        times = f"{1e6 * chosen.seconds:.3g} us predicted, against {1e6 * other.seconds:.3g} us of {what}"
+    ours, theirs, how = chosen.measured_seconds, other.measured_seconds, "measured"
+    if ours is None or theirs is None:
+        ours, theirs, how = chosen.seconds, other.seconds, "predicted"
+    times = f"{1e6 * ours:.3g} us {how}, against {1e6 * theirs:.3g} us of {what}"
     return replace(chosen, reason=f"{chosen.reason}; {times}")
 
 
