@@ -1,0 +1,178 @@
+"""What benchmarks found, as numbers and words that need nothing else to be read: rows, runs, and their JSON.
+
+A file is read strictly: an unknown or missing name, or a value of another kind, raises ValueError with its place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import tempfile
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+FORMAT = 1
+
+OPS = ("fprop", "dgrad", "wgrad", "step")  # a step is the forward convolution and the gradients that training needs
+SOURCES = ("measured", "simulated", "predicted")
+
+# Who computed: us, and those that we are compared with. With a border that cuDNN has not, it is padded first.
+OURS = "triton_conv"
+CONTIGUOUS, CHANNELS_LAST = "cudnn contiguous", "cudnn channels_last"
+PADDED_CONTIGUOUS, PADDED_CHANNELS_LAST = "pad + cudnn contiguous", "pad + cudnn channels_last"
+COMPILED, LINEAR, FLAG_GEMS = "torch.compile", "F.linear", "flag_gems"
+OTHERS = (CONTIGUOUS, CHANNELS_LAST, PADDED_CONTIGUOUS, PADDED_CHANNELS_LAST, COMPILED, LINEAR, FLAG_GEMS)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one way to compute a row took. Times are in seconds, None where there is none; `note` says why.
+
+    `seconds` is the median of `rounds` on the device, `spread` half the distance of the quartiles, relative.
+    `host_seconds` is what a call takes the host, `peak_bytes` the memory above inputs and outputs. `error` is the worst
+    error as a share of its tolerance.
+    """
+
+    seconds: float | None = None
+    spread: float | None = None
+    rounds: int = 0
+    host_seconds: float | None = None
+    peak_bytes: int | None = None
+    error: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """An operation of a layer: what it is, what we plan for it, and what it took whom, by name.
+
+    `flops` and `bytes` are the least that it needs, `roofline_seconds` their time by the data sheet and `limit` what
+    that is spent on. `kernel` to `reason` are of our plan; a step's are those of its plans, joined by commas.
+    """
+
+    suite: str
+    layer: str
+    op: str
+    call: str  # in words: conv2d 128x64x56x56 64x64x3x3 padding 1
+    dtype: str
+    channels_last: bool
+    times: int  # that the layer stands in its network
+    flops: int
+    bytes: int
+    roofline_seconds: float
+    limit: str
+    predicted_seconds: float | None
+    kernel: str
+    config: str
+    workspace_bytes: int
+    reason: str
+    measured: Mapping[str, Measurement] = field(default_factory=dict)
+
+    @property
+    def name(self) -> tuple[str, ...]:
+        """What the same row of another run is found by."""
+        return self.suite, self.layer, self.op, self.call, self.dtype, str(self.channels_last)
+
+    def seconds(self, who: str) -> float | None:
+        """The time of one of `measured`, None where it has none."""
+        return self.measured[who].seconds if who in self.measured else None
+
+
+@dataclass(frozen=True)
+class Run:
+    """Rows of one device, and what they were made with.
+
+    `source` is one of `SOURCES`. `ceilings` are what ideal loops reached on the device: "copy" in bytes a second, reads
+    and writes together, "matmul bfloat16" and so on in flops a second. `versions` has names such as torch, triton,
+    cudnn, driver, python.
+    """
+
+    device: str
+    source: str
+    time: str  # ISO 8601, UTC
+    commit: str
+    command: str
+    versions: Mapping[str, str] = field(default_factory=dict)
+    ceilings: Mapping[str, float] = field(default_factory=dict)
+    rows: tuple[Row, ...] = ()
+
+
+def write(run: Run, path: Path) -> None:
+    """Writes a run as JSON, whole or not at all."""
+    replace_text(path, json.dumps({"format": FORMAT, **dataclasses.asdict(run)}, indent=1, allow_nan=False) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all, making its directory."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def read(path: Path) -> Run:
+    """The run in a file. Raises OSError, and ValueError naming file and place for what is no run."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: is no JSON: {error}") from error
+    if not isinstance(found, dict) or found.pop("format", None) != FORMAT:
+        raise ValueError(f"{path}: is no benchmark run of format {FORMAT}")
+    run = typed(Run, found, str(path))
+    for number, row in enumerate(run.rows):
+        if row.op not in OPS:
+            raise ValueError(f"{path}: rows[{number}].op: {row.op!r} is not one of {', '.join(OPS)}")
+    if run.source not in SOURCES:
+        raise ValueError(f"{path}: source: {run.source!r} is not one of {', '.join(SOURCES)}")
+    return run
+
+
+def typed(kind: Any, value: Any, where: str) -> Any:
+    """A JSON value as a dataclass or a plain type, all names there and none besides.
+
+    >>> typed(Measurement, {"seconds": 1.0}, "here").seconds
+    1.0
+    """
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return None if value is None else typed(inner[0], value, where)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise ValueError(f"{where}: is to be a list")
+        return tuple(typed(inner[0], v, f"{where}[{n}]") for n, v in enumerate(value))
+    if dataclasses.is_dataclass(kind):
+        return _object(kind, value, where)
+    if origin is not None:  # a mapping from names
+        if not isinstance(value, dict):
+            raise ValueError(f"{where}: is to be an object")
+        return {name: typed(inner[1], v, f"{where}.{name}") for name, v in value.items()}
+    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise ValueError(f"{where}: is not finite")
+        return float(value)
+    if type(value) is not kind:
+        raise ValueError(f"{where}: is to be {kind.__name__}, but is {value!r}")
+    return value
+
+
+def _object(kind: Any, value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: is to be an object")
+    hints, fields = get_type_hints(kind), {f.name: f for f in dataclasses.fields(kind)}
+    unknown = sorted(set(value) - set(fields))
+    required = [f.name for f in fields.values() if f.default is f.default_factory is dataclasses.MISSING]
+    missing = [name for name in required if name not in value]
+    if unknown or missing:
+        raise ValueError(f"{where}: {'unknown' if unknown else 'missing'} name {(unknown or missing)[0]!r}")
+    return kind(**{name: typed(hints[name], v, f"{where}.{name}") for name, v in value.items()})
