@@ -107,10 +107,8 @@ def device_name(where: Any) -> str:
 
 def versions() -> dict[str, str]:
     """Of what a run depends on."""
-    try:
-        from ..runner import versions
-    except ImportError:
-        return {}
+    from ..runner import versions
+
     return versions()
 
 

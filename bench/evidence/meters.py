@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from bench.runner import CudaMeter, Meter, SimulatedMeter
-
+from ..runner import CudaMeter, Meter, SimulatedMeter
 from .units import Context
 
 

@@ -60,7 +60,7 @@ def causal(layer: Layer, title: str, device: torch.device) -> Facts:
     else:
         # of y alone: where a gradient of the final state adds up with its own, both were rounded before
         with check.poisoned():
-            out: Any = triton_conv.causal_conv1d(*leaves[:3], activation, leaves[3])  # type: ignore[misc]
+            out: Any = triton_conv.causal_conv1d(leaves[0], leaves[1], leaves[2], activation, leaves[3])
             found = torch.autograd.grad(out, [t for t in leaves if t is not None], dy)
         wanted = torch.autograd.grad(want_y, [t for t in wide if t is not None], dy.double())
         names, depths = ("dx", "dw", "db", "dstate"), (taps, N * steps * taps, N * steps * taps, taps)
