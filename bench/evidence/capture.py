@@ -14,7 +14,7 @@ from torch import Tensor
 from triton_conv import conv2d, conv_transpose2d, convert, execute, plan
 
 from .networks import Mixed
-from .support import different, left_out, wait
+from .support import different, left_out, placed, wait
 from .units import Context, Unit
 
 _ROUNDS = 10  # of each thread
@@ -36,7 +36,7 @@ class _Training:
         torch.manual_seed(0)
         self.device, self.model, self.steps = device, Mixed(4 if tiny else 64), 1 if tiny else 4
         convert(self.model)
-        self.model.to(device, memory_format=torch.channels_last)
+        placed(self.model, device)
         N, size = (2, 4) if tiny else (16, 32)
         shape = (N, 3, size, size)
         self.images, self.targets = (
@@ -118,9 +118,7 @@ def graphed(context: Context) -> dict[str, Any]:
     wait(device)
     wrong = different(found, want)
     unequal = f"other bits in {', '.join(wrong[:3])}" if wrong else "the bits of eager steps"
-    words = (
-        f"{training.steps} replays: {unequal}; {allocations} allocations in them, {planned} plans made while capturing"
-    )
+    words = f"{training.steps} replays: {unequal}; {allocations} allocations in them, {planned} plans at capture"
     ok = not wrong and not allocations and not planned
     return {"ok": ok, "words": words, "different": wrong, "allocations": allocations, "planned": planned}
 

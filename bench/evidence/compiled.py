@@ -15,7 +15,7 @@ from torch import Tensor
 from triton_conv import backends, convert
 
 from .networks import Mixed
-from .support import Laps, apart, later_median, left_out
+from .support import Laps, apart, later_median, left_out, placed
 from .units import Context, Unit
 
 MODES = ("default", "reduce-overhead", "max-autotune")
@@ -58,9 +58,10 @@ def _compile(model: torch.nn.Module, context: Context, **how: Any) -> Any:
 
 def _model(context: Context) -> torch.nn.Module:
     torch.manual_seed(0)
-    model = Mixed(4 if context.simulate else 32)
+    small = [torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(4, 3, 3, padding=1)]
+    model = torch.nn.Sequential(*small) if context.simulate else Mixed(32)
     convert(model)
-    return model.to(context.device, memory_format=torch.channels_last)
+    return placed(model, context.device)
 
 
 def _images(context: Context, size: int, seed: int) -> Tensor:

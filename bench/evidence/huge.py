@@ -214,7 +214,7 @@ def _beyond(problem: Problem, small: Any, got: Tensor, want: Tensor, what: str) 
     )
 
 
-def _with_rows(extents: tuple[int, int, int], rows: int) -> tuple[int, int, int]:
+def _with_rows(extents: tuple[int, ...], rows: int) -> tuple[int, int, int]:
     return extents[0], rows, extents[2]
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from triton_conv import causal_conv1d, conv2d, convert, execute
 
 from .capture import operands_of, work
 from .networks import Mixed
-from .support import left_out, wait
+from .support import left_out, placed, wait
 from .units import Context, Unit
 
 _CALLS, _ROUNDS = 200, 7
@@ -153,7 +154,7 @@ def scaled(context: Context) -> dict[str, Any]:
         model = copy.deepcopy(first)
         if who == "triton_conv":
             convert(model)
-        model.to(device, memory_format=torch.channels_last)
+        placed(model, device)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
         scaler, losses = torch.amp.GradScaler(device.type), list[Tensor]()
         generator = torch.Generator(device).manual_seed(1)
@@ -200,7 +201,7 @@ def flat_memory(context: Context) -> dict[str, Any]:
         wait(device)
         host.append(_resident())
         held.append(torch.cuda.memory_allocated(device) if cuda else 0)
-    growth = max(b - a for a, b in zip(host[1:-1], host[2:], strict=True))
+    growth = max(b - a for a, b in pairwise(host[1:]))
     flat = held[-1] <= held[0] and growth <= _GROWTH
     words = f"{count * times} calls of {count} shapes: device {held[-1] - held[0]:+,} bytes after the first round, "
     words += f"host at most {growth / 2**20:+.1f} MiB a round after the second"

@@ -55,6 +55,11 @@ class Laps:
         return [lap if isinstance(lap, float) else lap[0].elapsed_time(lap[1]) * 1e-3 for lap in self._taken]
 
 
+def placed(model: Any, device: torch.device) -> Any:
+    """The module itself, on a device and channels-last."""
+    return model.to(device, memory_format=torch.channels_last)
+
+
 def wait(device: torch.device) -> None:
     """Until a device has nothing more to do."""
     if device.type == "cuda":

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from triton_conv import backends, convert, execute
 
-from .support import Laps, apart, compile_ahead, different, later_median, left_out, plans_of, thinned, wait
+from .support import Laps, apart, compile_ahead, different, later_median, left_out, placed, plans_of, thinned, wait
 from .tasks import TEST, Task, logits_of, tasks
 from .units import Context, Unit
 
@@ -51,7 +51,9 @@ def units(context: Context) -> Iterator[Unit]:
     """One for each network."""
     known = {task.name: task for task in tasks(context.device, context.simulate)}
     for name in ("resnet18", "deeplab", "digits"):
-        run: Callable[[], dict[str, Any]] = partial(left_out, "scikit-learn, which has the digits, is not installed")
+        run: Callable[[], dict[str, Any]] = partial(
+            left_out, placed, "scikit-learn, which has the digits, is not installed"
+        )
         if name in known:
             run = partial(compared, known[name], context)
         yield Unit(name, run, timeout=240.0)
@@ -126,7 +128,7 @@ def network_of(task: Task, device: torch.device, ours: bool, nudge: int = 0) -> 
                 module.weight.data.mul_(1 + _NUDGE * (2 * random - 1))
     if ours:
         convert(model)
-    return model.to(device, memory_format=torch.channels_last)
+    return placed(model, device)
 
 
 def trained(task: Task, device: torch.device, ours: bool, nudge: int = 0) -> Trained:
