@@ -8,7 +8,8 @@ import torch
 from bench.evidence import support, tasks, training
 from bench.evidence.networks import DeepLab, Mixed, ResNet
 from bench.evidence.units import Context
-from triton_conv import convert
+from triton_conv import convert, execute
+from triton_conv.geometry import Role
 
 CPU = torch.device("cpu")
 
@@ -50,8 +51,13 @@ def test_a_task_is_compared_and_repeats_its_bits(context):
 
 
 def test_a_task_runs_through_kernels(context, kernels):
-    facts = training.compared(tasks.tasks(CPU, tiny=True)[0], context)
+    task = tasks.tasks(CPU, tiny=True)[0]._replace(
+        network=lambda: ResNet(8, (4,), 1), batch=lambda seed: tasks.textures(2, 8, CPU, seed)
+    )
+    with execute.problems() as problems:
+        facts = training.compared(task, context)
     assert facts["ok"], facts["words"]
+    assert {problem.role for problem in problems} == set(Role)
 
 
 def test_a_wrong_gradient_fails(context, monkeypatch):
