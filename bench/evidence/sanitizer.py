@@ -15,7 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .support import left_out
+from triton_conv import execute
+
+from . import sanitized
+from .support import compile_ahead, left_out
 from .units import Context, Unit
 
 NAME = "g"
@@ -60,21 +63,17 @@ def found() -> str | None:
 
 def command(sanitizer: str, tool: str) -> list[str]:
     """What precedes the program that a tool watches."""
-    return [
-        sanitizer,
-        "--tool",
-        tool,
-        "--target-processes",
-        "application-only",
-        "--error-exitcode",
-        str(_FOUND),
-        "--print-limit",
-        "20",
-    ]
+    how = [sanitizer, "--tool", tool, "--target-processes", "application-only", "--print-limit", "20"]
+    if tool == "memcheck":  # PyTorch asks CUDA for what a driver may not have
+        how += ["--report-api-errors", "no"]
+    return [*how, "--error-exitcode", str(_FOUND)]
 
 
 def plain(context: Context) -> dict[str, Any]:
     """The cases without a tool."""
+    device, compiled = execute.device_of(context.device), {}
+    if context.device.type == "cuda" and device is not None:
+        compiled = compile_ahead(sanitized.plans(device), context.device)
     code, output = _run([], context, 200.0)
     done, wrong = cases_of(output)
     words = f"{len(done)} cases right" if not code else f"exit code {code}"
@@ -82,7 +81,13 @@ def plain(context: Context) -> dict[str, Any]:
         words += f"; {'; '.join(wrong[:3])}"
     elif code:
         words += f": {output.strip()[-300:]}"
-    return {"ok": code == 0 and bool(done) and not wrong, "words": words, "cases": done, "wrong": wrong}
+    return {
+        "ok": code == 0 and bool(done) and not wrong,
+        "words": words,
+        "cases": done,
+        "wrong": wrong,
+        "compiled": compiled,
+    }
 
 
 def checked(tool: str, context: Context) -> dict[str, Any]:

@@ -51,9 +51,7 @@ def units(context: Context) -> Iterator[Unit]:
     """One for each network."""
     known = {task.name: task for task in tasks(context.device, context.simulate)}
     for name in ("resnet18", "deeplab", "digits"):
-        run: Callable[[], dict[str, Any]] = partial(
-            left_out, placed, "scikit-learn, which has the digits, is not installed"
-        )
+        run: Callable[[], dict[str, Any]] = partial(left_out, "scikit-learn, which has the digits, is not installed")
         if name in known:
             run = partial(compared, known[name], context)
         yield Unit(name, run, timeout=240.0)
