@@ -25,6 +25,7 @@ from .record import Facts, Record
 
 START = "(start)"  # the name under which it is recorded that a stage does not even begin
 _START_SECONDS = 120.0  # until a stage has listed its units
+_RESERVE = 12.0  # seconds for a later stage of a simulation
 _GRACE = 5.0  # seconds for a unit to notice that the time of its stage is up
 _LOG_BYTES = 12 * 2**20
 _LAST_LINES = 5  # of what a unit printed, in its facts
@@ -93,9 +94,9 @@ def run(
         variables = {**os.environ, **(environment or {}), "TMPDIR": scratch}
         for number, (letter, module) in enumerate(stages.items()):
             until = math.inf if end is None else end
-            if record.simulated and end is not None:  # nobody waits for the whole of it: each has an even share
-                now = time.monotonic()
-                until = min(until, now + 2 * max(end - now, 0) / (len(stages) - number + 1))
+            if record.simulated and end is not None:  # of worth is that each runs something: later ones have time too
+                now, later = time.monotonic(), len(stages) - number - 1
+                until = min(now + 2 * (end - now) / (later + 2), end - later * _RESERVE)
             reports.append(_Watch(letter, module, out, record, log, until).run(variables))
     return reports
 
