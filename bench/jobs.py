@@ -65,7 +65,7 @@ def jobs(
     """What suites (None: all) have to measure, suite by suite and layer by layer.
 
         >>> [job.name for job in jobs(["resnet50"], ["fprop"], quick=True)]
-        ['3x3 256>256 14x14', '1x1 1024>256 14x14', 'stem 3>64 224x224']
+        ['stage 1 expand 64>256 56x56', 'stage 3 3x3 256>256 14x14', 'stem 3>64 224x224']
 
     `batch`, `dtype` and `channels_last` are the suites' own where they are None; 1-D convolutions are contiguous
     whatever is asked, causal ones excepted, which have no gradients of their own beside the step. float32 is multiplied
@@ -181,7 +181,7 @@ def predicted_row(job: Job, device: Device) -> Row:
 
     >>> row = predicted_row(jobs(["resnet50"], ["fprop"])[0], H200)
     >>> row.call, row.kernel, row.measured
-    ('conv2d 128x3x224x224 64x3x7x7 stride 2 padding 3', 'gather', {})
+    ('conv2d 128x3x224x224 64x3x7x7 padding 3 stride 2', 'gather', {})
     """
     found = plans(job, device)
     seconds = [_predicted(plan) for plan in found]

@@ -240,7 +240,7 @@ class DeviceMeter:
 
     def _together(self, job: Job, those: Sequence[Subject], count: int) -> list[Measurement]:
         formats = {s.channels_last for s in those}
-        sets = {last: [values.operands(job, last, self.where, seed) for seed in range(count)] for last in formats}
+        sets = {last: [values.operands(job, last, self.where, seed=seed) for seed in range(count)] for last in formats}
         samplers, notes = [], []
         for subject in those:
             sampler, note = self._sampler([subject.prepared(t) for t in sets[subject.channels_last]])
