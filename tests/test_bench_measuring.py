@@ -166,6 +166,10 @@ def test_layers_that_do_not_fit_have_fewer_images(monkeypatch):
     found = jobs.jobs(["resnet50", "mamba"], ["fprop"], quick=True)
     assert all(values.bytes_of(job) <= 2**24 for job in found if job.suite == "resnet50")
     assert all(job.layer.input[0] < 128 for job in found)
+    monkeypatch.undo()
+    frames = {job.layer.input[2] for job in jobs.jobs(["ltx_vae"], ["fprop"], quick=True)}
+    assert frames == {8, 31}
+    assert {job.layer.input[2] for job in jobs.jobs(["ltx_vae"], ["fprop"])} > {121, 61}
 
 
 def test_small_layers_are_small_and_of_the_same_kind():
@@ -369,6 +373,21 @@ def test_memory_that_is_short_takes_fewer_sets_then_one_subject_at_a_time(monkey
     assert row.measured[OURS].seconds > 0
     assert row.measured[CONTIGUOUS].note.startswith("out of memory: ")
     assert row.measured[CONTIGUOUS].error < 1
+
+
+def test_whoever_fails_while_it_is_timed_is_a_note(monkeypatch):
+    whole = DeviceMeter._sampler
+
+    def fails(self, works):
+        if len(works[0]()[0].shape) == 4 and works[0]()[0].is_contiguous():
+            raise RuntimeError("only now")
+        return whole(self, works)
+
+    monkeypatch.setattr(DeviceMeter, "_sampler", fails)
+    row = meter().row(of("plain"))
+    assert row.measured[CONTIGUOUS].note == "failed: RuntimeError: only now"
+    assert row.measured[OURS].seconds > 0
+    assert row.measured[CHANNELS_LAST].seconds > 0
 
 
 def test_references_are_kept_for_the_next_operation_unless_they_are_large(monkeypatch):
