@@ -91,7 +91,8 @@ def _cases(name: str, numbers: list[int], context: Context, compiler: Compiler) 
             raise RuntimeError(f"case {number}, {case}: {error}") from error
         except Exception as error:
             wrong.append(f"case {number}, {case}: {type(error).__name__}: {str(error)[:300]}")
-            _answer(context)
+            if not _answers(context):
+                raise RuntimeError(f"{wrong[-1]}; the device answers no more") from error
             continue
         done += 1
         most = max([most, *(result.share for result in results)])
@@ -106,10 +107,15 @@ def _cases(name: str, numbers: list[int], context: Context, compiler: Compiler) 
     return {"ok": True, "words": f"right; worst error {most:.0%} of what rounding allows{rivals}", **facts}
 
 
-def _answer(context: Context) -> None:
-    """Raises where the device answers nothing any more."""
-    if context.device.type == "cuda":
+def _answers(context: Context) -> bool:
+    """Whether the device still does."""
+    if context.device.type != "cuda":
+        return True
+    try:
         torch.cuda.synchronize(context.device)
+    except torch.AcceleratorError:
+        return False
+    return True
 
 
 def _case(case: Case, number: int, context: Context) -> tuple[list[check.Result], float | None]:
