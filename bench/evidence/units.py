@@ -1,11 +1,14 @@
 """What a stage of the evidence run is made of."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -25,9 +28,9 @@ class Context:
 class Unit(NamedTuple):
     """One piece of a stage that can fail by itself: its name and what it does.
 
-    `run()` returns facts that JSON can hold, always with `ok: bool` and `words: str` (one line for
-    a person). An exception is a failed unit. The name is stable, so that a run that goes on skips
-    what is finished. `timeout` is how many seconds it may take before it counts as hung.
+    `run()` returns facts that JSON can hold, always with `ok: bool` and `words: str` (one line for a person); with
+    `"unfinished": True` it goes on when the run is resumed. An exception is a failed unit. The name is stable, so that
+    a run that goes on skips what is finished. `timeout` is how many seconds it may take before it counts as hung.
     """
 
     name: str
@@ -38,8 +41,8 @@ class Unit(NamedTuple):
 class Stage(Protocol):
     """A stage: a module with these names.
 
-    NAME is its letter, ABOUT one line for a person and LIMIT the most seconds it may take, below
-    480. `units(context)` is cheap to iterate, because a resumed run iterates past finished units.
+    NAME is its letter, ABOUT one line for a person and LIMIT the most seconds it may take, below 480. All
+    `units(context)` are listed before the first of them runs, in a resumed run too: that is to be cheap.
     """
 
     NAME: str

@@ -1,0 +1,93 @@
+"""What an evidence run has found so far: `evidence.json` in its folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from .. import records
+
+FORMAT = 1
+FILE = "evidence.json"
+_ROOT = Path(__file__).parents[2]
+
+Facts = dict[str, Any]
+
+
+@dataclass
+class Record:
+    """The facts of finished units, by stage and name, and what they were made with."""
+
+    commit: str
+    simulated: bool
+    device: str = ""
+    time: str = ""  # of the start, ISO 8601, UTC
+    versions: dict[str, str] = field(default_factory=dict)
+    stages: dict[str, dict[str, Facts]] = field(default_factory=dict)
+
+    def failed(self) -> Iterator[tuple[str, str, Facts]]:
+        """(stage, unit, facts) of those that are not ok."""
+        for stage, units in self.stages.items():
+            for name, facts in units.items():
+                if not facts["ok"]:
+                    yield stage, name, facts
+
+    def forget(self, stage: str, name: str) -> None:
+        """Lets a unit run again."""
+        self.stages.get(stage, {}).pop(name, None)
+
+    def finished(self, stage: str) -> list[str]:
+        """Names of units that a resumed run skips."""
+        return [name for name, facts in self.stages.get(stage, {}).items() if not facts.get("unfinished")]
+
+
+def begin(commit: str, simulated: bool) -> Record:
+    """A record of now."""
+    return Record(commit, simulated, time=datetime.now(timezone.utc).isoformat(timespec="seconds"))
+
+
+def write(record: Record, out: Path) -> None:
+    """Writes the record into its folder, whole or not at all."""
+    records.replace_text(out / FILE, json.dumps({"format": FORMAT, **asdict(record)}, indent=1) + "\n")
+
+
+def read(out: Path) -> Record | None:
+    """The record of a folder, None where there is none. Raises ValueError, naming the file, for what is none."""
+    path = out / FILE
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found.pop("format") != FORMAT:
+            raise ValueError(f"its format is not {FORMAT}")
+        record = Record(**found)
+        if not all(isinstance(facts["ok"], bool) for units in record.stages.values() for facts in units.values()):
+            raise ValueError("a unit does not say whether it is ok")
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: is no evidence run: {error}") from error
+    return record
+
+
+def commit() -> str:
+    """The commit of this checkout, or, where there is no git, a name of its sources."""
+    try:
+        command = ["git", "-C", str(_ROOT), "rev-parse", "--short=12", "HEAD"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return _of_sources()
+    return done.stdout.strip() if done.returncode == 0 and done.stdout.strip() else _of_sources()
+
+
+def _of_sources() -> str:
+    digest = hashlib.sha256()
+    for folder in ("triton_conv", "bench", "autotune_configs"):
+        for path in sorted((_ROOT / folder).rglob("*")):
+            if path.suffix in (".py", ".json") and "results" not in path.parts:
+                digest.update(path.read_bytes())
+    return f"sources-{digest.hexdigest()[:12]}"
