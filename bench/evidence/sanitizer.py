@@ -130,6 +130,7 @@ def _run(before: Sequence[str], context: Context, seconds: float) -> tuple[int |
             [*before, *program],
             env=env,
             cwd=_ROOT,
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -127,6 +127,7 @@ def first_call(context: Context) -> dict[str, Any]:
                 [sys.executable, "-c", _FIRST_CALLS],
                 env={**os.environ, "PYTHONPATH": path, "TRITON_CACHE_DIR": cache},
                 cwd=_ROOT,
+                stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
                 timeout=140,
@@ -155,7 +156,7 @@ def scaled(context: Context) -> dict[str, Any]:
         if who == "triton_conv":
             convert(model)
         placed(model, device)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
         scaler, losses = torch.amp.GradScaler(device.type), list[Tensor]()
         generator = torch.Generator(device).manual_seed(1)
         for _ in range(steps):
@@ -174,10 +175,10 @@ def scaled(context: Context) -> dict[str, Any]:
         curves[who], scales[who] = torch.stack(losses).tolist(), scaler.get_scale()
     ours, theirs = curves["triton_conv"], curves["torch"]
     off = max(abs(a - b) / b for a, b in zip(ours, theirs, strict=True))
-    learned = tiny or ours[-1] < 0.9 * ours[0]
+    learned = tiny or ours[-1] < 0.7 * ours[0]
     words = f"loss {ours[0]:.3f} to {ours[-1]:.3f}, never more than {off:.1%} from cuDNN's"
     words += f"; scale {scales['triton_conv']:.0f}, cuDNN's {scales['torch']:.0f}"
-    ok = off < 0.05 and learned and scales["triton_conv"] > 0
+    ok = off < 0.1 and learned and scales["triton_conv"] > 0
     return {"ok": ok, "words": words, "losses": curves, "scales": scales}
 
 

@@ -82,7 +82,7 @@ def textures(N: int, size: int, device: torch.device, seed: int) -> Batch:
 
 
 def shapes(N: int, size: int, device: torch.device, seed: int) -> Batch:
-    """Discs, squares and diamonds of any colour, drawn over each other; the class of a pixel is what it lies in."""
+    """Discs, squares and diamonds, each mostly of a colour, drawn over each other; a pixel's class is its shape's."""
     generator = torch.Generator(device).manual_seed(seed)
     random = partial(torch.rand, generator=generator, device=device)
     y, x = _grid(size, device)
@@ -95,7 +95,8 @@ def shapes(N: int, size: int, device: torch.device, seed: int) -> Batch:
         distance = distances.gather(0, kind.expand(1, N, size, size).contiguous()).squeeze(0)
         inside = distance < size * (0.08 + 0.14 * random(N, 1, 1))
         labels = torch.where(inside, 1 + kind, labels)
-        colour = 2 * random(N, 3, 1, 1) - 1
+        hue = F.one_hot(kind.view(N), 3).view(N, 3, 1, 1)  # without it, shapes alone take more steps to tell apart
+        colour = hue + random(N, 3, 1, 1) - 0.5
         images = torch.where(inside.unsqueeze(1), colour + 0.3 * images, images)
     shares = F.one_hot(labels, 1 + _KINDS).permute(0, 3, 1, 2).float()
     return Batch(_channels_last(images), shares)
