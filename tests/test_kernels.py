@@ -39,12 +39,12 @@ def test_random_cases(seed, kernels):
 
 # Cases that between them reach every branch of the kernels, small enough to run under many configs.
 BRANCHES = [
-    Case.of((6, 7), 3, C=20, K=18, padding=1),
-    Case.of((6, 7), 3, C=16, K=24, stride=2, padding=1, memory_format="channels_last", dtype=torch.float16),
-    Case.of((5, 4, 3), (3, 2, 1), C=6, K=4, groups=2, padding=((1, 1), (0, 1), (0, 0)), dilation=(1, 2, 1)),
-    Case.of((6, 5), 3, C=3, K=5, padding=((2, 1), (0, 2)), modes=("reflect", "circular"), stride=(1, 2)),
+    Case.of((3, 5), 3, C=17, K=10, padding=1),
+    Case.of((4, 5), 3, C=16, K=24, stride=2, padding=1, memory_format="channels_last", dtype=torch.float16),
+    Case.of((4, 3, 2), (3, 2, 1), C=6, K=4, groups=2, padding=((1, 1), (0, 1), (0, 0)), dilation=(1, 2, 1)),
+    Case.of((4, 5), 3, C=3, K=5, padding=((2, 1), (0, 2)), modes=("reflect", "circular"), stride=(1, 2)),
     Case.of((4, 5), 3, C=5, K=3, stride=(3, 2), padding=1, output_padding=(2, 1), transposed=True),
-    Case.of(19, 4, C=4, K=4, groups=4, padding=((3, 0),)),
+    Case.of(11, 4, C=3, K=3, groups=3, padding=((3, 0),)),
 ]
 GATHER_CONFIGS = [
     Config(16, 16, 16),

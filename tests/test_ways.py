@@ -66,7 +66,7 @@ def test_every_size_of_bundle_gives_the_same(bundle, kernels, leaving_the_plaine
     assert [p.bundle for p in plans_of(case, kernels)[:3]] == [bundle] * 3
 
 
-@pytest.mark.parametrize("spatial", [(7,), (6, 5), (3, 4, 5)])
+@pytest.mark.parametrize("spatial", [(7,), (4, 5), (3, 4, 5)])
 @pytest.mark.parametrize(
     "options",
     [{}, {"stride": 2, "padding": 0}, {"transposed": True, "stride": 2}, {"modes": "reflect"}],
