@@ -33,6 +33,7 @@ def run(
     out: Path | None = None,
     seconds: float | None = None,
     progress: Callable[[Row], None] | None = None,
+    commit: str | None = None,
 ) -> Run:
     """The rows of jobs, in their order, and those that `out` has besides.
 
@@ -43,15 +44,15 @@ def run(
 
     `out` is written as rows come, every few seconds, and at the end, also if that is an exception. Rows and ceilings
     that it already has from this commit, device and source are kept and not measured again. No row is begun after
-    `seconds`. `progress` is told each new row. Raises ValueError where `out` is no run, torch.AcceleratorError where
-    the device has failed.
+    `seconds`. `progress` is told each new row. `commit` is git's where it is None. Raises ValueError where `out` is no
+    run, torch.AcceleratorError where the device has failed.
     """
     start = time.monotonic()
     fresh = Run(
         device=meter.name,
         source=meter.source,
         time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        commit=on_device.commit(),
+        commit=on_device.commit() if commit is None else commit,
         command=command,
         versions=versions(),
     )

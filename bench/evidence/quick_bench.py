@@ -11,7 +11,7 @@ from .. import records
 from ..jobs import Job, jobs
 from ..records import CHANNELS_LAST, OURS, PADDED_CHANNELS_LAST, Row
 from ..runner import Meter, run
-from . import meters
+from . import meters, record
 from .record import Facts
 from .units import Context, Unit
 
@@ -82,7 +82,15 @@ class _Prepared:
 
 def _measure(group: Sequence[Job], meter: _Expecting, context: Context) -> Facts:
     command = "python -m bench.evidence --stages c"
-    found = run(group, meter.of(group[0]), command, context.out / FILE, max(context.left(), 0.0))
+    evidence = record.read(context.out)
+    found = run(
+        group,
+        meter.of(group[0]),
+        command,
+        context.out / FILE,
+        max(context.left(), 0.0),
+        commit=evidence.commit if evidence else None,
+    )
     names = {job.row_name for job in group}
     rows = [row for row in found.rows if row.name in names]
     if not rows:
