@@ -21,6 +21,7 @@ from PIL import Image
 
 from . import summary
 from .records import OPS, OURS, Row, Run
+from .words import ratio
 
 COLOURS = {"fprop": "#0072B2", "dgrad": "#E69F00", "wgrad": "#009E73", "step": "#CC79A7"}
 _MARKERS = {"fprop": "o", "dgrad": "s", "wgrad": "^", "step": "D"}
@@ -139,17 +140,18 @@ def _lines(layer: dict[str, float]) -> float:
 
 
 def _draw_bars(axes: Axes, suite: str, bars: dict[str, dict[str, float]], limits: tuple[float, float]) -> None:
-    at, ticks = 0.0, []
+    at, ticks, placed = 0.0, [], []
     for layer in bars.values():
-        height, inside = _lines(layer), _BAR * len(layer)
-        for line, (op, value) in enumerate(layer.items()):
-            y = at + (height - inside) / 2 + (line + 0.5) * _BAR
-            axes.barh(y, value - 1, left=1, height=_BAR * 0.9, color=COLOURS[op], linewidth=0)
-            side: dict[str, Any] = {"ha": "left" if value >= 1 else "right", "va": "center", "fontsize": 5}
-            where = (2 if value >= 1 else -2, 0)
-            axes.annotate(number_of(value), (value, y), where, textcoords="offset points", **side)
+        height = _lines(layer)
+        first = at + (height - _BAR * len(layer) + _BAR) / 2
+        placed += [(first + number * _BAR, op, value) for number, (op, value) in enumerate(layer.items())]
         ticks.append(at + height / 2)
         at += height
+    beyond, colours = [value - 1 for _, _, value in placed], [COLOURS[op] for _, op, _ in placed]
+    axes.barh([y for y, _, _ in placed], beyond, left=1, height=_BAR * 0.9, color=colours, linewidth=0)
+    for y, _, value in placed:
+        side: dict[str, Any] = {"ha": "left" if value >= 1 else "right", "va": "center", "fontsize": 5}
+        axes.annotate(ratio(value), (value, y), (2 if value >= 1 else -2, 0), textcoords="offset points", **side)
     axes.set(xscale="log", xlim=limits, ylim=(at, 0))
     axes.set_yticks(ticks, [plain(name, 44) for name in bars], fontsize=7)
     axes.set_title(plain(suite), fontsize=10, fontweight="bold", loc="left", pad=4)
@@ -175,11 +177,6 @@ def _limits(values: Sequence[float], share: float = 0.12) -> tuple[float, float]
     low, high = min([*values, 0.8]), max([*values, 1.25])
     room = (high / low) ** share
     return low / room, high * (room if high > 1.25 else 1)
-
-
-def number_of(value: float) -> str:
-    """A ratio with two digits behind the point, or with two that say something."""
-    return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -276,7 +273,7 @@ def extremes(run: Run) -> Figure:
 
 def _numbers(run: Run, row: Row, value: float) -> str:
     time = row.predicted_seconds if run.source == "predicted" else row.seconds(OURS)
-    return f"{number_of(value)} ({1e6 * (time or 0):.4g} us)"
+    return f"{ratio(value)} ({1e6 * (time or 0):.4g} us)"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,196 @@
+"""Where we lose to cuDNN, and why that is likely: from a row's numbers, its plan, and on request its compiled code.
+
+    >>> losses(run)[0].words
+    'it takes 2.1 times its predicted 40.2 us: it waits for what the model misses; it reaches 31% of the nearer ceiling'
+
+Reasons are guesses that numbers support, for whoever looks next; a profiler has the last word.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from triton_conv import explain, stored
+from triton_conv.causal_plan import CausalPlan
+from triton_conv.devices import Device
+from triton_conv.plan import Plan
+from triton_conv.tuning import audit as auditing
+from triton_conv.tuning import suites
+from triton_conv.tuning.code import TARGETS
+
+from . import summary
+from .records import OURS, Row, Run
+
+# Plans of a layer, by the operation that they are of.
+_TITLES = {"fprop": "forward", "dgrad": "input gradient", "wgrad": "weight gradient"}
+
+_AS_PREDICTED = 1.25  # times the predicted time: what a prediction may be off by
+_FULL = 0.75  # of the places on a device: with fewer tiles, many of them idle
+_WAVES = 3  # where there are no more, a last one that is not full counts
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A suite's worst layer among those on which a rival is quicker by more than noise.
+
+    `rows` of `of` rows are lost. `words` are the likely reasons, the likeliest first, `code` what the compiler made of
+    the kernels, "" unless that was asked for and they can be compiled here.
+    """
+
+    suite: str
+    row: Row
+    rival: str
+    ours: float
+    theirs: float
+    rows: int
+    of: int
+    words: str
+    code: str = ""
+
+    @property
+    def ratio(self) -> float:
+        """Our time over the rival's."""
+        return self.ours / self.theirs
+
+
+def losses(run: Run, audit: bool = False) -> list[Loss]:
+    """For each suite that has one, the worst loss to channels-last cuDNN; the worst of all first.
+
+    With `audit` the kernels of these layers are compiled, in processes beside this one and without a GPU.
+    """
+    device, found = summary.device(run), []
+    for suite in dict.fromkeys(row.suite for row in run.rows):
+        rows = [row for row in run.rows if row.suite == suite and summary.speedup(row) is not None]
+        lost = [row for row in rows if summary.verdict(row) < 0]
+        if not lost:
+            continue
+        worst = min(lost, key=lambda row: summary.speedup(row) or 0.0)
+        who = summary.rival(worst)
+        assert who is not None
+        ours, theirs = worst.seconds(OURS), worst.seconds(who)
+        assert ours is not None
+        assert theirs is not None
+        plans = plans_of(worst, device) if device else []
+        words = "; ".join(_reasons(run, worst, ours, theirs, plans))
+        code = "; ".join(_code(plans, device)) if audit and device else ""
+        found.append(Loss(suite, worst, who, ours, theirs, len(lost), len(rows), words, code))
+    return sorted(found, key=lambda loss: -loss.ratio)
+
+
+def reason(run: Run, row: Row) -> str:
+    """The likely reasons why a row is lost, in words; "" where it is not."""
+    who, ours = summary.rival(row), row.seconds(OURS)
+    theirs = row.seconds(who) if who else None
+    if not ours or not theirs or ours <= theirs:
+        return ""
+    device = summary.device(run)
+    return "; ".join(_reasons(run, row, ours, theirs, plans_of(row, device) if device else []))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From numbers
+
+
+def _reasons(run: Run, row: Row, ours: float, theirs: float, plans: list[Plan | CausalPlan]) -> Iterator[str]:
+    predicted, host = row.predicted_seconds, row.measured[OURS].host_seconds
+    if host and host > ours:
+        yield f"a call takes the host {_us(host)}, longer than the device"
+    if theirs < row.roofline_seconds:
+        yield (
+            f"the rival is below the {_us(row.roofline_seconds)} of a direct convolution: operands from L2, or an "
+            "algorithm of fewer products"
+        )
+    if predicted and ours > _AS_PREDICTED * predicted:
+        much = f"{ours / predicted:.1f} times its predicted {_us(predicted)}"
+        yield f"it takes {much}: it waits for what the model misses"
+    elif predicted and predicted > theirs:
+        yield f"predicted to lose: {_us(predicted)}, {row.roofline_seconds / predicted:.0%} of the roofline"
+    plain = _plain_kernel(row)
+    if plain:
+        yield plain
+    yield from _of_plans(plans)
+    if row.workspace_bytes and 2 * row.workspace_bytes / _copy(run, row) > 0.1 * ours:
+        yield f"the kernel has {row.workspace_bytes / 2**20:.3g} MiB of copies or slabs around it, written and read"
+    share = summary.of_ceilings(run, row) or row.roofline_seconds / ours
+    yield f"it reaches {share:.0%} of the nearer ceiling; the roofline's limit is {row.limit}"
+
+
+def _plain_kernel(row: Row) -> str:
+    """Why the general kernel ran and no special one, as plans say."""
+    whys = dict.fromkeys(re.findall(r"pointer gather, since ([^;]+)", row.reason))
+    return f"the gather kernel ran, since {' and '.join(whys)}" if whys else ""
+
+
+def _of_plans(plans: list[Plan | CausalPlan]) -> Iterator[str]:
+    for p in plans:
+        prediction = p.prediction
+        name = p.kernel if len(plans) == 1 else f"{p.role.value}'s {p.kernel}"
+        slots = prediction.resident * p.device.multiprocessors
+        if prediction.tiles < _FULL * slots:
+            yield f"{name} has {prediction.tiles} tiles for {slots} places on the device"
+        elif 1 < prediction.waves <= _WAVES and prediction.tiles < _FULL * prediction.waves * slots:
+            share = prediction.tiles / (prediction.waves * slots)
+            yield f"{name}'s {prediction.waves} waves are {share:.0%} full"
+        if prediction.useful < 0.6:
+            yield f"{prediction.useful:.0%} of what {name} multiplies counts"
+
+
+def _copy(run: Run, row: Row) -> float:
+    return summary.ceilings(run, row.dtype).copy or 1e12
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From plans
+
+
+def plans_of(row: Row, device: Device) -> list[Plan | CausalPlan]:
+    """The plans that ran a row, made again; none where they would not be those."""
+    suite = suites.SUITES.get(row.suite)
+    layer = suite.layers.get(row.layer) if suite else None
+    shape = re.search(r"\b(\d+(?:x\d+)+) \d+(?:x\d+)+", row.call)
+    if layer is None or shape is None:
+        return []
+    options: dict[str, Any] = {**layer.options, "channels_last": row.channels_last}
+    options["dtype"] = getattr(torch, row.dtype, None)
+    if not isinstance(options["dtype"], torch.dtype):
+        return []
+    sizes = tuple(map(int, shape[1].split("x")))
+    try:
+        with stored.hidden("user store"):
+            made: dict[str, Any] = dict(explain.plans(sizes, layer.weight, device=device, **options))
+    except (ValueError, RuntimeError, TypeError):
+        return []
+    titles = {**_TITLES, "dgrad": "all gradients", "wgrad": "all gradients"} if "all gradients" in made else _TITLES
+    wanted = titles.values() if row.op == "step" else [titles[row.op]]
+    found = [made[title] for title in dict.fromkeys(wanted) if title in made]
+    same = [p.kernel for p in found] == re.split(r",\s*", row.kernel)
+    return found if same and all(str(p.config).strip() in row.config for p in found) else []
+
+
+def _code(plans: list[Plan | CausalPlan], device: Device) -> Iterator[str]:
+    arch = next((arch for arch, target in TARGETS.items() if target.capability == device.capability), None)
+    subjects = [auditing.Subject(p.kernel, p) for p in plans]
+    if arch is None or not subjects:
+        return
+    for number, rows in sorted(auditing.audit(subjects, arch, jobs=1)):
+        for found in rows:
+            faults = auditing.faults(found)
+            code = found.code
+            if code is not None and found.kernel == plans[number].kernel:
+                instruction = (
+                    f"{code.matrix} from {code.operands or 'registers'}" if code.matrix else "no matrix instruction"
+                )
+                yield (
+                    f"{found.kernel}: {code.registers} registers, {code.resident} blocks a multiprocessor, "
+                    f"{instruction}, loads {code.ahead} steps ahead"
+                )
+            yield from (f"{found.kernel}: {fault}" for fault in faults)
+
+
+def _us(seconds: float) -> str:
+    return f"{1e6 * seconds:.3g} us"
