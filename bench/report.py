@@ -199,19 +199,27 @@ def _rows_note(run: Run) -> str:
 
 def _rows(run: Run) -> Table:
     predicted = run.source == "predicted"
-    headings = ["suite", "layer", "op", "call", "dtype", "layout", ">times", "kernel", "why"]
+    headings = ["suite", "layer", "op", "call", "dtype", "layout", ">times"]
     others = list(dict.fromkeys(who for row in run.rows for who in row.measured if who != OURS))
     if not predicted:
         headings += [">ours, us", *(f">{who}, us" for who in others)]
         headings += [">speed-up", ">TFLOP/s", ">GB/s", ">share", ">peak MiB", ">host us", ">error"]
-    headings += [">predicted, us", ">roofline, us", "limit", *([">share"] if predicted else []), "notes"]
+    headings += [
+        ">predicted, us",
+        ">roofline, us",
+        *([">share"] if predicted else []),
+        "limit",
+        "kernel",
+        "why",
+        "notes",
+    ]
     return Table(headings, [_row(run, row, others, predicted) for row in run.rows])
 
 
 def _row(run: Run, row: Row, others: Sequence[str], predicted: bool) -> Line:
     layout = "channels-last" if row.channels_last else "contiguous"
     cells = [Cell(row.suite), Cell(row.layer), Cell(row.op), Cell(row.call), Cell(row.dtype), Cell(layout)]
-    cells += [Cell(str(row.times), row.times), Cell(grouped(row.kernel, row.config)), Cell(row.reason)]
+    cells.append(Cell(str(row.times), row.times))
     ours, mark = row.measured.get(OURS), ""
     if not predicted:
         cells += [_measured(row.measured.get(who)) for who in (OURS, *others)]
@@ -225,12 +233,13 @@ def _row(run: Run, row: Row, others: Sequence[str], predicted: bool) -> Line:
         cells += [_number(number) for number in numbers]
         cells += [Cell(percent(share), share), _number(peak), _number(host), _number(ours.error if ours else None)]
         mark = {1: "won", -1: "lost", 0: ""}[summary.verdict(row)]
-    cells += [_time(row.predicted_seconds), _time(row.roofline_seconds), Cell(row.limit)]
+    cells += [_time(row.predicted_seconds), _time(row.roofline_seconds)]
     if predicted:
         value = plots.shown(run, row)
         cells.append(Cell(percent(value), value))
     notes = "; ".join(f"{who}: {m.note}" for who, m in row.measured.items() if m.note)
-    return Line([*cells, Cell(notes)], mark)
+    words = [row.limit, grouped(row.kernel, row.config), row.reason, notes]
+    return Line([*cells, *map(Cell, words)], mark)
 
 
 def _measured(measurement: Measurement | None) -> Cell:

@@ -54,7 +54,7 @@ def grouped(kernel: str, config: str) -> str:
     'box 64x64x32 warps 4, box_wgrad 16x64x64 warps 4'
     """
     pairs = zip_longest(kernel.split(", "), config.split(", "), fillvalue="")
-    return ", ".join(" ".join(pair).strip() for pair in pairs)
+    return ", ".join(c if c.startswith(f"{k} ") else f"{k} {c}".strip() for k, c in pairs)
 
 
 def named(row: Row) -> str:
