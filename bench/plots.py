@@ -222,14 +222,14 @@ def _draw_roofs(axes: Axes, run: Run, rows: Sequence[Row]) -> None:
     intensities = [row.flops / row.bytes for row in rows]
     low, high = min(intensities) / 1.5, max(intensities) * 1.5
     dashes = ("-", "--", ":", "-.")
-    for number, dtype in enumerate(sorted({row.dtype for row in rows})):
-        top = summary.ceilings(run, dtype)
+    for number, (products, row) in enumerate(sorted({summary.products(row): row for row in rows}.items())):
+        top = summary.ceilings(run, row)
         how = "measured" if top.measured else "data sheet"
         line: dict[str, Any] = {"color": "black", "linewidth": 1.2, "zorder": 1, "linestyle": dashes[number % 4]}
         if top.copy and top.matmul:
             ridge = min(max(top.matmul / top.copy, low), high)
             xs = [low, ridge, high]
-            label = f"{top.copy / 1e12:.3g} TB/s copy, {top.matmul / 1e12:.0f} TFLOP/s {dtype} ({how})"
+            label = f"{top.copy / 1e12:.3g} TB/s copy, {top.matmul / 1e12:.0f} TFLOP/s {products} ({how})"
             axes.plot(xs, [min(top.copy * x, top.matmul) / 1e12 for x in xs], label=label, **line)
         elif top.copy:
             label = f"{top.copy / 1e12:.3g} TB/s copy ({how})"

@@ -141,7 +141,7 @@ def _of_plans(plans: list[Plan | CausalPlan]) -> Iterator[str]:
 
 
 def _copy(run: Run, row: Row) -> float:
-    return summary.ceilings(run, row.dtype).copy or 1e12
+    return summary.ceilings(run, row).copy or 1e12
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -190,7 +190,10 @@ def _losses(run: Run, audit: bool) -> Table:
 
 def _rows_note(run: Run) -> str:
     if run.source == "predicted":
-        return "Times are predictions; the share is the roofline's of them."
+        return (
+            "Times are predictions; the share is the roofline's of them. The worst error, as a share of its tolerance, "
+            "is that of a smaller layer of the same kind on the CPU."
+        )
     return (
         "Times are medians, with half the distance of their quartiles; the share is of the nearer ceiling. Memory is "
         "above inputs and outputs; the host's time is that of a call. The worst error is a share of its tolerance."
@@ -204,15 +207,8 @@ def _rows(run: Run) -> Table:
     if not predicted:
         headings += [">ours, us", *(f">{who}, us" for who in others)]
         headings += [">speed-up", ">TFLOP/s", ">GB/s", ">share", ">peak MiB", ">host us", ">error"]
-    headings += [
-        ">predicted, us",
-        ">roofline, us",
-        *([">share"] if predicted else []),
-        "limit",
-        "kernel",
-        "why",
-        "notes",
-    ]
+    headings += [">predicted, us", ">roofline, us", *([">share", ">error"] if predicted else [])]
+    headings += ["limit", "kernel", "why", "notes"]
     return Table(headings, [_row(run, row, others, predicted) for row in run.rows])
 
 
@@ -236,8 +232,9 @@ def _row(run: Run, row: Row, others: Sequence[str], predicted: bool) -> Line:
     cells += [_time(row.predicted_seconds), _time(row.roofline_seconds)]
     if predicted:
         value = plots.shown(run, row)
-        cells.append(Cell(percent(value), value))
-    notes = "; ".join(f"{who}: {m.note}" for who, m in row.measured.items() if m.note)
+        cells += [Cell(percent(value), value), _number(ours.error if ours else None)]
+    says = row.measured if run.source == "measured" else {}  # others say of every row that it is made up
+    notes = "; ".join(f"{who}: {m.note}" for who, m in says.items() if m.note)
     words = [row.limit, grouped(row.kernel, row.config), row.reason, notes]
     return Line([*cells, *map(Cell, words)], mark)
 

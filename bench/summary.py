@@ -91,16 +91,23 @@ class Ceilings:
     measured: bool
 
 
-def ceilings(run: Run, dtype: str) -> Ceilings:
-    """The ceilings of a run, of what it measured or else of the data sheet of its device."""
-    copy, matmul = run.ceilings.get("copy", 0.0), run.ceilings.get(f"matmul {dtype}", 0.0)
+def ceilings(run: Run, row: Row) -> Ceilings:
+    """The ceilings of a row, of what its run measured or else of the data sheet of its device."""
+    name = products(row)
+    copy, matmul = run.ceilings.get("copy", 0.0), run.ceilings.get(f"matmul {name}", 0.0)
     if copy or matmul:
         return Ceilings(copy, matmul, True)
     known = device(run)
     if known is None:
         return Ceilings(0.0, 0.0, False)
-    rates = {"float32": known.matrix_tf32, "float64": known.matrix_64, "float8_e4m3fn": known.matrix_fp8}
-    return Ceilings(known.bandwidth, rates.get(dtype, known.matrix_16), False)
+    rates = {"tf32": known.matrix_tf32, "float32": known.vector_32, "float64": known.matrix_64}
+    rates |= {"float8_e4m3fn": known.matrix_fp8, "int8": known.matrix_int8}
+    return Ceilings(known.bandwidth, rates.get(name, known.matrix_16), False)
+
+
+def products(row: Row) -> str:
+    """What is multiplied: the dtype, or "tf32" where float32 is multiplied so."""
+    return "tf32" if row.dtype == "float32" and "precision tf32" in row.call else row.dtype
 
 
 def device(run: Run) -> devices.Device | None:
@@ -110,7 +117,7 @@ def device(run: Run) -> devices.Device | None:
 
 def of_ceilings(run: Run, row: Row) -> float | None:
     """The share of the ceiling that is nearer: of the copy's bytes or of the matrix product's flops a second."""
-    time, top = seconds(row), ceilings(run, row.dtype)
+    time, top = seconds(row), ceilings(run, row)
     if not time:
         return None
     shares = [done / time / most for done, most in ((row.bytes, top.copy), (row.flops, top.matmul)) if most]
