@@ -369,7 +369,7 @@ def test_outputs_rotate_as_operands_do():
         most.append(len(alive))
         return output
 
-    bench()._repeated([work] * 3)
+    on_device.repeated(FakeClock(), [work] * 3)
     assert max(most) == 3
     assert not alive
 

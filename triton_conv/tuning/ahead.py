@@ -12,8 +12,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from types import ModuleType
 
+from ..causal_plan import CausalPlan
 from ..plan import Plan
 from . import audit
+
+
+AnyPlan = Plan | CausalPlan
 
 
 class Ahead:
@@ -26,9 +30,9 @@ class Ahead:
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self.arch, self.jobs = arch, jobs or max(len(os.sched_getaffinity(0)) // ranks - 1, 1)
         self._pool: ProcessPoolExecutor | None = None
-        self._waiting: dict[Plan, Future[list[audit.Row]]] = {}
+        self._waiting: dict[AnyPlan, Future[list[audit.Row]]] = {}
 
-    def expect(self, plans: Iterable[Plan]) -> None:
+    def expect(self, plans: Iterable[AnyPlan]) -> None:
         """Begins with plans, in this order, and drops those that were expected before and are not begun."""
         self.drop()
         for p in plans:
@@ -40,7 +44,7 @@ class Ahead:
             future.cancel()
         self._waiting.clear()
 
-    def rows(self, p: Plan) -> list[audit.Row]:
+    def rows(self, p: AnyPlan) -> list[audit.Row]:
         """Of a plan, expected or not; of one whose compiler died they say so."""
         future = self._waiting.pop(p, None)
         try:
@@ -52,7 +56,7 @@ class Ahead:
                 ((_, rows),) = audit.audit([_subject(p)], self.arch, jobs=1)
             return rows
 
-    def _submitted(self, p: Plan) -> Future[list[audit.Row]]:
+    def _submitted(self, p: AnyPlan) -> Future[list[audit.Row]]:
         task = audit.Compilation(0, _subject(p), self.arch, ())
         for _ in range(2):
             if self._pool is None:
@@ -77,5 +81,5 @@ def _without_main() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-def _subject(p: Plan) -> audit.Subject:
+def _subject(p: AnyPlan) -> audit.Subject:
     return audit.Subject("", replace(p))  # a copy has no kernels yet, which no other process could be sent

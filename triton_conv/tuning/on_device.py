@@ -175,7 +175,7 @@ class KernelBench:
             with backends.cudnn(precision="tf32" if problem.precision == "tf32" else "ieee"):
                 sets = [operands.operands(problem, self.where, seed) for seed in range(count)]
                 works = [[convolution(*tensors, last) for tensors in sets] for last in (False, True)]
-                samplers = [self._repeated(work) for work in works]
+                samplers = [repeated(self.clock, work) for work in works]
                 found = interleaved(samplers, self.clock.now, _SECONDS)
         except RuntimeError:  # no algorithm, or no memory for it, or none that can be captured
             self._check_device()
@@ -238,30 +238,13 @@ class KernelBench:
                 launch.run(t)
 
         try:
-            return self._repeated([partial(on, t | shared) for t in ready])
+            return repeated(self.clock, [partial(on, t | shared) for t in ready])
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             self._check_device()
             warnings.warn(f"not measured: {p.kernel} {p.config}: {audit.words(error)}", stacklevel=2)
             return None
-
-    def _repeated(self, works: Sequence[Callable[[], object]]) -> Callable[[], float]:
-        """Seconds of one work, from so many one after the other that they fill a sample."""
-
-        def batch(times: int) -> None:
-            for _ in range(times):
-                held = [work() for work in works]  # so that outputs rotate too
-                del held
-
-        self.clock.seconds(partial(batch, 1))  # compiles, and lets cuDNN choose: neither can be captured
-        times, replay = 1, self.clock.captured(partial(batch, 1))
-        self.clock.seconds(replay)  # the first one carries the graph to the device
-        needed = repeats(self.clock.seconds(replay), len(works))
-        if needed > 1:
-            times, replay = needed, self.clock.captured(partial(batch, needed))
-            self.clock.seconds(replay)
-        return lambda: self.clock.seconds(replay) / (times * len(works))
 
 
 class CudaBench(KernelBench):
@@ -276,7 +259,27 @@ class CudaBench(KernelBench):
         device = execute.device_of(where)
         assert device is not None
         super().__init__(where, device, CudaClock(where))
-        self.driver = _driver()
+        self.driver = driver()
+
+
+def repeated(clock: Clock, works: Sequence[Callable[[], object]]) -> Callable[[], float]:
+    """Samples: seconds of one work, from so many one after the other that they fill a sample. All run once before."""
+    batch = partial(in_turn, works)
+    clock.seconds(partial(batch, 1))  # compiles, and lets cuDNN choose: neither can be captured
+    times, replay = 1, clock.captured(partial(batch, 1))
+    clock.seconds(replay)  # the first one carries the graph to the device
+    needed = repeats(clock.seconds(replay), len(works))
+    if needed > 1:
+        times, replay = needed, clock.captured(partial(batch, needed))
+        clock.seconds(replay)
+    return lambda: clock.seconds(replay) / (times * len(works))
+
+
+def in_turn(works: Sequence[Callable[[], object]], times: int) -> None:
+    """Does all of them, so many times."""
+    for _ in range(times):
+        held = [work() for work in works]  # so that outputs rotate too
+        del held
 
 
 def rotation(size: int, l2_bytes: int, free_bytes: int) -> int:
@@ -306,19 +309,19 @@ def convolution(call: execute.Call, output: Tensor, channels_last: bool) -> Call
 
 def stamp(kernel: str, driver: str) -> dict[str, str]:
     """The names of a stored entry's stamp for measurements of now."""
-    commit = _commit()
+    checkout = commit()
     return {
         "kernel": key.source_hash(kernel),
         "triton": triton.__version__,
         "torch": torch.__version__,
         "driver": driver,
         "time": datetime.now(timezone.utc).isoformat(timespec="microseconds"),
-        **({"commit": commit} if commit else {}),
+        **({"commit": checkout} if checkout else {}),
     }
 
 
 @cache
-def _commit() -> str:
+def commit() -> str:
     """Of the checkout that this package is in, "" where it is in none."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
@@ -331,7 +334,7 @@ def _commit() -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def _driver() -> str:
+def driver() -> str:
     """The version of NVIDIA's driver."""
     try:
         text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")

@@ -7,7 +7,7 @@ is open, or when they have cost enough. Medians and quartiles are what counts: a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from statistics import median, quantiles
 from typing import NamedTuple
 
@@ -57,13 +57,39 @@ def interleaved(
     for number in range(MOST):
         if not alive or (number and now() - start > seconds):
             break
-        for i in alive if number % 2 == 0 else reversed(alive):  # so that nobody always follows the same one
+        for i in _order(alive, number):
             samples[i].append(samplers[i]())
         if number + 1 >= LEAST:
             alive = contenders(samples, alive)
             if len(alive) == 1 or (number + 1 >= USUAL and settled([samples[i] for i in alive])):
                 break
     return [timing(s) if len(s) >= LEAST else None for s in samples]
+
+
+def all_rounds(
+    samplers: Sequence[Callable[[], float]],
+    rounds: int,
+    now: Callable[[], float] = lambda: 0.0,
+    seconds: float = math.inf,
+    least: int = 1,
+) -> list[Timing]:
+    """The timing of each sampler after so many rounds of all of them: nobody is eliminated.
+
+    No round after the first `least` starts once `now()` has advanced by `seconds`.
+    """
+    samples: list[list[float]] = [[] for _ in samplers]
+    start = now()
+    for number in range(rounds):
+        if number >= least and now() - start > seconds:
+            break
+        for i in _order(range(len(samplers)), number):
+            samples[i].append(samplers[i]())
+    return [timing(s) for s in samples]
+
+
+def _order(those: Sequence[int], number: int) -> Iterable[int]:
+    """Theirs in a round: forth and back, so that nobody always follows the same one."""
+    return those if number % 2 == 0 else reversed(those)
 
 
 def contenders(samples: Sequence[Sequence[float]], alive: Sequence[int]) -> list[int]:

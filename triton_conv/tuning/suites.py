@@ -209,14 +209,8 @@ _REGNET = [(2, 224, 4, 224, 2), (4, 448, 8, 448, 2), (10, 896, 16, 896, 2), (1, 
 SUITES: dict[str, Suite] = {
     suite.name: suite
     for suite in (
-        _suite(
-            "resnet50",
-            "ResNet-50 at 224x224 (He et al. 2015)",
-            128,
-            networks.bottlenecks(
-                64, [(n, w, 1, 4 * w, 1 + (w > 64)) for n, w in ((3, 64), (4, 128), (6, 256), (3, 512))]
-            ),
-        ),
+        _suite("resnet50", "ResNet-50 at 224x224 (He et al. 2015)", 128, networks.bottlenecks(64, _RESNET)),
+        _suite("resnet50_batch1", "ResNet-50 at 224x224, one image", 1, networks.bottlenecks(64, _RESNET)),
         _suite(
             "resnext50",
             "ResNeXt-50 32x4d at 224x224 (Xie et al. 2016)",
