@@ -98,7 +98,7 @@ def text(
     if parameters.pop("causal", False):
         how = (transposed, dtype, channels_last, bias, device)
         shown = _causal_plans(input_shape, weight_shape, *how, **parameters)
-        lines = [f"causal_conv1d {shown['forward'].asked} {_written(dtype)} on {device.name}"]
+        lines = [f"causal_conv1d {shown['forward'].asked} {written(dtype)} on {device.name}"]
         for title, causal_one in shown.items():
             lines += [f"\n{title}", str(causal_one), _times(causal_one)]
         return "\n".join(lines)
@@ -107,7 +107,7 @@ def text(
         both = _separable_plans(input_shape, weight_shape, *how, **parameters)
         sizes = f"{'x'.join(map(str, input_shape))}, depthwise {'x'.join(map(str, weight_shape))}"
         lines = [
-            f"separable convolution {sizes}, pointwise {parameters['pointwise']} {_written(dtype)} on {device.name}"
+            f"separable convolution {sizes}, pointwise {parameters['pointwise']} {written(dtype)} on {device.name}"
         ]
         for title, p in both.items():
             lines += [f"\n{title}", str(p), _times(p)]
@@ -116,12 +116,12 @@ def text(
     output_shape, calls = _traced(input_shape, weight_shape, transposed, dtype, channels_last, bias, parameters)
     shapes = {"input": input_shape, "weight": weight_shape, "output": output_shape}
     words = [name, *(f"{operand} {'x'.join(map(str, shape))}" for operand, shape in shapes.items())]
-    words.append(_written(dtype))
+    words.append(written(dtype))
     words += [word for word, given in (("channels_last", channels_last), ("bias", bias)) if given]
     defaults = inspect.signature(getattr(functional, name)).parameters
     for parameter, value in parameters.items():
-        if parameter not in defaults or _written(value) != _written(defaults[parameter].default):
-            words.append(f"{parameter} {_written(value)}")
+        if parameter not in defaults or written(value) != written(defaults[parameter].default):
+            words.append(f"{parameter} {written(value)}")
     lines = [f"{' '.join(words)} on {device.name}"]
     if transposed:
         lines.append("It is the input gradient of a convolution; the geometries are that convolution's.")
@@ -281,7 +281,7 @@ def _traced(
     return y.shape, calls
 
 
-def _written(value: Any) -> str:
+def written(value: Any) -> str:
     """A parameter as the console script takes it: 2,1 or 2:0,1."""
     if isinstance(value, (tuple, list)):
         return ",".join(":".join(map(str, v)) if isinstance(v, (tuple, list)) else str(v) for v in value)

@@ -16,7 +16,6 @@ from ..causal_plan import CausalPlan
 from ..plan import Plan
 from . import audit
 
-
 AnyPlan = Plan | CausalPlan
 
 

@@ -1,0 +1,222 @@
+"""What there is to measure: an operation of a layer of a suite, and all that is known of it without measuring."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from math import isfinite, prod
+from typing import Any, NamedTuple
+
+import torch
+
+from triton_conv import cost, explain, functional
+from triton_conv.backends import default_precision
+from triton_conv.causal_plan import CausalPlan
+from triton_conv.devices import H200, Device
+from triton_conv.plan import Plan
+from triton_conv.tuning.layers import Layer
+
+from . import shapes
+from .records import OPS, Row
+
+# What plans are called in `explain.plans`; a causal convolution has all gradients in one.
+_PLANS: dict[str, tuple[str, ...]]
+_PLANS = {"fprop": ("forward",), "dgrad": ("input gradient",), "wgrad": ("weight gradient",)}
+_PLANS["step"] = ("forward", "input gradient", "weight gradient")
+_CAUSAL: dict[str, tuple[str, ...]] = {"fprop": ("forward",), "step": ("forward", "all gradients")}
+
+LONG_FILTER = 100  # taps of a channel, which take a second to interpret for a few
+QUICK_LAYERS = 3  # of a suite
+QUICK_BYTES = 2**31  # of input, weight and output: twice as many sets of them and their results fit beside each other
+
+
+class Job(NamedTuple):
+    """An operation of a layer; `op` is one of `records.OPS`."""
+
+    suite: str
+    name: str
+    layer: Layer
+    op: str
+
+    @property
+    def causal(self) -> bool:
+        """Whether it is one of `causal_conv1d`."""
+        return bool(self.layer.options.get("causal"))
+
+    @property
+    def dtype(self) -> str:
+        return str(self.layer.options["dtype"]).removeprefix("torch.")
+
+    @property
+    def row_name(self) -> tuple[str, ...]:
+        """`Row.name` of its row."""
+        channels_last = str(bool(self.layer.options.get("channels_last")))
+        return self.suite, self.name, self.op, words(self.layer), self.dtype, channels_last
+
+
+def jobs(
+    suites: Sequence[str] | None = None,
+    ops: Sequence[str] = OPS,
+    batch: int | None = None,
+    dtype: torch.dtype | None = None,
+    channels_last: bool | None = None,
+    quick: bool = False,
+) -> list[Job]:
+    """What suites (None: all) have to measure, suite by suite and layer by layer.
+
+        >>> [job.name for job in jobs(["resnet50"], ["fprop"], quick=True)]
+        ['3x3 256>256 14x14', '1x1 1024>256 14x14', 'stem 3>64 224x224']
+
+    `batch`, `dtype` and `channels_last` are the suites' own where they are None; 1-D convolutions are contiguous
+    whatever is asked, causal ones excepted, which have no gradients of their own beside the step. float32 is multiplied
+    as PyTorch is set to at the call. With `quick`, only the layers of each suite on which a network spends most
+    predicted time, those of other filters and strides first, and at a smaller batch where one would not fit beside
+    its rivals. Raises ValueError for a suite or an operation that there is not, and a batch below 1.
+    """
+    for op in ops:
+        if op not in OPS:
+            raise ValueError(f"op {op!r} is not one of {', '.join(OPS)}")
+    found = []
+    for suite in shapes.SUITES if suites is None else dict.fromkeys(suites):
+        layers = {n: _usual(layer) for n, layer in shapes.layers(suite, batch, dtype, channels_last).items()}
+        if quick:
+            layers = {n: _fitting(layers[n]) for n in _heaviest(layers)}
+        for name, layer in layers.items():
+            known = _CAUSAL if layer.options.get("causal") else _PLANS
+            found += [Job(suite, name, layer, op) for op in OPS if op in ops and op in known]
+    return found
+
+
+def _usual(layer: Layer) -> Layer:
+    options = dict(layer.options)
+    if len(layer.weight) == 3:
+        options["channels_last"] = False
+    if options["dtype"] is torch.float32 and not options.get("causal"):
+        options.setdefault("precision", default_precision())
+    return layer._replace(options=options)
+
+
+def _heaviest(layers: dict[str, Layer]) -> list[str]:
+    """Names of layers, by the time that their network spends there; one of each kind before a second one of any."""
+
+    def kind(name: str) -> str:
+        layer = layers[name]
+        known = [layer.options.get(option) for option in ("transposed", "stride", "output_padding", "padding_mode")]
+        return f"{layer.weight[2:]} {'groups' in layer.options} {known}"
+
+    def seconds(layer: Layer) -> float:
+        plans = explain.plans(layer.input, layer.weight, device=H200, **layer.options)
+        return layer.times * sum(plan.roofline.seconds for plan in plans.values())
+
+    ordered = sorted(layers, key=lambda name: -seconds(layers[name]))
+    first: dict[str, str] = {}
+    for name in ordered:
+        first.setdefault(kind(name), name)
+    return [*first.values(), *(name for name in ordered if name not in first.values())][:QUICK_LAYERS]
+
+
+def _fitting(layer: Layer) -> Layer:
+    """The layer with half the images, as often as needed."""
+    while layer.input[0] > 1 and _bytes(layer) > QUICK_BYTES:
+        layer = layer._replace(input=(layer.input[0] // 2, *layer.input[1:]))
+    return layer
+
+
+def _bytes(layer: Layer) -> int:
+    if layer.options.get("causal"):
+        return 2 * prod(layer.input) * layer.options["dtype"].itemsize
+    g = next(iter(explain.problems(layer.input, layer.weight, **layer.options).values())).geometry
+    return sum(prod(g.shape(name)) for name in "xwy") * layer.options["dtype"].itemsize
+
+
+def small(job: Job) -> Job:
+    """The same kind of layer with few channels and positions, which a CPU runs in well under a second.
+
+    Filter, stride, dilation, groups of one channel or of more, padding and its modes, dtype and memory format are
+    kept, and so is what channels and extents leave over vectors and strides.
+    """
+    options = dict(job.layer.options)
+    N, C, *extents = job.layer.input
+    if job.causal:
+        layer = Layer((min(N, 2), 16, min(extents[0], 20)), (16, job.layer.weight[1]), options)
+        return job._replace(layer=layer)
+    first, second, *taps = job.layer.weight
+    groups, transposed = options.get("groups", 1), options.get("transposed", False)
+    if second == 1 < groups:  # depthwise: filters of a channel stay as many
+        fewer = _fewer(groups, 8 if prod(taps) <= LONG_FILTER else 2)
+        options["groups"], C, first = fewer, C // groups * fewer, first // groups * fewer
+    else:
+        fewer = min(groups, 2)
+        options |= {"groups": fewer} if groups > 1 else {}
+        C, first, second = (fewer * _fewer(C // groups), fewer * _fewer(first // groups), _fewer(second))
+    g = next(iter(explain.problems(job.layer.input, job.layer.weight, **job.layer.options).values())).geometry
+    rank = len(taps)
+    walk = zip(extents, taps, g.stride[-rank:], g.dilation[-rank:], g.padding[-rank:], strict=True)
+    sizes = [_shorter(*axis, transposed) for axis in walk]
+    return job._replace(layer=Layer((min(N, 2), C, *sizes), (first, second, *taps), options))
+
+
+def _fewer(channels: int, vector: int = 16) -> int:
+    """At most a vector or two, and as many over as before."""
+    over = channels % 8
+    return channels if channels <= vector else (8 + over if over else vector)
+
+
+def _shorter(extent: int, taps: int, stride: int, dilation: int, padding: tuple[int, int], transposed: bool) -> int:
+    if transposed:
+        return min(extent, 4 + extent % 2)
+    reach = dilation * (taps - 1) + 1
+    least = max(reach - sum(padding) + 2 * stride, 5, dilation + 3, *(p + 1 for p in padding))
+    return min(extent, least + (extent - least) % (2 * stride))
+
+
+def plans(job: Job, device: Device) -> list[Plan | CausalPlan]:
+    """Ours for what the job computes, in the order in which they run."""
+    found: Any = explain.plans(job.layer.input, job.layer.weight, device=device, **job.layer.options)
+    return [found[title] for title in (_CAUSAL if job.causal else _PLANS)[job.op]]
+
+
+def predicted_row(job: Job, device: Device) -> Row:
+    """The row of a job before anything is measured.
+
+    >>> row = predicted_row(jobs(["resnet50"], ["fprop"])[0], H200)
+    >>> row.call, row.kernel, row.measured
+    ('conv2d 128x3x224x224 64x3x7x7 stride 2 padding 3', 'gather', {})
+    """
+    found = plans(job, device)
+    seconds = [_predicted(plan) for plan in found]
+    return Row(
+        suite=job.suite,
+        layer=job.name,
+        op=job.op,
+        call=words(job.layer),
+        dtype=job.dtype,
+        channels_last=bool(job.layer.options.get("channels_last")),
+        times=job.layer.times,
+        flops=sum(plan.roofline.flops for plan in found),
+        bytes=sum(plan.roofline.bytes for plan in found),
+        roofline_seconds=sum(plan.roofline.seconds for plan in found),
+        limit=max(found, key=lambda plan: plan.roofline.seconds).roofline.limit,
+        predicted_seconds=None if None in seconds else sum(s for s in seconds if s is not None),
+        kernel=", ".join(plan.kernel for plan in found),
+        config=", ".join(str(plan.config) for plan in found),
+        workspace_bytes=max(plan.workspace_bytes for plan in found),
+        reason=", ".join(str(getattr(plan, "reason", "")) or "one kernel for all" for plan in found),
+    )
+
+
+def _predicted(plan: Plan | CausalPlan) -> float | None:
+    modelled = isinstance(plan, CausalPlan) or plan.kernel in cost.TILES
+    return plan.seconds if modelled and isfinite(plan.seconds) else None
+
+
+def words(layer: Layer) -> str:
+    """A call in one line, without what is usual in it, dtype and memory format."""
+    options, causal = layer.options, layer.options.get("causal")
+    name = f"conv{'_transpose' * bool(options.get('transposed'))}{len(layer.weight) - 2}d"
+    usual: dict[str, Any] = {n: p.default for n, p in inspect.signature(functional.conv2d).parameters.items()}
+    usual |= {"transposed": options.get("transposed"), "causal": causal, "activation": None, "output_padding": 0}
+    usual |= {"dtype": options.get("dtype"), "channels_last": options.get("channels_last")}
+    said = [f"{n} {explain.written(v)}" for n, v in options.items() if n not in usual or v != usual[n]]
+    sizes = ["x".join(map(str, shape)) for shape in (layer.input, layer.weight)]
+    return " ".join(["causal_conv1d" if causal else name, *sizes, *said])

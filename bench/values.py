@@ -1,0 +1,116 @@
+"""Random operands of a job, what it should compute from them, and how far off a result is."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+from triton_conv import backends, check, execute, explain
+from triton_conv.geometry import Role
+from triton_conv.tuning import operands as of_problems
+
+from .jobs import Job
+from .subjects import RESULTS, Operands, Subject, causal_forward
+
+_MARGIN = 256  # elements around an operand, which nobody may read: NaN
+_CHUNK = 2**25  # elements that are compared at a time
+_TITLES = {"y": "forward", "dx": "input gradient", "dw": "weight gradient"}
+_ROUNDED_BETWEEN = 4  # steps of the dtype, of an element's usual size: each of two roundings is half of one
+
+
+def shapes(job: Job) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Of input, weight and output."""
+    x, w, options = job.layer.input, job.layer.weight, job.layer.options
+    if job.causal:
+        return x, w, x
+    problem = explain.problems(x, w, **options)["forward"]
+    y = problem.geometry.shape("x" if problem.role is Role.DGRAD else "y")
+    return x, w, (*y[:2], *y[5 - (len(w) - 2) :])
+
+
+def bytes_of(job: Job) -> int:
+    """Of input, weight and output: every operation touches tensors of these three sizes."""
+    return sum(map(prod, shapes(job))) * job.layer.options["dtype"].itemsize
+
+
+def operands(job: Job, channels_last: bool, device: torch.device, seed: int) -> Operands:
+    """Standard normal ones, contiguous or channels-last, surrounded by NaN; values are a matter of the seed alone."""
+    generator, dtype = torch.Generator(device).manual_seed(seed), job.layer.options["dtype"]
+
+    def placed(shape: tuple[int, ...], whole: bool) -> Tensor:
+        flat = torch.full((prod(shape) + 2 * _MARGIN,), torch.nan, dtype=dtype, device=device)
+        t = flat.as_strided(shape, _strides(shape, channels_last, whole), _MARGIN)
+        return t.copy_(torch.randn(shape, generator=generator, dtype=dtype, device=device))
+
+    x, w, y = shapes(job)
+    return Operands(placed(x, False), placed(w, False), placed(y, True))
+
+
+def _strides(shape: tuple[int, ...], channels_last: bool, output: bool) -> tuple[int, ...]:
+    """As PyTorch lays such a tensor out; extents of 1 have other strides in outputs than in what was converted."""
+    t = torch.empty(shape, device="meta")
+    if not channels_last or t.dim() == 2:
+        return t.stride()
+    if t.dim() == 3:
+        return t.transpose(1, 2).contiguous().transpose(1, 2).stride()
+    memory_format = torch.channels_last if t.dim() == 4 else torch.channels_last_3d
+    if output:
+        return torch.empty(shape, device="meta", memory_format=memory_format).stride()
+    return t.contiguous(memory_format=memory_format).stride()
+
+
+def expected(job: Job, t: Operands, name: str) -> Tensor:
+    """ "y", "dx" or "dw" in float64, by plain PyTorch without cuDNN."""
+    if job.causal:
+        return _causal_expected(job, t)[name]
+    problem = explain.problems(job.layer.input, job.layer.weight, **job.layer.options)[_TITLES[name]]
+    x, w, dy = (t.x, t.w, t.dy) if not job.layer.options.get("transposed") else (t.dy, t.w, t.x)
+    a, b = {Role.FPROP: (x, w), Role.DGRAD: (dy, w), Role.WGRAD: (dy, x)}[problem.role]
+    pair = (execute._five(a), execute._five(b))
+    call = execute.Call(problem.role, problem.geometry, *pair, None, problem.precision)
+    return of_problems.expected(problem, call)
+
+
+def _causal_expected(job: Job, t: Operands) -> dict[str, Tensor]:
+    x, w = t.x.double().requires_grad_(), t.w.double().requires_grad_()
+    with backends.cudnn(enabled=False), torch.enable_grad():
+        y = causal_forward(bool(job.layer.options.get("activation")), x, w)
+        dx, dw = torch.autograd.grad(y, (x, w), t.dy.double())
+    return {"y": y.detach(), "dx": dx, "dw": dw}
+
+
+def share(job: Job, subject: Subject, name: str, got: Tensor, want: Tensor) -> tuple[float, str]:
+    """(the worst error as a share of its tolerance, what is wrong in words or ""): `triton_conv.check` has the formula.
+
+    Results that are rounded between two kernels may be off by that much more.
+    """
+    depth, dtype = _depth(job, name), got.dtype
+    more = _ROUNDED_BETWEEN * torch.finfo(dtype).eps * depth**0.5 if subject.between else 0.0
+    flat, exact = got.reshape(-1), want.reshape(-1)
+    if flat.shape != exact.shape:
+        return torch.inf, f"wrong: {name} is of size {list(got.shape)}"
+    worst, off = 0.0, 0
+    for first in range(0, exact.numel(), _CHUNK):
+        piece = exact[first : first + _CHUNK]
+        bound = check.tolerance(piece, depth, dtype, job.layer.options.get("precision"), got.device) + more
+        error = (flat[first : first + _CHUNK].double() - piece).abs()
+        shares = torch.nan_to_num(error / bound, nan=torch.inf, posinf=torch.inf)
+        worst, off = max(worst, float(shares.max())), off + int((shares > 1).sum())
+    if not off:
+        return worst, ""
+    return worst, f"wrong: {off} of {exact.numel()} elements of {name}, the worst by {worst:.3g} tolerances"
+
+
+def _depth(job: Job, name: str) -> int:
+    if job.causal:
+        return job.layer.input[0] * job.layer.input[2] if name == "dw" else job.layer.weight[1]
+    problem = explain.problems(job.layer.input, job.layer.weight, **job.layer.options)[_TITLES[name]]
+    return check.depth(problem.geometry, problem.role)
+
+
+def checked(job: Job, subject: Subject, results: tuple[Tensor, ...], wants: dict[str, Tensor]) -> tuple[float, str]:
+    """The worst of `share` over all results of the job's operation."""
+    found = [share(job, subject, n, r, wants[n]) for n, r in zip(RESULTS[job.op], results, strict=True)]
+    return max(found)
