@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from triton_conv import explain, stored
+from triton_conv import stored
 from triton_conv.causal_plan import CausalPlan
 from triton_conv.devices import Device
 from triton_conv.plan import Plan
@@ -24,10 +24,10 @@ from triton_conv.tuning import suites
 from triton_conv.tuning.code import TARGETS
 
 from . import summary
+from .jobs import Job
+from .jobs import plans as plans_of_job
 from .records import OURS, Row, Run
-
-# Plans of a layer, by the operation that they are of.
-_TITLES = {"fprop": "forward", "dgrad": "input gradient", "wgrad": "weight gradient"}
+from .words import us
 
 _AS_PREDICTED = 1.25  # times the predicted time: what a prediction may be off by
 _FULL = 0.75  # of the places on a device: with fewer tiles, many of them idle
@@ -63,7 +63,7 @@ def losses(run: Run, audit: bool = False) -> list[Loss]:
 
     With `audit` the kernels of these layers are compiled, in processes beside this one and without a GPU.
     """
-    device, found = summary.device(run), []
+    device, found, planned = summary.device(run), [], []
     for suite in dict.fromkeys(row.suite for row in run.rows):
         rows = [row for row in run.rows if row.suite == suite and summary.speedup(row) is not None]
         lost = [row for row in rows if summary.verdict(row) < 0]
@@ -75,10 +75,11 @@ def losses(run: Run, audit: bool = False) -> list[Loss]:
         ours, theirs = worst.seconds(OURS), worst.seconds(who)
         assert ours is not None
         assert theirs is not None
-        plans = plans_of(worst, device) if device else []
-        words = "; ".join(_reasons(run, worst, ours, theirs, plans))
-        code = "; ".join(_code(plans, device)) if audit and device else ""
-        found.append(Loss(suite, worst, who, ours, theirs, len(lost), len(rows), words, code))
+        planned.append(plans_of(worst, device) if device else [])
+        words = "; ".join(_reasons(run, worst, ours, theirs, planned[-1]))
+        found.append(Loss(suite, worst, who, ours, theirs, len(lost), len(rows), words))
+    if audit and device:
+        found = [replace(loss, code=code) for loss, code in zip(found, _codes(planned, device), strict=True)]
     return sorted(found, key=lambda loss: -loss.ratio)
 
 
@@ -160,37 +161,39 @@ def plans_of(row: Row, device: Device) -> list[Plan | CausalPlan]:
     if not isinstance(options["dtype"], torch.dtype):
         return []
     sizes = tuple(map(int, shape[1].split("x")))
+    job = Job(row.suite, row.layer, layer._replace(input=sizes, options=options), row.op)
     try:
         with stored.hidden("user store"):
-            made: dict[str, Any] = dict(explain.plans(sizes, layer.weight, device=device, **options))
-    except (ValueError, RuntimeError, TypeError):
+            found = plans_of_job(job, device)
+    except (ValueError, RuntimeError, TypeError, KeyError):
         return []
-    titles = {**_TITLES, "dgrad": "all gradients", "wgrad": "all gradients"} if "all gradients" in made else _TITLES
-    wanted = titles.values() if row.op == "step" else [titles[row.op]]
-    found = [made[title] for title in dict.fromkeys(wanted) if title in made]
     same = [p.kernel for p in found] == re.split(r",\s*", row.kernel)
     return found if same and all(str(p.config).strip() in row.config for p in found) else []
 
 
-def _code(plans: list[Plan | CausalPlan], device: Device) -> Iterator[str]:
+def _codes(planned: list[list[Plan | CausalPlan]], device: Device) -> list[str]:
+    """What the compiler makes of some plans each; "" where it cannot be asked."""
     arch = next((arch for arch, target in TARGETS.items() if target.capability == device.capability), None)
-    subjects = [auditing.Subject(p.kernel, p) for p in plans]
-    if arch is None or not subjects:
-        return
-    for number, rows in sorted(auditing.audit(subjects, arch, jobs=1)):
-        for found in rows:
-            faults = auditing.faults(found)
-            code = found.code
-            if code is not None and found.kernel == plans[number].kernel:
-                instruction = (
-                    f"{code.matrix} from {code.operands or 'registers'}" if code.matrix else "no matrix instruction"
-                )
-                yield (
-                    f"{found.kernel}: {code.registers} registers, {code.resident} blocks a multiprocessor, "
-                    f"{instruction}, loads {code.ahead} steps ahead"
-                )
-            yield from (f"{found.kernel}: {fault}" for fault in faults)
+    if arch is None:
+        return [""] * len(planned)
+    subjects = [auditing.Subject(p.kernel, p) for plans in planned for p in plans]
+    rows = dict(auditing.audit(subjects, arch))
+    said = iter(["; ".join(_code(p, rows[number])) for number, (_, p) in enumerate(subjects)])
+    return ["; ".join(next(said) for _ in plans) for plans in planned]
+
+
+def _code(p: Any, rows: list[auditing.Row]) -> Iterator[str]:
+    for row in rows:
+        code = row.code
+        if code is not None and row.kernel == p.kernel:
+            matrix = f"{code.matrix} from {code.operands or 'registers'}" if code.matrix else "no matrix instruction"
+            blocks = "a block" if code.resident == 1 else f"{code.resident} blocks"
+            yield (
+                f"{row.kernel}: {code.registers} registers, {blocks} a multiprocessor, {matrix}, loads {code.ahead} "
+                "steps ahead"
+            )
+        yield from (f"{row.kernel}: {fault}" for fault in auditing.faults(row))
 
 
 def _us(seconds: float) -> str:
-    return f"{1e6 * seconds:.3g} us"
+    return f"{us(seconds)} us"

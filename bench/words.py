@@ -23,12 +23,12 @@ def us(seconds: float | None) -> str:
 def ms(seconds: float | None) -> str:
     """Milliseconds with at least three digits.
 
-    >>> ms(0.0123456), ms(1.5)
-    ('12.3', '1500')
+    >>> ms(0.002), ms(1.5)
+    ('2.00', '1500')
     """
     if seconds is None:
         return ""
-    return f"{1e3 * seconds:.0f}" if seconds >= 0.1 else f"{1e3 * seconds:.3g}"
+    return f"{1e3 * seconds:.0f}" if seconds >= 0.1 else f"{1e3 * seconds:#.3g}"
 
 
 def ratio(value: float | None) -> str:

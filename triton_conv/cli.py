@@ -562,7 +562,8 @@ def bench(arguments: argparse.Namespace) -> int:
     if not (checkout / "bench" / "commands.py").is_file():
         raise CommandError("bench needs a checkout of the repository: this package is installed without its benchmarks")
     _require("bench", "demo,tuning", "rich", "matplotlib", "jinja2")
-    sys.path.insert(0, str(checkout))  # processes that compile find it there too
+    if str(checkout) not in sys.path:
+        sys.path.insert(0, str(checkout))  # processes that compile get the same
     from bench import commands
 
     try:
