@@ -181,22 +181,22 @@ def _print_rows(run: Run) -> None:
         headings += ["best other", ">its us", ">roofline us", ">TFLOP/s", ">GB/s", ">share", ">MiB", ">host us"]
     made = tables.table(*headings)
     for row in run.rows:
-        kernel = row.kernel if row.op == "step" else grouped(row.kernel, row.config)
         rest = _predicted if run.source == "predicted" else _measured
-        tables.add(made, [row.suite, row.layer, row.op, kernel, *rest(run, row)])
+        tables.add(made, [row.suite, row.layer, row.op, *rest(run, row)])
     tables.show(made)
 
 
 def _predicted(run: Run, row: Row) -> list[str]:
-    ours, times = row.measured.get(OURS), [us(row.predicted_seconds), us(row.roofline_seconds)]
+    ours, kernel = row.measured.get(OURS), row.kernel if row.op == "step" else grouped(row.kernel, row.config)
+    times = [us(row.predicted_seconds), us(row.roofline_seconds)]
     values = "" if ours is None or ours.error is None else "right" if ours.error <= 1 else "WRONG"
-    return [*times, percent(plots.shown(run, row)), row.limit, values]
+    return [kernel, *times, percent(plots.shown(run, row)), row.limit, values]
 
 
 def _measured(run: Run, row: Row) -> list[str]:
     ours, seconds = row.measured.get(OURS), row.seconds(OURS)
     last, best = summary.cudnn(row, CHANNELS_LAST), summary.best_rival(row)
-    cells = [us(seconds), percent(ours.spread, 1) if ours and seconds else ""]
+    cells = [row.kernel, us(seconds), percent(ours.spread, 1) if ours and seconds else ""]
     cells += [us(row.seconds(last) if last else None), ratio(summary.speedup(row))]
     cells += [best or "", us(row.seconds(best) if best else None), us(row.roofline_seconds)]
     cells += [f"{row.flops / seconds / 1e12:.3g}", f"{row.bytes / seconds / 1e9:.4g}"] if seconds else ["", ""]

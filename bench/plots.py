@@ -162,7 +162,8 @@ def _ratios(axes: Axes) -> None:
     """A logarithmic axis of ratios, with a line at 1 and as many numbers as there is room for."""
     low, high = axes.get_xlim()
     axes.axvline(1, color="black", linewidth=1)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 150 else (1,)))
+    span = high / low
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if span < 150 else (1, 3) if span < 1500 else (1,)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(axis="x", labelsize=7)
@@ -224,7 +225,7 @@ def _draw_roofs(axes: Axes, run: Run, rows: Sequence[Row]) -> None:
     dashes = ("-", "--", ":", "-.")
     for number, (products, row) in enumerate(sorted({summary.products(row): row for row in rows}.items())):
         top = summary.ceilings(run, row)
-        how = "measured" if top.measured else "data sheet"
+        how = {"measured": "measured", "simulated": "made up"}[run.source] if top.measured else "data sheet"
         line: dict[str, Any] = {"color": "black", "linewidth": 1.2, "zorder": 1, "linestyle": dashes[number % 4]}
         if top.copy and top.matmul:
             ridge = min(max(top.matmul / top.copy, low), high)

@@ -112,13 +112,14 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     ceilings = [
         f"{name} {rate / 1e12:.3g} {'TB/s' if name == 'copy' else 'TFLOP/s'}" for name, rate in run.ceilings.items()
     ]
+    how = "made up" if run.source == "simulated" else "which ideal loops reached in this run"
     return [
         ("Device", run.device),
         ("Times", {"measured": "measured", "simulated": "simulated, made up", "predicted": "predicted"}[run.source]),
         ("Taken", run.time),
         ("Commit", run.commit or "unknown"),
         ("Versions", ", ".join(f"{name} {version}" for name, version in run.versions.items()) or "unknown"),
-        ("Ceilings", f"{', '.join(ceilings)}: what ideal loops reached in this run" if ceilings else "none measured"),
+        ("Ceilings", f"{', '.join(ceilings)}, {how}" if ceilings else "none measured"),
     ]
 
 

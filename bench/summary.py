@@ -83,7 +83,7 @@ def faults(run: Run) -> list[tuple[Row, str]]:
 class Ceilings:
     """Bytes a second of a copy and flops a second of matrix products of a dtype; 0 where unknown.
 
-    `measured` says whether loops on the device reached them; else they are its data sheet's.
+    `measured` says whether they are the run's own, which loops on the device reached; else they are its data sheet's.
     """
 
     copy: float

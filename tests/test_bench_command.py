@@ -179,3 +179,12 @@ def test_a_command_line_says_what_to_type_again():
     words = "--suite aspp --suite x3d --op step --dtype float16 --batch 4 --seconds 60.0 --contiguous --quick"
     arguments = cli._parser().parse_args(["bench", *words.split(), "--out", "somewhere"])
     assert commands.command_line(arguments) == f"triton-conv bench {words}"
+
+
+def test_a_reader_that_goes_away_is_no_error_of_the_arguments(monkeypatch):
+    def gone(arguments):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(commands, "bench", gone)
+    with pytest.raises(BrokenPipeError):
+        cli.bench(cli._parser().parse_args(["bench"]))

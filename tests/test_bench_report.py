@@ -172,6 +172,20 @@ def test_bars_of_predictions_say_so():
     assert "made-up" in plots.speedup(run(row("a", 1, 1), source="simulated")).get_suptitle()
 
 
+@pytest.mark.parametrize(
+    ("source", "ceilings", "words"),
+    [
+        ("measured", {"copy": 4e12, "matmul bfloat16": 8e14}, "4 TB/s copy, 800 TFLOP/s bfloat16 (measured)"),
+        ("simulated", {"copy": 4e12, "matmul bfloat16": 8e14}, "4 TB/s copy, 800 TFLOP/s bfloat16 (made up)"),
+        ("measured", {"copy": 4e12}, "4 TB/s copy (measured)"),
+        ("predicted", {}, "4.8 TB/s copy, 989 TFLOP/s bfloat16 (data sheet)"),
+    ],
+)
+def test_roofs_say_where_they_are_from(source, ceilings, words):
+    (axes,) = plots.roofline(run(row("a", 100, 150), source=source, ceilings=ceilings)).axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()][-1] == words
+
+
 def test_nothing_is_among_the_best_and_among_the_worst():
     figure = plots.extremes(run(*(row(str(n), 100, 10 * n + 10) for n in range(7))))
     best, worst = ([label.get_text() for label in axes.get_yticklabels()] for axes in figure.axes)

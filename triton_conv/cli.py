@@ -568,6 +568,8 @@ def bench(arguments: argparse.Namespace) -> int:
 
     try:
         return commands.bench(arguments)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         raise CommandError(str(error)) from error
 
