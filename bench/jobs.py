@@ -27,7 +27,8 @@ _CAUSAL: dict[str, tuple[str, ...]] = {"fprop": ("forward",), "step": ("forward"
 
 LONG_FILTER = 100  # taps of a channel, which take a second to interpret for a few
 QUICK_LAYERS = 3  # of a suite
-QUICK_BYTES = 2**31  # of input, weight and output: twice as many sets of them and their results fit beside each other
+QUICK_BYTES = 2**31  # of input, weight and output: sets of them, and of results, fit beside each other
+QUICK_FLOPS = 1e12  # of one forward, for which cuDNN tries ten algorithms, some of them a hundred times slower
 
 
 class Job(NamedTuple):
@@ -65,13 +66,14 @@ def jobs(
     """What suites (None: all) have to measure, suite by suite and layer by layer.
 
         >>> [job.name for job in jobs(["resnet50"], ["fprop"], quick=True)]
-        ['3x3 256>256 14x14', '1x1 1024>256 14x14', 'stem 3>64 224x224']
+        ['stage 1 expand 64>256 56x56', 'stage 3 3x3 256>256 14x14', 'stem 3>64 224x224']
 
     `batch`, `dtype` and `channels_last` are the suites' own where they are None; 1-D convolutions are contiguous
     whatever is asked, causal ones excepted, which have no gradients of their own beside the step. float32 is multiplied
     as PyTorch is set to at the call. With `quick`, only the layers of each suite on which a network spends most
-    predicted time, those of other filters and strides first, and at a smaller batch where one would not fit beside
-    its rivals. Raises ValueError for a suite or an operation that there is not, and a batch below 1.
+    predicted time, those of other filters and strides first, and with fewer images or frames where one would not
+    fit beside its rivals, or take them too long. Raises ValueError for a suite or an operation that there is not, and
+    a batch below 1.
     """
     for op in ops:
         if op not in OPS:
@@ -116,17 +118,24 @@ def _heaviest(layers: dict[str, Layer]) -> list[str]:
 
 
 def _fitting(layer: Layer) -> Layer:
-    """The layer with half the images, as often as needed."""
-    while layer.input[0] > 1 and _bytes(layer) > QUICK_BYTES:
-        layer = layer._replace(input=(layer.input[0] // 2, *layer.input[1:]))
+    """The layer with half the images, or with half the frames of one, as often as needed."""
+    while not _fits(layer):
+        images, channels, *extents = layer.input
+        if images == 1 and len(extents) == 3 and extents[0] > 8:
+            layer = layer._replace(input=(1, channels, (extents[0] + 1) // 2, *extents[1:]))
+        elif images > 1:
+            layer = layer._replace(input=(images // 2, channels, *extents))
+        else:
+            break
     return layer
 
 
-def _bytes(layer: Layer) -> int:
+def _fits(layer: Layer) -> bool:
+    item = layer.options["dtype"].itemsize
     if layer.options.get("causal"):
-        return 2 * prod(layer.input) * layer.options["dtype"].itemsize
-    g = next(iter(explain.problems(layer.input, layer.weight, **layer.options).values())).geometry
-    return sum(prod(g.shape(name)) for name in "xwy") * layer.options["dtype"].itemsize
+        return 2 * prod(layer.input) * item <= QUICK_BYTES
+    g = explain.problems(layer.input, layer.weight, **layer.options)["forward"].geometry
+    return sum(prod(g.shape(name)) for name in "xwy") * item <= QUICK_BYTES and g.flops <= QUICK_FLOPS
 
 
 def small(job: Job) -> Job:
@@ -181,7 +190,7 @@ def predicted_row(job: Job, device: Device) -> Row:
 
     >>> row = predicted_row(jobs(["resnet50"], ["fprop"])[0], H200)
     >>> row.call, row.kernel, row.measured
-    ('conv2d 128x3x224x224 64x3x7x7 stride 2 padding 3', 'gather', {})
+    ('conv2d 128x3x224x224 64x3x7x7 padding 3 stride 2', 'gather', {})
     """
     found = plans(job, device)
     seconds = [_predicted(plan) for plan in found]

@@ -1,9 +1,10 @@
 """Where jobs become rows: on a CUDA device, by a clock that is simulated, or not measured at all.
 
-What a row costs on a GPU, by design: compiled ahead by other processes; the first call of each subject, in which cuDNN
-tries its algorithms (0.05 to 0.5 s); a float64 reference and comparisons with it (0.01 to 0.5 s); a capture, and 15
-rounds of samples of 1 ms or of one pass over the sets, whichever is longer, for four subjects (0.1 to 2 s). A quick run
-has some 230 rows of about a second: four to six minutes.
+What a row is expected to cost on a GPU, where nobody has timed it yet: nothing for our kernels, which other processes
+compile ahead; the first call of each subject, in which cuDNN tries its algorithms (0.05 to 0.5 s); a float64 reference
+and comparisons with it (0.01 to 0.5 s); captures, and 15 rounds of samples of 1 ms or of one pass over the sets,
+whichever is longer, for four subjects (0.1 to 2 s). A quick run has some 230 rows of about a second: four to six
+minutes.
 """
 
 from __future__ import annotations
@@ -219,11 +220,14 @@ class DeviceMeter:
             except torch.OutOfMemoryError:
                 if count == 1:
                     break
+            except Exception:  # of one of them, which will be told when it is alone
+                break
             count = max(count // 2, 1)
             self._forget()
         found = []
         for c in right:
             self._forget()
+            self._check_device()
             found.append(self._attempt(partial(self._alone, job, c.subject)))
         return found
 
@@ -240,7 +244,7 @@ class DeviceMeter:
 
     def _together(self, job: Job, those: Sequence[Subject], count: int) -> list[Measurement]:
         formats = {s.channels_last for s in those}
-        sets = {last: [values.operands(job, last, self.where, seed) for seed in range(count)] for last in formats}
+        sets = {last: [values.operands(job, last, self.where, seed=seed) for seed in range(count)] for last in formats}
         samplers, notes = [], []
         for subject in those:
             sampler, note = self._sampler([subject.prepared(t) for t in sets[subject.channels_last]])
