@@ -155,8 +155,8 @@ def _suites(run: Run) -> Table:
     predicted = run.source == "predicted"
     headings = ["suite", "op", ">layers"]
     headings += [] if predicted else [">ours, ms", ">cuDNN channels-last, ms", ">speed-up", ">cuDNN contiguous, ms"]
-    headings += [] if predicted else [">speed-up over it", ">wins", ">losses", "worst layer"]
-    headings += [">predicted, ms", ">roofline, ms", ">share of it"]
+    headings += [] if predicted else [">speed-up over it", ">wins", ">losses"]
+    headings += [">predicted, ms", ">roofline, ms", ">share of it", *([] if predicted else ["worst layer"])]
     rows = []
     for total in summary.totals(run):
         cells = [Cell(total.suite), Cell(total.op), Cell(str(total.rows), total.rows)]
@@ -167,10 +167,11 @@ def _suites(run: Run) -> Table:
                 some = f" ({pair.rows} layers)" if pair and pair.rows < total.rows else ""
                 cells += [Cell(ms(pair.theirs) + some, pair.theirs), _ratio(pair.speedup)] if pair else [Cell("")] * 2
             cells += [Cell(str(total.wins), total.wins), Cell(str(total.losses), total.losses)]
-            cells.append(Cell(f"{total.worst.layer}, {ratio(summary.speedup(total.worst))}" if total.worst else ""))
         share = total.roofline / total.predicted if total.predicted else None
         cells += [Cell(ms(total.predicted), total.predicted), Cell(ms(total.roofline), total.roofline)]
         cells.append(Cell(percent(share), share))
+        if not predicted:
+            cells.append(Cell(f"{total.worst.layer}: {ratio(summary.speedup(total.worst))}" if total.worst else ""))
         mark = "" if last is None else "won" if last.speedup > 1 else "lost"
         rows.append(Line(cells, mark))
     return Table(headings, rows)
