@@ -100,7 +100,7 @@ def _measured(path: Path, run: Run) -> Iterator[str]:
 def _cells(run: Run, total: Total) -> list[str]:
     last, contiguous, worst = total.over.get(CHANNELS_LAST), total.over.get(CONTIGUOUS), ""
     if total.worst is not None:
-        why = reasons.reason(run, total.worst).split("; ")[0]
+        why = "; ".join(reasons.reason(run, total.worst).split("; ")[:2])  # the likeliest
         worst = f"{total.worst.layer}: {ratio(summary.speedup(total.worst))}{', ' if why else ''}{why}"
     cells = [total.suite, total.op, str(total.rows), ms(total.ours)]
     cells += [ms(last.theirs), ratio(last.speedup)] if last else ["", ""]
@@ -136,7 +136,7 @@ def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[s
 
 def _plain(text: str) -> str:
     """Text that is no markup, whatever a file says."""
-    return re.sub(r"([\\|<>\[\]`*])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\|<\[\]`*])", r"\\\1", " ".join(text.split()))
 
 
 if __name__ == "__main__":

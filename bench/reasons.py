@@ -99,8 +99,6 @@ def reason(run: Run, row: Row) -> str:
 
 def _reasons(run: Run, row: Row, ours: float, theirs: float, plans: list[Plan | CausalPlan]) -> Iterator[str]:
     predicted, host = row.predicted_seconds, row.measured[OURS].host_seconds
-    if host and host > ours:
-        yield f"a call takes the host {_us(host)}, longer than the device"
     if theirs < row.roofline_seconds:
         yield (
             f"the rival is below the {_us(row.roofline_seconds)} of a direct convolution: operands from L2, or an "
@@ -119,6 +117,8 @@ def _reasons(run: Run, row: Row, ours: float, theirs: float, plans: list[Plan | 
         yield f"the kernel has {row.workspace_bytes / 2**20:.3g} MiB of copies or slabs around it, written and read"
     share = summary.of_ceilings(run, row) or row.roofline_seconds / ours
     yield f"it reaches {share:.0%} of the nearer ceiling; the roofline's limit is {row.limit}"
+    if host and host > ours:  # which times of graphs do not show
+        yield f"besides, a call takes the host {_us(host)}, longer than the device"
 
 
 def _plain_kernel(row: Row) -> str:

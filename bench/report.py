@@ -184,7 +184,7 @@ def _losses(run: Run, audit: bool) -> Table:
     for loss in found:
         row, speedup = loss.row, 1 / loss.ratio
         cells = [Cell(loss.suite), Cell(f"{loss.rows} of {loss.of}", loss.rows), Cell(row.layer), Cell(row.op)]
-        cells += [Cell(grouped(row.kernel, row.config)), _time(loss.ours), Cell(loss.rival), _time(loss.theirs)]
+        cells += [Cell(row.kernel), _time(loss.ours), Cell(loss.rival), _time(loss.theirs)]
         why = f"{loss.words}. Compiled: {loss.code}." if loss.code else f"{loss.words}."
         rows.append(Line([*cells, _ratio(speedup), Cell(why)], "lost"))
     return Table(headings, rows)

@@ -312,7 +312,7 @@ def test_reasons_follow_from_numbers(others, words):
 
 def test_a_busy_host_is_a_reason():
     slow = row("a", measured={OURS: measured(1e-5, host_seconds=2e-5), CHANNELS_LAST: measured(5e-6)})
-    assert reasons.reason(run(slow), slow).startswith("a call takes the host 20 us, longer than the device")
+    assert reasons.reason(run(slow), slow).endswith("; besides, a call takes the host 20 us, longer than the device")
     assert reasons.reason(run(slow), row("a", 50, 100)) == ""
 
 

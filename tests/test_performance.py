@@ -79,9 +79,9 @@ def test_the_newest_run_of_each_device_is_shown(tmp_path):
 def test_what_files_say_is_no_markup(tmp_path):
     odd = run(row("a|b <script> `x`", 100, 50, op="step"), command="bench `x`", device="<b>")
     text = performance.block([(tmp_path / "bench.json", odd)])
-    assert r"a\|b \<script\> \`x\`" in text
+    assert r"a\|b \<script> \`x\`" in text
     assert "`bench x`" in text
-    assert r"on \<b\>" in text
+    assert r"on \<b>" in text
 
 
 def test_only_what_was_measured_is_published(tmp_path, capsys):
