@@ -16,9 +16,8 @@ from triton_conv.tuning import on_device
 from triton_conv.version import VERSION
 
 from . import records
+from .device_meter import CudaMeter as CudaMeter
 from .jobs import Job
-from .meters import CudaMeter as CudaMeter
-from .meters import DeviceMeter as DeviceMeter
 from .meters import Meter as Meter
 from .meters import PredictedMeter as PredictedMeter
 from .meters import SimulatedMeter as SimulatedMeter

@@ -8,9 +8,10 @@ import pytest
 import torch
 from test_measure import FakeClock
 
-from bench import ceilings, jobs, meters, records, runner, shapes, subjects, values
+from bench import ceilings, device_meter, jobs, records, runner, shapes, subjects, values
+from bench.device_meter import CudaProbe, DeviceMeter
 from bench.jobs import Job, predicted_row, small
-from bench.meters import CudaProbe, DeviceMeter, PredictedMeter, SimulatedMeter
+from bench.meters import PredictedMeter, SimulatedMeter
 from bench.records import (
     CHANNELS_LAST,
     COMPILED,
@@ -281,7 +282,7 @@ def test_rows_have_everybody(name):
         for m in row.measured.values():
             assert m.note == ""
             assert 0 < m.seconds < 1e-3  # one of several works that take 1e-3
-            assert m.rounds == meters.ROUNDS
+            assert m.rounds == device_meter.ROUNDS
             assert m.spread == 0
             assert m.host_seconds > 0
             assert m.peak_bytes == 100
@@ -351,10 +352,10 @@ def test_what_cannot_be_captured_is_timed_as_it_is():
 
 
 def test_long_works_are_timed_without_a_graph_and_unrepeated():
-    probe = FakeProbe(seconds=lambda: 2 * meters.VERY_LONG)
+    probe = FakeProbe(seconds=lambda: 2 * device_meter.VERY_LONG)
     row = meter(probe).row(of("plain"))
     assert probe.captures == 0
-    assert {m.seconds for m in row.measured.values()} == {2 * meters.VERY_LONG}
+    assert {m.seconds for m in row.measured.values()} == {2 * device_meter.VERY_LONG}
     assert {m.note for m in row.measured.values()} == {""}
 
 
@@ -480,9 +481,9 @@ def test_compiled_subjects_compute_the_same(name):
 
 def test_a_host_that_takes_longer_than_the_device():
     probe = FakeProbe()
-    assert meters.host_seconds(probe, lambda: ()) == pytest.approx(1e-3 / meters.HOST_CALLS)
+    assert device_meter.host_seconds(probe, lambda: ()) == pytest.approx(1e-3 / device_meter.HOST_CALLS)
     probe = FakeProbe(seconds=lambda: 1.0)
-    assert meters.host_seconds(probe, lambda: ()) == pytest.approx(1e-3)
+    assert device_meter.host_seconds(probe, lambda: ()) == pytest.approx(1e-3)
 
 
 def test_peak_memory_leaves_results_out(monkeypatch):
@@ -504,7 +505,7 @@ def test_a_gpu_that_is_not_there_is_said():
     if torch.cuda.is_available():
         pytest.skip("there is one")
     with pytest.raises(RuntimeError, match="no CUDA device"):
-        meters.CudaMeter()
+        device_meter.CudaMeter()
 
 
 def test_ceilings_count_what_was_moved_and_multiplied():
