@@ -104,16 +104,24 @@ def contenders(samples: Sequence[Sequence[float]], alive: Sequence[int]) -> list
 
 
 def settled(samples: Sequence[Sequence[float]]) -> bool:
-    """Whether more rounds would hardly change who is within a tie of the quickest.
-
-    A median of n samples is uncertain by about 1.57 times the distance of their quartiles over the root of n: McGill,
-    Tukey, Larsen, Variations of Box Plots (1978).
-    """
+    """Whether more rounds would hardly change who is within a tie of the quickest."""
     timings = [timing(s) for s in samples]
     best = min(timings, key=lambda t: t.seconds)
     return all(
-        2 * 1.57 * max(t.spread, best.spread) / math.sqrt(t.rounds)
+        notch(max(t.spread, best.spread), t.rounds)
         < abs(t.seconds / best.seconds - 1 - max(stored.TIE, t.spread, best.spread))
         for t in timings
         if t is not best
     )
+
+
+def notch(spread: float, rounds: int) -> float:
+    """How uncertain a median is, relative: two medians differ where their notches do not overlap.
+
+        >>> round(notch(0.01, 100), 5)
+        0.00314
+
+    It is 1.57 times the distance of the quartiles over the root of the samples: McGill, Tukey, Larsen, Variations of
+    Box Plots (1978). `spread` and `rounds` are those of a `Timing`.
+    """
+    return 2 * 1.57 * spread / math.sqrt(rounds)
