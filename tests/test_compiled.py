@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 import torch._dynamo.testing
+import torch.utils.checkpoint
 from torch._dynamo.utils import counters
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.utils import run_and_get_code
@@ -131,6 +132,104 @@ def test_override_inside_and_outside_compiled_code_is_one_graph_for_all_sizes():
     assert graphs(overridden, fifty_images()[:3]) == 2
     x = fifty_images()[0]
     torch.testing.assert_close(torch.compile(overridden, backend="aot_eager", fullgraph=True)(x), net(x))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# With what else scripts do
+
+
+def lazy():
+    model = triton_conv.nn.LazyConv2d(4, 3)
+    return model, model
+
+
+def weight_normed():
+    model = torch.nn.utils.parametrizations.weight_norm(torch.nn.Conv2d(8, 4, 3))
+    triton_conv.convert(model)
+    return model, model
+
+
+def hooked():
+    model = triton_conv.nn.Conv2d(8, 4, 3)
+    model.register_forward_hook(lambda module, args, y: y * 2)
+    return model, model
+
+
+def checkpointed():
+    model = torch.nn.Sequential(triton_conv.nn.Conv2d(8, 4, 3), torch.nn.ReLU(), triton_conv.nn.Conv2d(4, 4, 3))
+    return model, lambda x: torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
+
+
+def autocast():
+    model = triton_conv.nn.ConvTranspose2d(8, 4, 3)
+
+    def run(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x)
+
+    return model, run
+
+
+def sized():
+    model = triton_conv.nn.ConvTranspose2d(8, 4, 3, stride=2)
+    return model, lambda x: model(x, output_size=[2 * n + 2 for n in x.shape[2:]])
+
+
+def per_sample():
+    model = triton_conv.nn.Conv2d(8, 4, 3)
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters, sample):
+        return torch.func.functional_call(model, parameters, (sample[None],)).square().sum()
+
+    return None, lambda x: torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)["weight"]
+
+
+def directional():
+    model = triton_conv.nn.Conv2d(8, 4, 3)
+    return None, lambda x: torch.func.jvp(model, (x,), (x,))[1]
+
+
+def updated():
+    weight = torch.randn(8, 4)
+
+    def run(x):
+        state = torch.ones(2, 8, 3)
+        y = triton_conv.causal_conv1d_update(x[:, :, 0, 0], state, weight)
+        return y.sum() + state
+
+    return None, run
+
+
+SCRIPTS = [lazy, weight_normed, hooked, checkpointed, autocast, sized, per_sample, directional, updated]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_scripts_compile_whole(script):
+    model, run = script()
+    x = image(6, 7).detach()
+    y = torch.compile(run, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(y, run(x))
+    if model is not None:
+        gradients, wanted = (torch.autograd.grad(z.float().square().sum(), model.parameters()) for z in (y, run(x)))
+        torch.testing.assert_close(gradients, wanted)
+
+
+def test_a_backward_pass_compiled_by_itself():
+    """Compiled autograd reads the graph that eager code recorded, whatever its parameters, and compiles that."""
+    from torch._dynamo import compiled_autograd
+
+    def loss(model, x):
+        y = triton_conv.causal_conv1d(model(x).flatten(2), torch.ones(8, 3), activation="silu")
+        return y.square().sum()
+
+    for mode in ("circular", "zeros"):
+        model, x = converted(), image(6, 7)
+        model.first.padding_mode = mode
+        wanted = torch.autograd.grad(loss(model, x), model.parameters())
+        with compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
+            loss(model, x).backward()
+        torch.testing.assert_close([p.grad for p in model.parameters()], list(wanted))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

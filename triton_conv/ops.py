@@ -288,7 +288,14 @@ def _below_autograd(op, *args):
             return op(*args)
 
 
-class _Fprop(_SingleLevelFunction):
+class _Differentiable(_SingleLevelFunction):
+    @staticmethod
+    def _compiled_autograd_key(ctx):
+        """What compiled autograd asks of a node, and knows of torch.autograd.Function alone."""
+        return (ctx._autograd_function_id,)
+
+
+class _Fprop(_Differentiable):
     @staticmethod
     def forward(op, x, w, bias, *params):
         return _below_autograd(op, x, w, bias, *params)
@@ -318,7 +325,7 @@ class _Fprop(_SingleLevelFunction):
         return _sum_of(parts, dbias, ctx.output_shape)
 
 
-class _Transpose(_SingleLevelFunction):
+class _Transpose(_Differentiable):
     @staticmethod
     def forward(op, x, w, bias, *params):
         return _below_autograd(op, x, w, bias, *params)
@@ -350,7 +357,7 @@ class _Transpose(_SingleLevelFunction):
         return _sum_of(parts, dbias, ctx.output_shape)
 
 
-class _Dgrad(_SingleLevelFunction):
+class _Dgrad(_Differentiable):
     @staticmethod
     def forward(op, dy, w, input_size, *params):
         return _below_autograd(op, dy, w, input_size, *params)
@@ -379,7 +386,7 @@ class _Dgrad(_SingleLevelFunction):
         return _sum_of(parts, None)
 
 
-class _Wgrad(_SingleLevelFunction):
+class _Wgrad(_Differentiable):
     @staticmethod
     def forward(op, dy, x, weight_size, weight_stride, *params):
         return _below_autograd(op, dy, x, weight_size, weight_stride, *params)
@@ -416,12 +423,18 @@ def _save(ctx, *tensors: Tensor) -> None:
 
 def _fprop_cropped(x: Tensor, w: Tensor, like: Tensor, params: Sequence[Any]) -> Tensor:
     """fprop with the output extents of `like`, which an output_padding >= stride makes smaller than the full ones."""
-    with torch._C._DisableAutocast():  # a gradient has its operands' precision, like those that are not autocast
+    with _without_autocast(x.device.type):  # a gradient has its operands' precision, like those that are not autocast
         y = fprop(x, w, None, params)
     for axis in range(2, y.dim()):
         if y.shape[axis] != like.shape[axis]:
             y = y.narrow(axis, 0, like.shape[axis])
     return y
+
+
+def _without_autocast(device_type: str) -> Any:
+    if torch.compiler.is_compiling():  # compiled autograd reads this, and knows no other
+        return torch.autocast(device_type, enabled=False)
+    return torch._C._DisableAutocast()
 
 
 def _gradient_strides(w: Tensor) -> Sequence[int]:
@@ -446,7 +459,7 @@ def _sum_of(parts: Sequence[Tensor | None], bias: Tensor | None, shape: Sequence
     return total
 
 
-class _NoGradient(_SingleLevelFunction):
+class _NoGradient(_Differentiable):
     """An operator that has no derivative, and says so where one is asked for."""
 
     @staticmethod
