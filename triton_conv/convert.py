@@ -51,8 +51,8 @@ def convert(model: torch.nn.Module) -> Conversion:
           skipped 2: __main__.Patches is a subclass of torch.nn.Conv2d; derive it from triton_conv.nn.Conv2d
 
     Only the class of a module changes. The module stays the same object with the same parameters, buffers, hooks,
-    training mode and state_dict, so optimizers, weight_norm, pruning and parametrizations keep working. Modules
-    reached by two names are converted once, under the first.
+    training mode and state_dict, so optimizers, weight_norm, pruning and parametrizations keep working. Lazy
+    modules stay lazy until their first input. Modules reached by two names are converted once, under the first.
 
     Skipped, each with its reason: subclasses of torch's classes, whose own code may call torch's convolution (derive
     them from `triton_conv.nn` instead, or run them under `triton_conv.override()`), and modules whose forward was
