@@ -122,7 +122,7 @@ def test_fifty_lengths_are_two_graphs(function):
     assert graphs(function, lengths, mark=(2,)) == 1
 
 
-def test_override_inside_and_outside_compiled_code_is_one_graph_for_all_sizes():
+def test_override_inside_compiled_code_is_two_graphs_too():
     net = Net().eval()
 
     @triton_conv.override()
@@ -130,8 +130,6 @@ def test_override_inside_and_outside_compiled_code_is_one_graph_for_all_sizes():
         return net(x)
 
     assert graphs(overridden, fifty_images()[:3]) == 2
-    x = fifty_images()[0]
-    torch.testing.assert_close(torch.compile(overridden, backend="aot_eager", fullgraph=True)(x), net(x))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -220,12 +218,14 @@ def test_a_backward_pass_compiled_by_itself():
     from torch._dynamo import compiled_autograd
 
     def loss(model, x):
-        y = triton_conv.causal_conv1d(model(x).flatten(2), torch.ones(8, 3), activation="silu")
+        y = triton_conv.causal_conv1d(model(x).flatten(2), torch.ones(4, 3), activation="silu")
         return y.square().sum()
 
     for mode in ("circular", "zeros"):
-        model, x = converted(), image(6, 7)
-        model.first.padding_mode = mode
+        model = torch.nn.Sequential(
+            triton_conv.nn.Conv2d(8, 6, 3, padding=1, padding_mode=mode), triton_conv.nn.ConvTranspose2d(6, 4, 3)
+        )
+        x = image(6, 7).detach()
         wanted = torch.autograd.grad(loss(model, x), model.parameters())
         with compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
             loss(model, x).backward()
