@@ -26,7 +26,7 @@ from . import causal_plan
 from .causal_config import CausalProblem, CausalRole
 from .causal_plan import CausalPlan
 from .execute import _on_device, device_of
-from .ops import _autocast_kernel, _autograd_kernel, _below_autograd, _Differentiable, _folded, _unfolded
+from .ops import _autocast_kernel, _autograd_kernel, _below_autograd, _folded, _SingleLevelFunction, _unfolded
 from .unsupported import check_kind, refuse_script
 
 __all__ = ["causal_conv1d", "causal_conv1d_update"]
@@ -398,7 +398,7 @@ def _update_output(x, state, weight, bias, silu) -> Tensor:
 # Autograd
 
 
-class _Forward(_Differentiable):
+class _Forward(_SingleLevelFunction):
     @staticmethod
     def forward(op, *args):
         return _below_autograd(op, *args)
@@ -422,7 +422,7 @@ class _Forward(_Differentiable):
         return None, *wanted, None, None
 
 
-class _Backward(_Differentiable):
+class _Backward(_SingleLevelFunction):
     @staticmethod
     def forward(op, *args):
         return _below_autograd(op, *args)

@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
-from torch.autograd.function import _SingleLevelFunction
 
 from .config import PRECISIONS
 from .execute import Call, empty_output, execute
@@ -288,14 +287,14 @@ def _below_autograd(op, *args):
             return op(*args)
 
 
-class _Differentiable(_SingleLevelFunction):
+class _SingleLevelFunction(torch.autograd.function._SingleLevelFunction):
     @staticmethod
     def _compiled_autograd_key(ctx):
-        """What compiled autograd asks of a node, and knows of torch.autograd.Function alone."""
+        """What compiled autograd asks of a node, and torch gives to torch.autograd.Function alone."""
         return (ctx._autograd_function_id,)
 
 
-class _Fprop(_Differentiable):
+class _Fprop(_SingleLevelFunction):
     @staticmethod
     def forward(op, x, w, bias, *params):
         return _below_autograd(op, x, w, bias, *params)
@@ -325,7 +324,7 @@ class _Fprop(_Differentiable):
         return _sum_of(parts, dbias, ctx.output_shape)
 
 
-class _Transpose(_Differentiable):
+class _Transpose(_SingleLevelFunction):
     @staticmethod
     def forward(op, x, w, bias, *params):
         return _below_autograd(op, x, w, bias, *params)
@@ -357,7 +356,7 @@ class _Transpose(_Differentiable):
         return _sum_of(parts, dbias, ctx.output_shape)
 
 
-class _Dgrad(_Differentiable):
+class _Dgrad(_SingleLevelFunction):
     @staticmethod
     def forward(op, dy, w, input_size, *params):
         return _below_autograd(op, dy, w, input_size, *params)
@@ -386,7 +385,7 @@ class _Dgrad(_Differentiable):
         return _sum_of(parts, None)
 
 
-class _Wgrad(_Differentiable):
+class _Wgrad(_SingleLevelFunction):
     @staticmethod
     def forward(op, dy, x, weight_size, weight_stride, *params):
         return _below_autograd(op, dy, x, weight_size, weight_stride, *params)
@@ -459,7 +458,7 @@ def _sum_of(parts: Sequence[Tensor | None], bias: Tensor | None, shape: Sequence
     return total
 
 
-class _NoGradient(_Differentiable):
+class _NoGradient(_SingleLevelFunction):
     """An operator that has no derivative, and says so where one is asked for."""
 
     @staticmethod
