@@ -15,7 +15,7 @@ PACKAGE = Path(triton_conv.__file__).parent
 
 # A module may import those of earlier lines, not of its own: `tuning` and the commands see everything.
 LAYERS = [
-    {"version", "geometry", "devices"},
+    {"version", "geometry", "devices", "unsupported"},
     {"tiles", "reference"},
     {"config"},
     {"causal_config", "key"},
@@ -31,6 +31,7 @@ LAYERS = [
     {"functional", "causal"},
     {"separable"},
     {"nn", "override", "explain", "check"},
+    {"convert", "layers"},
     {"demo", "tuning"},
     {"cli"},
     {"__main__"},

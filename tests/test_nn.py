@@ -535,15 +535,14 @@ def test_report_names_what_was_skipped_and_why():
     )
     classes = {name: type(m) for name, m in model.items()}
     report = triton_conv.convert(model)
-    assert report.converted == ("plain",)
-    assert {name: type(m) for name, m in model.items()} == classes | {"plain": nn.Conv1d}
+    assert report.converted == ("plain", "lazy")
+    assert {name: type(m) for name, m in model.items()} == classes | {"plain": nn.Conv1d, "lazy": nn.LazyConv2d}
     where = Custom.__module__
     assert str(report) == (
-        "1 of 7 convolutions converted\n"
+        "2 of 7 convolutions converted\n"
         f"  skipped custom: {where}.Custom is a subclass of torch.nn.Conv2d; derive it from triton_conv.nn.Conv2d\n"
         f"  skipped parametrized: {where}.Custom is a subclass of torch.nn.Conv2d; "
         "derive it from triton_conv.nn.Conv2d\n"
-        "  skipped lazy: LazyConv2d has no parameters yet; convert after the first forward\n"
         "  skipped patched: forward was replaced on the instance; convert before that\n"
         "  skipped ours: already converted\n"
         "  skipped derived: already converted"
@@ -556,14 +555,6 @@ def test_model_that_is_itself_skipped_is_named():
     report = triton_conv.convert(Custom(2, 2, 1))
     assert not report
     assert str(report).startswith("0 of 1 convolution converted\n  skipped the model itself: ")
-
-
-def test_lazy_module_converts_after_its_first_forward():
-    module = torch.nn.LazyConv2d(6, 3, dtype=torch.float64)
-    assert len(triton_conv.convert(module)) == 0
-    module(sample("Conv2d"))
-    assert len(triton_conv.convert(module)) == 1
-    assert operators(module, sample("Conv2d")) == ["triton_conv::conv"]
 
 
 def test_model_without_convolutions():

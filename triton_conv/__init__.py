@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from . import nn
 from .backends import backend
 from .causal import causal_conv1d, causal_conv1d_update
+from .convert import convert
 from .functional import (
     conv1d,
     conv2d,
@@ -19,7 +20,6 @@ from .functional import (
     scaled_conv2d,
     scaled_conv3d,
 )
-from .nn import convert
 from .override import override
 from .separable import separable_conv1d, separable_conv2d, separable_conv3d
 from .version import VERSION as __version__  # noqa: F401, N811

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import _SingleLevelFunction
 from torch.nn import functional
 from torch.overrides import handle_torch_function, has_torch_function
 
@@ -27,7 +26,8 @@ from . import causal_plan
 from .causal_config import CausalProblem, CausalRole
 from .causal_plan import CausalPlan
 from .execute import _on_device, device_of
-from .ops import _autocast_kernel, _autograd_kernel, _below_autograd, _folded, _unfolded
+from .ops import _autocast_kernel, _autograd_kernel, _below_autograd, _folded, _SingleLevelFunction, _unfolded
+from .unsupported import check_kind, refuse_script
 
 __all__ = ["causal_conv1d", "causal_conv1d_update"]
 
@@ -132,10 +132,7 @@ def _check_types(name: str, **tensors: Any) -> None:
     for argument, t in tensors.items():
         if t is None and argument in ("bias", "initial_state"):
             continue
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}(): argument '{argument}' must be Tensor, not {type(t).__name__}")
-        if t.layout is not torch.strided:
-            raise RuntimeError(f"{name}(): {argument} has layout {t.layout}; convert it with .to_dense()")
+        check_kind(name, argument, t)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, **states: Tensor | None) -> None:
@@ -503,3 +500,5 @@ for _op, _inputs, _outputs in (
 for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
     _lib.impl("causal_conv1d", _autocast_kernel(_forward_op, _device), _key)
 _lib.impl("causal_conv1d_update", _update_in_place, "ADInplaceOrView", with_keyset=True)
+
+refuse_script(causal_conv1d, causal_conv1d_update)

@@ -22,6 +22,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from . import ops
 from .geometry import PADDING_MODES, same_padding
+from .unsupported import check_kind, refuse_script
 
 Ints: TypeAlias = int | Sequence[int]
 Padding: TypeAlias = str | int | Sequence[int | tuple[int, int]]
@@ -459,19 +460,11 @@ def _check_tensors(name: str, rank: int, dtypes: set[torch.dtype] | None, input:
     for argument, t in {"input": input, "weight": weight, **rest}.items():
         if t is None and argument == "bias":
             continue
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}(): argument '{argument}' must be Tensor, not {type(t).__name__}")
-        if t.layout is not torch.strided:
-            raise RuntimeError(f"{name}(): {argument} has layout {t.layout}; convert it with .to_dense()")
-        if t.is_quantized:
-            raise NotImplementedError(f"{name}(): {argument} is quantized; convert it with .dequantize()")
+        check_kind(name, argument, t)
         if dtypes is not None and t.dtype not in dtypes:
+            instead = f"scaled_conv{rank}d takes it" if t.dtype is torch.float8_e4m3fn else "convert it with .to()"
             raise NotImplementedError(
-                f"{name}(): {argument} {list(t.shape)} has dtype {t.dtype}, which is not supported"
-            )
-        if t.device.type not in ("cpu", "cuda", "meta"):
-            raise RuntimeError(
-                f"{name}(): {argument} {list(t.shape)} is on {t.device}; triton_conv runs on CUDA and CPU devices"
+                f"{name}(): {argument} {list(t.shape)} has dtype {t.dtype}, which is not supported; {instead}"
             )
         if t.device != input.device:
             raise RuntimeError(
@@ -560,3 +553,6 @@ def _padding(name: str, value: Any, rank: int, weight: Tensor, stride: list[int]
             raise RuntimeError(f"{name}(): expected padding entries to be ints or (lower, upper), but got {entry}")
         result += [_index(name, "padding", p) for p in pair]
     return result
+
+
+refuse_script(*(globals()[_name] for _name in __all__))

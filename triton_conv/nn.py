@@ -1,34 +1,29 @@
-"""Drop-in modules for `torch.nn`'s convolutions, and `convert`, which makes a model's convolutions ours.
+"""Drop-in modules for `torch.nn`'s convolutions.
 
     >>> import torch, triton_conv
-    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.ConvTranspose2d(8, 3, 3))
-    >>> print(triton_conv.convert(model))
-    2 of 2 convolutions converted
     >>> triton_conv.nn.Conv1d(4, 8, 3, padding=((2, 0),), padding_mode="replicate")
     Conv1d(4, 8, kernel_size=(3,), stride=(1,), padding=((2, 0),), padding_mode=replicate)
 
 Each class derives from torch's class of the same name: constructor, parameters, initialisation, state_dict and repr
 are torch's, and `isinstance(module, torch.nn.Conv2d)` holds. Beyond torch, `padding` takes (lower, upper) pairs,
 one per axis; `padding_mode` takes one name per axis, and builds no padded copy in the kernels; `precision` is that
-of `triton_conv.functional`. Tuples must have one entry per axis, or one entry for all.
+of `triton_conv.functional`. Tuples must have one entry per axis, or one entry for all. A lazy class takes the number of
+input channels from its first input, and becomes the class it is named after.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.utils import parametrize
 
 from . import functional, ops
 from .functional import Ints, Modes, Padding
 from .geometry import PADDING_MODES
+from .unsupported import not_scripted
 
 __all__ = [
     "Conv1d",
@@ -37,13 +32,75 @@ __all__ = [
     "ConvTranspose1d",
     "ConvTranspose2d",
     "ConvTranspose3d",
-    "Conversion",
-    "convert",
+    "LazyConv1d",
+    "LazyConv2d",
+    "LazyConv3d",
+    "LazyConvTranspose1d",
+    "LazyConvTranspose2d",
+    "LazyConvTranspose3d",
 ]
 
 
+def convolved(
+    module: Any,
+    function: Callable[..., Tensor],
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    precision: str | None = None,
+) -> Tensor:
+    """`function` of these tensors, with the parameters of a module of torch's or ours."""
+    padding = module.padding
+    if module.padding_mode != "zeros":
+        # What torch hands to F.pad in these modes; code that patches torch's modules sets this one attribute.
+        border = module._reversed_padding_repeated_twice
+        padding = [(border[i], border[i + 1]) for i in range(len(border) - 2, -1, -2)]
+    return function(
+        input,
+        weight,
+        bias,
+        module.stride,
+        padding,
+        module.dilation,
+        module.groups,
+        padding_mode=module.padding_mode,
+        precision=precision,
+    )
+
+
+def transposed(
+    module: Any,
+    function: Callable[..., Tensor],
+    input: Tensor,
+    output_size: Sequence[int] | None,
+    precision: str | None = None,
+) -> Tensor:
+    """The same of a transposed convolution."""
+    output_padding = module._output_padding(
+        input,
+        output_size,
+        module.stride,
+        # torch's formula doubles the padding of an axis: hand it half of lower + upper.
+        [sum(p) / 2 if _is_sequence(p) else p for p in module.padding],
+        module.kernel_size,
+        len(module.kernel_size),
+        module.dilation,
+    )
+    return function(
+        input,
+        module.weight,
+        module.bias,
+        module.stride,
+        module.padding,
+        [int(p) for p in output_padding],
+        module.groups,
+        module.dilation,
+        precision=precision,
+    )
+
+
 class _Ours:
-    """What all six classes add to torch's. `convert` swaps classes alone, so every attribute here has a default."""
+    """What all classes add to torch's. `convert` swaps classes alone, so every attribute here has a default."""
 
     _function: ClassVar[Callable[..., Tensor]]
     precision: str | None = None
@@ -64,6 +121,10 @@ class _Ours:
     def extra_repr(self) -> str:
         text = super().extra_repr()  # type: ignore[misc]
         return text if self.precision is None else f"{text}, precision={self.precision}"
+
+    def __prepare_scriptable__(self) -> None:
+        """What torch.jit.script asks of a module before it reads its code."""
+        raise RuntimeError(not_scripted(f"triton_conv.nn.{type(self).__name__}"))
 
 
 class _Conv(_Ours):
@@ -108,22 +169,7 @@ class _Conv(_Ours):
             self.padding_mode = _mode_entries(padding_mode, len(self.kernel_size))
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            # What torch hands to F.pad in these modes; code that patches torch's modules sets this one attribute.
-            border = self._reversed_padding_repeated_twice
-            padding = [(border[i], border[i + 1]) for i in range(len(border) - 2, -1, -2)]
-        return self._function(
-            input,
-            weight,
-            bias,
-            self.stride,
-            padding,
-            self.dilation,
-            self.groups,
-            padding_mode=self.padding_mode,
-            precision=self.precision,
-        )
+        return convolved(self, self._function, input, weight, bias, self.precision)
 
 
 class _ConvTranspose(_Ours):
@@ -183,27 +229,7 @@ class _ConvTranspose(_Ours):
         shape) picks one, and overrides `output_padding`. Raises ValueError for an extent that is not possible.
         """
         self._check_mode(self.padding_mode)
-        output_padding = self._output_padding(
-            input,
-            output_size,
-            self.stride,
-            # torch's formula doubles the padding of an axis: hand it half of lower + upper.
-            [sum(p) / 2 if _is_sequence(p) else p for p in self.padding],
-            self.kernel_size,
-            len(self.kernel_size),
-            self.dilation,
-        )
-        return self._function(
-            input,
-            self.weight,
-            self.bias,
-            self.stride,
-            self.padding,
-            [int(p) for p in output_padding],
-            self.groups,
-            self.dilation,
-            precision=self.precision,
-        )
+        return transposed(self, self._function, input, output_size, self.precision)
 
 
 class Conv1d(_Conv, torch.nn.Conv1d):  # type: ignore[misc]
@@ -289,13 +315,140 @@ class ConvTranspose3d(_ConvTranspose, torch.nn.ConvTranspose3d):  # type: ignore
     _function = staticmethod(functional.conv_transpose3d)
 
 
-_OURS: dict[type, type] = {
-    torch.nn.Conv1d: Conv1d,
-    torch.nn.Conv2d: Conv2d,
-    torch.nn.Conv3d: Conv3d,
-    torch.nn.ConvTranspose1d: ConvTranspose1d,
-    torch.nn.ConvTranspose2d: ConvTranspose2d,
-    torch.nn.ConvTranspose3d: ConvTranspose3d,
+class _LazyConv:
+    """The constructor of torch's lazy classes, with what ours add to it."""
+
+    def __init__(
+        self,
+        out_channels: int,
+        kernel_size: Ints,
+        stride: Ints = 1,
+        padding: Padding = 0,
+        dilation: Ints = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: Modes = "zeros",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        precision: str | None = None,
+    ) -> None:
+        ops.check_precision(precision)
+        arguments = (out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype)
+        super().__init__(*arguments)  # type: ignore[call-arg]
+        if precision is not None:
+            self.precision = precision
+
+
+class _LazyConvTranspose:
+    def __init__(
+        self,
+        out_channels: int,
+        kernel_size: Ints,
+        stride: Ints = 1,
+        padding: Ints | Sequence[int | tuple[int, int]] = 0,
+        output_padding: Ints = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: Ints = 1,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        precision: str | None = None,
+    ) -> None:
+        ops.check_precision(precision)
+        rest = (output_padding, groups, bias, dilation, padding_mode, device, dtype)
+        super().__init__(out_channels, kernel_size, stride, padding, *rest)  # type: ignore[call-arg]
+        if precision is not None:
+            self.precision = precision
+
+
+class LazyConv1d(_LazyConv, torch.nn.LazyConv1d, Conv1d):  # type: ignore[misc]
+    """A `Conv1d` that takes `in_channels` from its first input, and is a plain one from then on.
+
+        >>> layer = triton_conv.nn.LazyConv1d(8, 3)
+        >>> layer(torch.randn(2, 3, 100)).shape, type(layer).__name__
+        (torch.Size([2, 8, 98]), 'Conv1d')
+
+    See `LazyConv2d` for the rest.
+    """
+
+    cls_to_become = Conv1d
+
+
+class LazyConv2d(_LazyConv, torch.nn.LazyConv2d, Conv2d):  # type: ignore[misc]
+    """A `Conv2d` that takes `in_channels` from its first input, and is a plain one from then on.
+
+        >>> layer = triton_conv.nn.LazyConv2d(8, 3, padding=1)
+        >>> layer(torch.randn(1, 3, 16, 16)).shape, type(layer).__name__
+        (torch.Size([1, 8, 16, 16]), 'Conv2d')
+
+    Parameters have no shape before that: run one batch before they are counted, copied or compiled. Raises ValueError
+    for groups that do not divide the channels found; see `Conv2d` for the other errors.
+    """
+
+    cls_to_become = Conv2d
+
+
+class LazyConv3d(_LazyConv, torch.nn.LazyConv3d, Conv3d):  # type: ignore[misc]
+    """A `Conv3d` that takes `in_channels` from its first input, and is a plain one from then on.
+
+        >>> layer = triton_conv.nn.LazyConv3d(8, 3, padding=((2, 0), 1, 1))
+        >>> layer(torch.randn(1, 3, 9, 8, 8)).shape, type(layer).__name__
+        (torch.Size([1, 8, 9, 8, 8]), 'Conv3d')
+
+    See `LazyConv2d` for the rest.
+    """
+
+    cls_to_become = Conv3d
+
+
+class LazyConvTranspose1d(_LazyConvTranspose, torch.nn.LazyConvTranspose1d, ConvTranspose1d):  # type: ignore[misc]
+    """A `ConvTranspose1d` that takes `in_channels` from its first input, and is a plain one from then on.
+
+        >>> layer = triton_conv.nn.LazyConvTranspose1d(8, 4, stride=2, padding=1)
+        >>> layer(torch.randn(2, 3, 50)).shape, type(layer).__name__
+        (torch.Size([2, 8, 100]), 'ConvTranspose1d')
+
+    See `LazyConv2d` for the rest.
+    """
+
+    cls_to_become = ConvTranspose1d
+
+
+class LazyConvTranspose2d(_LazyConvTranspose, torch.nn.LazyConvTranspose2d, ConvTranspose2d):  # type: ignore[misc]
+    """A `ConvTranspose2d` that takes `in_channels` from its first input, and is a plain one from then on.
+
+        >>> layer = triton_conv.nn.LazyConvTranspose2d(8, 2, stride=2)
+        >>> layer(torch.randn(1, 3, 14, 14)).shape, type(layer).__name__
+        (torch.Size([1, 8, 28, 28]), 'ConvTranspose2d')
+
+    See `LazyConv2d` for the rest.
+    """
+
+    cls_to_become = ConvTranspose2d
+
+
+class LazyConvTranspose3d(_LazyConvTranspose, torch.nn.LazyConvTranspose3d, ConvTranspose3d):  # type: ignore[misc]
+    """A `ConvTranspose3d` that takes `in_channels` from its first input, and is a plain one from then on.
+
+        >>> layer = triton_conv.nn.LazyConvTranspose3d(8, 2, stride=2)
+        >>> layer(torch.randn(1, 3, 4, 8, 8)).shape, type(layer).__name__
+        (torch.Size([1, 8, 8, 16, 16]), 'ConvTranspose3d')
+
+    See `LazyConv2d` for the rest.
+    """
+
+    cls_to_become = ConvTranspose3d
+
+
+OURS: dict[type, type] = {
+    getattr(torch.nn, _cls.__name__): _cls
+    for _cls in (
+        *(Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d),
+        *(LazyConv1d, LazyConv2d, LazyConv3d, LazyConvTranspose1d, LazyConvTranspose2d, LazyConvTranspose3d),
+    )
 }
 
 
@@ -308,86 +461,8 @@ def _own_constructor(cls: Any) -> None:
     cls.__init__ = copy
 
 
-for _cls in _OURS.values():
+for _cls in OURS.values():
     _own_constructor(_cls)
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """What `convert` did; its length is the number of modules converted, printing it lists those that were not.
-
-    converted: names of the modules, as in `model.named_modules()`; "" is the model itself.
-    skipped: (name, reason) of every other convolution.
-    """
-
-    converted: tuple[str, ...]
-    skipped: tuple[tuple[str, str], ...]
-
-    def __len__(self) -> int:
-        return len(self.converted)
-
-    def __str__(self) -> str:
-        total = len(self.converted) + len(self.skipped)
-        lines = [f"{len(self)} of {total} convolution{'s' * (total != 1)} converted"]
-        lines += [f"  skipped {name or 'the model itself'}: {reason}" for name, reason in self.skipped]
-        return "\n".join(lines)
-
-
-def convert(model: torch.nn.Module) -> Conversion:
-    """Make the convolutions of `model` ours, in place, and report which.
-
-        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.LazyConv2d(8, 1))
-        >>> print(triton_conv.convert(model))
-        1 of 2 convolutions converted
-          skipped 1: LazyConv2d has no parameters yet; convert after the first forward
-
-    Only the class of a module changes. The module stays the same object with the same parameters, buffers, hooks,
-    training mode and state_dict, so optimizers, weight_norm, pruning and parametrizations keep working. Modules
-    reached by two names are converted once, under the first.
-
-    Skipped, each with its reason: subclasses of torch's classes, whose own code may call torch's convolution (derive
-    them from `triton_conv.nn` instead, or run them under `triton_conv.override()`), lazy modules before their first
-    forward, and modules whose forward was replaced on the instance. Wrappers that change the class of a module, such
-    as `fully_shard`, come after `convert`.
-
-    Raises TypeError if `model` is not a `torch.nn.Module`.
-    """
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"convert(): argument 'model' must be torch.nn.Module, not {type(model).__name__}")
-    converted, skipped = [], []
-    for name, module in model.named_modules():
-        if not isinstance(module, _ConvNd):
-            continue
-        reason = _reason_to_skip(module)
-        if reason:
-            skipped.append((name, reason))
-        else:
-            module.__class__ = _our_class(module)
-            converted.append(name)
-    return Conversion(tuple(converted), tuple(skipped))
-
-
-def _reason_to_skip(module: _ConvNd) -> str:
-    """Why `convert` leaves a module alone; "" if it need not."""
-    cls = parametrize.type_before_parametrizations(module)
-    if isinstance(module, _Ours):
-        return "already converted"
-    if isinstance(module, LazyModuleMixin):
-        return f"{cls.__name__} has no parameters yet; convert after the first forward"
-    if cls not in _OURS:
-        base = next((c for c in cls.__mro__ if c in _OURS), _ConvNd)
-        ours = f"; derive it from triton_conv.nn.{base.__name__}" if base in _OURS else ""
-        return f"{cls.__module__}.{cls.__qualname__} is a subclass of torch.nn.{base.__name__}{ours}"
-    patched = sorted({"forward", "_conv_forward"} & vars(module).keys())
-    return f"{patched[0]} was replaced on the instance; convert before that" if patched else ""
-
-
-def _our_class(module: _ConvNd) -> type:
-    cls = type(module)
-    if not parametrize.is_parametrized(module):
-        return _OURS[cls]
-    # register_parametrization gave the module a class of its own, with a property per tensor: the same over our class.
-    return type(cls.__name__, (_OURS[cls.__bases__[0]],), dict(vars(cls)))
 
 
 def _is_sequence(value: Any) -> bool:

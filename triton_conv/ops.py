@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
-from torch.autograd.function import _SingleLevelFunction
 
 from .config import PRECISIONS
 from .execute import Call, empty_output, execute
@@ -288,6 +287,13 @@ def _below_autograd(op, *args):
             return op(*args)
 
 
+class _SingleLevelFunction(torch.autograd.function._SingleLevelFunction):
+    @staticmethod
+    def _compiled_autograd_key(ctx):
+        """What compiled autograd asks of a node, and torch gives to torch.autograd.Function alone."""
+        return (ctx._autograd_function_id,)
+
+
 class _Fprop(_SingleLevelFunction):
     @staticmethod
     def forward(op, x, w, bias, *params):
@@ -416,12 +422,18 @@ def _save(ctx, *tensors: Tensor) -> None:
 
 def _fprop_cropped(x: Tensor, w: Tensor, like: Tensor, params: Sequence[Any]) -> Tensor:
     """fprop with the output extents of `like`, which an output_padding >= stride makes smaller than the full ones."""
-    with torch._C._DisableAutocast():  # a gradient has its operands' precision, like those that are not autocast
+    with _without_autocast(x.device.type):  # a gradient has its operands' precision, like those that are not autocast
         y = fprop(x, w, None, params)
     for axis in range(2, y.dim()):
         if y.shape[axis] != like.shape[axis]:
             y = y.narrow(axis, 0, like.shape[axis])
     return y
+
+
+def _without_autocast(device_type: str) -> Any:
+    if torch.compiler.is_compiling():  # compiled autograd reads this, and knows no other
+        return torch.autocast(device_type, enabled=False)
+    return torch._C._DisableAutocast()
 
 
 def _gradient_strides(w: Tensor) -> Sequence[int]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nested._internal.nested_tensor import NestedTensor
 from torch.overrides import TorchFunctionMode
 
 from . import functional
@@ -58,7 +59,8 @@ class override(contextlib.ContextDecorator, TorchFunctionMode):
 
     It holds for the thread that enters it: threads started inside (`torch.nn.DataParallel`'s) do not see it. Nor
     does what runs during a backward pass, a checkpoint's second forward for instance; the gradients themselves
-    belong to the convolution that was recorded. Arguments that bring their own `__torch_function__` keep it.
+    belong to the convolution that was recorded. Nor does code that torch.jit has compiled: torch.jit.trace a
+    `convert`-ed model instead. Arguments that bring their own `__torch_function__` keep it.
 
     It costs a few microseconds per torch call, whichever function that is, and `torch.nn.Conv2d` with a
     `padding_mode` still makes its padded copy first. `triton_conv.convert(model)` has neither cost.
@@ -76,6 +78,10 @@ class override(contextlib.ContextDecorator, TorchFunctionMode):
 
 
 def _is_custom(cls: Any) -> bool:
-    """Whether a class answers torch's functions itself: a traced proxy, a tensor of another representation."""
+    """Whether a class answers torch's functions itself: a traced proxy, a tensor of another representation.
+
+    Nested tensors do, but not convolutions: they get our words for it.
+    """
     default: Any = Tensor.__torch_function__
-    return getattr(cls.__torch_function__, "__func__", None) is not default.__func__
+    answers = getattr(cls.__torch_function__, "__func__", None) is not default.__func__
+    return answers and not issubclass(cls, NestedTensor)

@@ -22,6 +22,7 @@ from . import execute, functional, ops
 from .devices import Device
 from .functional import Ints, Modes, Padding
 from .separable_plan import Problem, SeparablePlan, make, obstacle
+from .unsupported import refuse_script
 
 __all__ = ["separable_conv1d", "separable_conv2d", "separable_conv3d"]
 
@@ -280,3 +281,5 @@ torch.library.register_fake("triton_conv::conv_separable", _fake, lib=_lib)
 torch.library.register_vmap("triton_conv::conv_separable", _vmap, lib=_lib)
 for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
     _lib.impl("conv_separable", ops._autocast_kernel(_op, _device), _key)
+
+refuse_script(separable_conv1d, separable_conv2d, separable_conv3d)

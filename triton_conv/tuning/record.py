@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from .. import execute
-from ..nn import convert
+from ..convert import convert
 from ..override import override
 
 _NEEDS_VALUES = (

@@ -1,0 +1,96 @@
+"""`convert`: the convolution modules of a model that exists, made ours.
+
+>>> import torch, triton_conv
+>>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.ConvTranspose2d(8, 3, 3))
+>>> print(triton_conv.convert(model))
+2 of 2 convolutions converted
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
+
+from .nn import OURS, _Ours
+
+__all__ = ["Conversion", "convert"]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert` did; its length is the number of modules converted, printing it lists those that were not.
+
+    converted: names of the modules, as in `model.named_modules()`; "" is the model itself.
+    skipped: (name, reason) of every other convolution.
+    """
+
+    converted: tuple[str, ...]
+    skipped: tuple[tuple[str, str], ...]
+
+    def __len__(self) -> int:
+        return len(self.converted)
+
+    def __str__(self) -> str:
+        total = len(self.converted) + len(self.skipped)
+        lines = [f"{len(self)} of {total} convolution{'s' * (total != 1)} converted"]
+        lines += [f"  skipped {name or 'the model itself'}: {reason}" for name, reason in self.skipped]
+        return "\n".join(lines)
+
+
+def convert(model: torch.nn.Module) -> Conversion:
+    """Make the convolutions of `model` ours, in place, and report which.
+
+        >>> class Patches(torch.nn.Conv2d):
+        ...     pass
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.LazyConv2d(8, 1), Patches(8, 8, 2))
+        >>> print(triton_conv.convert(model))
+        2 of 3 convolutions converted
+          skipped 2: __main__.Patches is a subclass of torch.nn.Conv2d; derive it from triton_conv.nn.Conv2d
+
+    Only the class of a module changes. The module stays the same object with the same parameters, buffers, hooks,
+    training mode and state_dict, so optimizers, weight_norm, pruning and parametrizations keep working. Lazy
+    modules stay lazy until their first input. Modules reached by two names are converted once, under the first.
+
+    Skipped, each with its reason: subclasses of torch's classes, whose own code may call torch's convolution (derive
+    them from `triton_conv.nn` instead, or run them under `triton_conv.override()`), and modules whose forward was
+    replaced on the instance. Wrappers that change the class of a module, such as `fully_shard`, come after `convert`.
+
+    Raises TypeError if `model` is not a `torch.nn.Module`.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"convert(): argument 'model' must be torch.nn.Module, not {type(model).__name__}")
+    converted, skipped = [], []
+    for name, module in model.named_modules():
+        if not isinstance(module, _ConvNd):
+            continue
+        reason = _reason_to_skip(module)
+        if reason:
+            skipped.append((name, reason))
+        else:
+            module.__class__ = _our_class(module)
+            converted.append(name)
+    return Conversion(tuple(converted), tuple(skipped))
+
+
+def _reason_to_skip(module: _ConvNd) -> str:
+    """Why `convert` leaves a module alone; "" if it need not."""
+    cls = parametrize.type_before_parametrizations(module)
+    if isinstance(module, _Ours):
+        return "already converted"
+    if cls not in OURS:
+        base = next((c for c in cls.__mro__ if c in OURS), _ConvNd)
+        ours = f"; derive it from triton_conv.nn.{base.__name__}" if base in OURS else ""
+        return f"{cls.__module__}.{cls.__qualname__} is a subclass of torch.nn.{base.__name__}{ours}"
+    patched = sorted({"forward", "_conv_forward"} & vars(module).keys())
+    return f"{patched[0]} was replaced on the instance; convert before that" if patched else ""
+
+
+def _our_class(module: _ConvNd) -> type:
+    cls = type(module)
+    if not parametrize.is_parametrized(module):
+        return OURS[cls]
+    # register_parametrization gave the module a class of its own, with a property per tensor: the same over our class.
+    return type(cls.__name__, (OURS[cls.__bases__[0]],), dict(vars(cls)))
