@@ -19,6 +19,7 @@ from .functional import (
     scaled_conv2d,
     scaled_conv3d,
 )
+from .invariance import batch_invariant
 from .nn import convert
 from .override import override
 from .separable import separable_conv1d, separable_conv2d, separable_conv3d
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "autotune",
     "backend",
+    "batch_invariant",
     "causal_conv1d",
     "causal_conv1d_update",
     "conv1d",
