@@ -34,20 +34,20 @@ def sample(name, x, w, bias=None, **options):
 half = {"dtype": torch.bfloat16, "last": True}
 transposed = {"function": triton_conv.conv_transpose2d}
 CASES = [
-    sample("gather", (20, 5, 6), (24, 20, 3, 3), 24, padding=1),
-    sample("few channels", (3, 7, 5), (16, 3, 3, 3), 16, stride=2),
-    sample("box", (16, 4, 6), (32, 16, 3, 3), 32, **half, padding=1),
-    sample("box in steps", (16, 6, 4), (32, 16, 3, 3), 32, **half, stride=2, padding=1),
-    sample("pointwise", (32, 3, 3), (16, 32, 1, 1), 16, **half),
-    sample("narrow groups", (16, 4, 4), (16, 4, 3, 3), None, **half, padding=1, groups=4),
-    sample("depthwise", (8, 6, 8), (8, 1, 3, 3), 8, padding=1, groups=8),
-    sample("depthwise, channels-last", (16, 5, 4), (32, 1, 5, 5), 32, **half, padding=2, groups=16),
-    sample("banded", (1, 16, 16), (1, 1, 13, 13), 1, dtype=torch.float16, padding=6),
-    sample("transposed", (12, 3, 4), (12, 20, 3, 3), 20, **transposed, stride=2, output_padding=1),
-    sample("transposed box", (16, 3, 3), (16, 16, 2, 2), 16, **transposed, **half, stride=2),
-    sample("folded", (8, 5, 4), (12, 8, 3, 3), 12, padding=1, padding_mode="circular"),
-    sample("float64", (5, 4, 4), (6, 5, 3, 3), 6, dtype=torch.float64, padding=1, padding_mode="reflect"),
-    sample("tf32x3", (16, 4, 4), (16, 16, 3, 3), None, padding=1, precision="tf32x3"),
+    sample("gather", (20, 2, 3), (24, 20, 3, 2), 24, padding=(1, 0)),
+    sample("few channels", (3, 3, 3), (16, 3, 2, 2), 16, stride=2),
+    sample("box", (16, 2, 2), (32, 16, 1, 3), 32, **half, padding=(0, 1)),
+    sample("box in steps", (16, 2, 4), (32, 16, 1, 2), 32, **half, stride=2),
+    sample("pointwise", (32, 2, 2), (16, 32, 1, 1), 16, **half),
+    sample("narrow groups", (16, 2, 2), (16, 4, 1, 3), None, **half, padding=(0, 1), groups=4),
+    sample("depthwise", (2, 1, 4), (2, 1, 1, 3), 2, padding=(0, 1), groups=2),
+    sample("depthwise, channels-last", (16, 3, 2), (32, 1, 3, 1), 32, **half, padding=(1, 0), groups=16),
+    sample("banded", (1, 1, 16), (1, 1, 1, 13), 1, dtype=torch.float16, padding=(0, 6)),
+    sample("transposed", (12, 1, 2), (12, 20, 1, 3), 20, **transposed, stride=(1, 2), output_padding=(0, 1)),
+    sample("transposed box", (16, 1, 2), (16, 16, 1, 2), 16, **transposed, **half, stride=(1, 2)),
+    sample("folded", (8, 2, 2), (12, 8, 1, 3), 12, padding=(0, 1), padding_mode="circular"),
+    sample("float64", (5, 2, 2), (6, 5, 1, 3), 6, dtype=torch.float64, padding=(0, 1), padding_mode="reflect"),
+    sample("tf32x3", (16, 2, 2), (16, 16, 1, 2), None, padding=(0, 1), precision="tf32x3"),
 ]
 
 
@@ -60,21 +60,22 @@ def outputs(x, w, bias, dy, function, options):
 
 @pytest.mark.parametrize(("shape", "weight", "bias", "dtype", "last", "function", "options"), CASES)
 def test_a_sample_has_the_same_bits_in_every_batch(kernels, shape, weight, bias, dtype, last, function, options):
+    batches = BATCHES if last or "groups" not in options else (1, 7, 12)  # contiguous depthwise lanes are slow here
     generator = torch.Generator().manual_seed(1)
 
     def random(*shape):
         t = torch.randn(shape, generator=generator, dtype=torch.float64).to(kernels, dtype)
         return t.to(memory_format=torch.channels_last) if last and t.dim() == 4 else t
 
-    x, w = random(max(BATCHES), *shape), random(*weight)
+    x, w = random(max(batches), *shape), random(*weight)
     b = None if bias is None else random(bias)
-    with triton_conv.batch_invariant():
-        dy = random(*function(x[:1].to("meta"), w.to("meta"), **options).shape).expand(max(BATCHES), -1, -1, -1)
+    with triton_conv.batch_invariant(batch=64):  # whose tiles are large: the interpreter takes its time for each
+        dy = random(*function(x[:1].to("meta"), w.to("meta"), **options).shape).expand(max(batches), -1, -1, -1)
         dy = dy.clone(memory_format=torch.channels_last if last else torch.contiguous_format)
-        found = {n: outputs(x[:n], w, b, dy[:n], function, options) for n in BATCHES}
+        found = {n: outputs(x[:n], w, b, dy[:n], function, options) for n in batches}
         found["last of 7"] = tuple(t[6:7] for t in found[7])
         alone = outputs(x[6:7], w, b, dy[6:7], function, options)
-    for n in BATCHES[1:]:
+    for n in batches[1:]:
         for one, many in zip(found[1], found[n], strict=True):
             assert torch.equal(one[0], many[0])
     for one, many in zip(alone, found["last of 7"], strict=True):
@@ -98,7 +99,7 @@ def test_a_box_kernel_gets_samples_that_start_anywhere(kernels):
 @pytest.mark.parametrize("rows", [False, True], ids=["contiguous", "rows"])
 def test_causal_convolutions_too(kernels, rows):
     generator = torch.Generator().manual_seed(2)
-    B, C, L = 64, 6, 21
+    B, C, L = 7, 2, 5
     x, dy = (torch.randn(B, L, C, generator=generator).transpose(1, 2).to(kernels) for _ in range(2))
     x, dy = (t if rows else t.contiguous() for t in (x, dy))
     w, b, state = (torch.randn(s, generator=generator).to(kernels) for s in ((C, 4), (C,), (B, C, 3)))
@@ -110,22 +111,22 @@ def test_causal_convolutions_too(kernels, rows):
         step = triton_conv.causal_conv1d_update(x[:n, :, 0], running, w, b, "silu")
         return y, after, dx, dstate, step, running
 
-    with triton_conv.batch_invariant():
-        one, *more = (everything(n) for n in BATCHES)
+    with triton_conv.batch_invariant(batch=64):
+        one, *more = (everything(n) for n in (1, 2, 7))
     for many in more:
         assert all(torch.equal(a[0], b[0]) for a, b in zip(one, many, strict=True))
 
 
 @pytest.mark.parametrize("fused", [None, True])
 def test_separable_convolutions_too(kernels, fused):
-    x, depthwise, pointwise = (torch.randn(s).to(kernels) for s in ((64, 6, 5, 5), (12, 1, 3, 3), (20, 12, 1, 1)))
-    with triton_conv.batch_invariant():
+    x, depthwise, pointwise = (torch.randn(s).to(kernels) for s in ((64, 2, 1, 4), (4, 1, 1, 3), (16, 4, 1, 1)))
+    with triton_conv.batch_invariant(batch=64):
         one, *more = (triton_conv.separable_conv2d(x[:n], depthwise, pointwise, fused=fused) for n in BATCHES)
     assert all(torch.equal(one[0], many[0]) for many in more)
 
 
 def test_eight_bits_too(kernels):
-    x, w = (torch.randint(-9, 9, s, dtype=torch.int8, device=kernels) for s in ((64, 16, 4, 4), (16, 16, 3, 3)))
+    x, w = (torch.randint(-9, 9, s, dtype=torch.int8, device=kernels) for s in ((64, 16, 2, 2), (16, 16, 1, 2)))
     x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
     scale = torch.tensor(0.3, device=kernels)
     for function in (
@@ -183,21 +184,20 @@ def choices(layer, device):
     found = set()
     for n in BATCHES:
         made = explain.plans((n, *layer.input[1:]), layer.weight, bias=True, device=device, **layer.options)
-        for p in made.values():
+        for name, p in made.items():
             if isinstance(p, plan.Plan) and p.role is not Role.WGRAD:
-                found.add(
-                    (p.role, p.kernel, p.config, p.packs, p.channels_last, p.bundle, p.geometry.C, p.fold is None)
-                )
+                found.add((name, p.kernel, p.config, p.packs, p.channels_last, p.bundle, p.geometry.C, p.fold is None))
             elif getattr(p, "role", None) in (CausalRole.FORWARD, CausalRole.BACKWARD):
-                found.add((p.role, p.kernel, p.config))
+                found.add((name, p.kernel, p.config))
     return found
 
 
 @pytest.mark.parametrize("device", [DEVICES["H200"], DEVICES["A100"]], ids=lambda d: d.name)
 def test_nothing_is_chosen_by_the_batch(device):
-    free = {name: choices(layer, device) for name, layer in LAYERS.items()}
+    layers = {name: layer for name, layer in LAYERS.items() if layer.since <= device.capability}
+    free = {name: choices(layer, device) for name, layer in layers.items()}
     with triton_conv.batch_invariant():
-        held = {name: choices(layer, device) for name, layer in LAYERS.items()}
+        held = {name: choices(layer, device) for name, layer in layers.items()}
     roles = {name: len({choice[0] for choice in found}) for name, found in held.items()}
     assert {name: len(found) for name, found in held.items()} == roles
     assert sum(len(free[name]) > roles[name] for name in free) > len(free) // 4  # or this would prove nothing
@@ -205,9 +205,10 @@ def test_nothing_is_chosen_by_the_batch(device):
 
 def test_plans_of_the_named_batch_are_those_it_has_by_itself():
     layer = next(iter(LAYERS.values()))
-    own = explain.plans((32, *layer.input[1:]), layer.weight, device=H200, **layer.options)["fprop"]
+    role = next(iter(explain.plans(layer.input, layer.weight, device=H200, **layer.options)))
+    own = explain.plans((32, *layer.input[1:]), layer.weight, device=H200, **layer.options)[role]
     with triton_conv.batch_invariant(batch=32):
-        lent = explain.plans((2, *layer.input[1:]), layer.weight, device=H200, **layer.options)["fprop"]
+        lent = explain.plans((2, *layer.input[1:]), layer.weight, device=H200, **layer.options)[role]
     assert (lent.kernel, lent.config) == (own.kernel, own.config)
     assert "chosen for a batch of 32" in lent.reason
     assert lent.geometry.N * lent.geometry.output[2] < own.geometry.N * own.geometry.output[2]
@@ -266,7 +267,7 @@ def test_it_nests_and_ends():
 def test_wrong_arguments_change_nothing():
     with pytest.raises(ValueError, match="batch=0"):
         triton_conv.batch_invariant(batch=0)
-    with pytest.raises(TypeError, match="batch=2.5"):
+    with pytest.raises(TypeError, match=r"batch=2\.5"):
         triton_conv.batch_invariant(batch=2.5)
     with pytest.raises(TypeError, match="enabled=16"):
         triton_conv.batch_invariant(16)
