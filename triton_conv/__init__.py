@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from . import nn
+from . import sharding as _sharding  # noqa: F401
 from .backends import backend
 from .causal import causal_conv1d, causal_conv1d_update
 from .functional import (
