@@ -35,8 +35,9 @@ TENSOR_MEMORY = 512  # columns of a multiprocessor of sm_100: PTX ISA 8.7, tcgen
 MATRIX = {"HMMA", "HGMMA", "UTCHMMA", "QMMA", "QGMMA", "UTCQMMA", "IMMA", "IGMMA", "UTCIMMA", "DMMA"}
 
 
-# To global and to shared memory, with and without the old value, and by the bulk copy engine: CUDA Binary Utilities 13.
-ATOMIC = ("ATOM", "ATOMG", "ATOMS", "RED", "REDG", "UTMAREDG")
+# On global memory, with and without the old value, and by the bulk copy engine: CUDA Binary Utilities 13. Those on
+# shared memory (ATOMS) also hand out tensor memory on sm_100; sums by them would show in Triton's own language.
+ATOMIC = ("ATOM", "ATOMG", "RED", "REDG", "UTMAREDG")
 
 
 @dataclass(frozen=True)
