@@ -215,6 +215,20 @@ def test_plans_of_the_named_batch_are_those_it_has_by_itself():
     assert lent.geometry.N * lent.geometry.output[2] < own.geometry.N * own.geometry.output[2]
 
 
+def test_a_batch_beyond_the_coordinates_of_boxes_is_refused():
+    def make(n):
+        x = torch.empty(n, 64, 1024, 1024, device="meta").to(memory_format=torch.channels_last)
+        w = torch.empty(64, 64, 1, 1, device="meta")
+        call = ops._conv_call(x, w.to(dtype=x.dtype), None, [1, 1], [0] * 4, [1, 1], 1, "zeros", "tf32")
+        return plan.make(execute.problem_of(call, H200))
+
+    with triton_conv.batch_invariant():
+        assert make(2047).kernel == "box"
+        with pytest.raises(NotImplementedError, match="smaller batches, since an axis is longer"):
+            make(2048)
+    assert make(2048).kernel == "gather"
+
+
 def test_causal_splits_are_those_of_the_named_batch():
     problems = [
         CausalProblem(

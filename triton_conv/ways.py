@@ -130,7 +130,7 @@ def alike(
     """The way that another batch of the same samples goes by this kernel, in this layout, with this config.
 
     `g`, `strides` and `keep_channels` are as in `of`. Samples that do not start at multiples of 16 bytes are copied for
-    box kernels, where those of the other batch did.
+    box kernels, where those of the other batch did. Raises NotImplementedError for a batch that these cannot address.
     """
     role, packs = problem.role, layout.packs
     how = (keep_channels, layout.bundle, layout.channels_last)
@@ -138,8 +138,11 @@ def alike(
     if kernel.startswith("depthwise"):
         laid = _rows_first(laid)
     source = "y" if role is Role.DGRAD else "x"
-    if kernel == "box" and _uneven_rows(laid.geometry, laid.strides, source, 16 // ITEM_BYTES[problem.dtype]):
-        laid = _laid_out(g, strides, role, (*packs, source), *how)
+    if kernel == "box" and _box_obstacle(problem, laid):
+        laid = _laid_out(g, strides, role, tuple(dict.fromkeys((*packs, source))), *how)
+        obstacle = _box_obstacle(problem, laid)
+        if obstacle:
+            raise NotImplementedError(f"with batch_invariant, compute this in smaller batches, since {obstacle}: {g}")
     return Way(kernel, laid, config, reason)
 
 
