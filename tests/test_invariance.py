@@ -279,6 +279,16 @@ def test_it_nests_and_ends():
     assert repr(triton_conv.batch_invariant(False)) == "batch_invariant(False)"
 
 
+def test_compiled_code_cannot_change_it_silently():
+    def function(x):
+        with triton_conv.batch_invariant():
+            return triton_conv.conv2d(x, x)
+
+    with pytest.raises(Exception, match=r"outside of what torch\.compile compiles"):
+        torch.compile(function, backend="eager", fullgraph=True)(torch.ones(1, 1, 2, 2))
+    assert invariance.batch() is None
+
+
 def test_wrong_arguments_change_nothing():
     with pytest.raises(ValueError, match="batch=0"):
         triton_conv.batch_invariant(batch=0)

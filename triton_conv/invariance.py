@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from types import TracebackType
 
+import torch
+
 _BATCH = 8  # of which plans are made, unless the user names another
 
 _chosen: int | None = None
@@ -31,7 +33,7 @@ class batch_invariant:
     `backend("auto")` runs none of cuDNN's kernels meanwhile. A CPU, where PyTorch computes, takes samples one by one.
 
     It is read at each call, also by what torch.compile has compiled; a CUDA graph keeps what it has captured. Raises
-    TypeError or ValueError for a batch that is no whole number above 0.
+    TypeError or ValueError for a batch that is no whole number above 0, and RuntimeError inside of compiled code.
 
     Why that is enough: an output element is one sum. Its order is set by the kernel, by the layout and groups it is
     given (what is copied, how many groups are computed as one), by its config and by the sample's own sizes and
@@ -48,6 +50,8 @@ class batch_invariant:
             raise ValueError(f"batch must be above 0, but got batch={batch}")
         if not isinstance(enabled, bool):
             raise TypeError(f"enabled must be True or False, but got enabled={enabled!r}; a batch is given by name")
+        if torch.compiler.is_compiling():  # the graph would run after what is changed here has been put back
+            raise RuntimeError("batch_invariant: call it outside of what torch.compile compiles, which obeys it")
         self._mine, self._before = batch if enabled else None, _chosen
         _chosen = self._mine
 
