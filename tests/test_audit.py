@@ -105,6 +105,7 @@ def test_a_shipped_layer_is_read_and_has_no_fault(rows):
     for role in ("fprop", "dgrad", "wgrad"):
         row = rows[f"3x3 {role}"]
         assert faults(row) == []
+        assert row.code.atomics == 0
         assert row.code.matrix == "HGMMA"
         assert row.code.rows == row.config.BLOCK_N == 128
         assert row.code.operands == "shared"
@@ -184,11 +185,47 @@ def test_dots_of_few_rows_get_the_older_instruction(rows):
             ["loads no operand asynchronously", "loads no operand by the bulk copy engine"],
         ),
         ({"tma_stores": 0}, ["does not store by the bulk copy engine"]),
+        ({"atomics": 2}, ["has 2 atomic instructions, whose order differs from run to run"]),
     ],
     ids=str,
 )
 def test_every_fault_is_named(change, words):
     assert faults(replace(ROW, code=replace(GOOD, **change))) == words
+
+
+ATOMICS = """
+import json, torch, triton, triton.language as tl
+from triton_conv.tuning.code import compiling_for, read
+
+@triton.jit
+def plain(x, y):
+    at = tl.arange(0, 128)
+    tl.store(y + at, tl.load(x + at))
+
+@triton.jit
+def added(x, y):
+    at = tl.arange(0, 128)
+    tl.atomic_add(y + at, tl.load(x + at))
+
+@triton.jit
+def counted(x, y):
+    tl.store(x, tl.atomic_add(y, 1.0))
+
+with compiling_for(90):
+    kernels = [k.warmup(torch.float32, torch.float32, grid=(1,)) for k in (plain, added, counted)]
+    print(json.dumps([read(k, 90).atomics for k in kernels]))
+"""
+
+
+def test_atomics_are_seen_whether_their_result_is_used_or_not(tmp_path):
+    script = tmp_path / "atomics.py"  # kernels are read from files
+    script.write_text(ATOMICS)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True, env=environment)
+    plain, added, counted = json.loads(done.stdout)
+    assert plain == 0
+    assert added > 0
+    assert counted > 0
 
 
 def test_depthwise_kernels_want_loads_of_16_bytes():

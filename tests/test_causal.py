@@ -157,10 +157,10 @@ def test_long_walks_in_few_shares_of_a_sequence(layout, shares, kernels, poisone
         return replace(by_rule(p), runs=2, channels=16, splits=shares)
 
     monkeypatch.setattr(causal_config, "default", few)
-    causal_plan.make.cache_clear()
+    causal_plan._make.cache_clear()
     for W in (3, 8):
         check(2, 17, 104, W, layout=layout, device=kernels)
-    causal_plan.make.cache_clear()
+    causal_plan._make.cache_clear()
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "rows"])

@@ -15,7 +15,7 @@ PACKAGE = Path(triton_conv.__file__).parent
 
 # A module may import those of earlier lines, not of its own: `tuning` and the commands see everything.
 LAYERS = [
-    {"version", "geometry", "devices", "unsupported"},
+    {"version", "geometry", "devices", "unsupported", "invariance", "later"},
     {"tiles", "reference"},
     {"config"},
     {"causal_config", "key"},
@@ -30,6 +30,7 @@ LAYERS = [
     {"ops"},
     {"functional", "causal"},
     {"separable"},
+    {"sharding"},
     {"nn", "override", "explain", "check"},
     {"convert", "layers"},
     {"demo", "tuning"},
@@ -149,6 +150,7 @@ print(json.dumps({
 def test_importing_loads_no_kernel_and_nothing_optional(fresh):
     assert "triton_conv.functional" in fresh["new"]
     assert not [m for m in fresh["new"] if m.startswith(("triton_conv.kernels.", "triton_conv.tuning"))]
+    assert not [m for m in fresh["new"] if m.startswith("torch.distributed.tensor")]
     optional = ("matplotlib", "sklearn", "tqdm", "hypothesis", "pytest", "pandas")
     assert not [m for m in fresh["new"] if m.split(".")[0] in optional]
 

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from . import nn
+from . import sharding as _sharding  # noqa: F401
 from .backends import backend
 from .causal import causal_conv1d, causal_conv1d_update
 from .convert import convert
@@ -20,6 +21,7 @@ from .functional import (
     scaled_conv2d,
     scaled_conv3d,
 )
+from .invariance import batch_invariant
 from .override import override
 from .separable import separable_conv1d, separable_conv2d, separable_conv3d
 from .version import VERSION as __version__  # noqa: F401, N811
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "autotune",
     "backend",
+    "batch_invariant",
     "causal_conv1d",
     "causal_conv1d_update",
     "conv1d",

@@ -85,6 +85,14 @@ def admits(problem: Problem) -> bool:
     return current() == "auto" and comparable(problem) and _keeps_promises(problem)
 
 
+def settings() -> tuple[bool, ...] | None:
+    """What `admits` asks beside the problem and its precision; None where it admits nothing."""
+    if current() != "auto":
+        return None
+    cudnn = torch.backends.cudnn
+    return cudnn.enabled, cudnn.deterministic, torch.are_deterministic_algorithms_enabled()
+
+
 def comparable(problem: Problem) -> bool:
     """Whether PyTorch's own convolution computes the same: zeros equal on both sides, all outputs, a dtype of cuDNN's.
 

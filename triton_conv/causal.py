@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import causal_plan
+from . import causal_plan, invariance
 from .causal_config import CausalProblem, CausalRole
 from .causal_plan import CausalPlan
 from .execute import _on_device, device_of
@@ -188,15 +188,26 @@ def _sums(padded: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return functional.conv1d(padded, weight.to(wide).unsqueeze(1), bias, groups=padded.shape[1])
 
 
+def _samples(*tensors: Tensor | None) -> list[tuple[Tensor | None, ...]]:
+    """The same samples of each; all of them at once unless sums must not depend on the batch."""
+    parts = 1 if invariance.batch() is None else max(t.shape[0] for t in tensors if t is not None)
+    columns = ([None] * parts if t is None else t.chunk(parts) if parts > 1 else [t] for t in tensors)
+    return list(zip(*columns, strict=True))
+
+
 def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, silu: bool) -> Tensor:
+    return torch.cat([_reference_of(a, weight, bias, s, silu) for a, s in _samples(x, state)])
+
+
+def _reference_of(x: Any, weight: Tensor, bias: Tensor | None, state: Tensor | None, silu: bool) -> Tensor:
     y = _sums(_with_state(x, state, weight.shape[1]).to(_wide(x.dtype)), weight, bias)
     return functional.silu(y) if silu else y
 
 
 def _reference_gradients(
-    dy: Tensor,
+    dy: Any,
     dfinal_state: Tensor | None,
-    x: Tensor,
+    x: Any,
     weight: Tensor,
     bias: Tensor | None,
     state: Tensor | None,
@@ -331,9 +342,12 @@ def _backward(dy, dfinal_state, x, weight, bias, initial_state, silu) -> tuple[T
         for output in outputs:
             output.zero_()
     elif device is None:
-        found = _reference_gradients(dy, dfinal_state, x, weight, bias, initial_state, silu)
-        for output, value in zip(outputs, found, strict=True):
-            output.copy_(value)
+        given = _samples(dy, dfinal_state, x, initial_state)
+        found = [_reference_gradients(g, after, a, weight, bias, before, silu) for g, after, a, before in given]
+        for output, values, of_samples in zip(
+            outputs, zip(*found, strict=True), (True, False, False, True), strict=True
+        ):
+            output.copy_(torch.cat(values) if of_samples else sum(values[1:], values[0]))
         return outputs
     else:
         rows = _in_rows(x)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from . import causal_config as configs
 from . import causal_cost as cost
+from . import invariance
 from .causal_config import CausalConfig, CausalProblem, CausalRole
 from .cost import Prediction, Roofline
 from .devices import Device
@@ -125,7 +126,11 @@ class CausalPlan:
         return "\n".join(lines)
 
 
-@lru_cache(maxsize=8192)
 def make(problem: CausalProblem) -> CausalPlan:
     """The plan of a problem; the second time it is a look-up."""
-    return CausalPlan(problem, configs.default(problem))
+    return _make(problem, invariance.batch())
+
+
+@lru_cache(maxsize=8192)
+def _make(problem: CausalProblem, batch: int | None) -> CausalPlan:
+    return CausalPlan(problem, configs.default(problem if batch is None else problem._replace(N=batch)))

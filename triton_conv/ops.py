@@ -17,12 +17,9 @@ settings, read at each call). Inputs are batched; `triton_conv.functional` takes
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from importlib.abc import MetaPathFinder
-from importlib.machinery import PathFinder
 from typing import Any
 
 import torch
@@ -33,6 +30,7 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from .config import PRECISIONS
 from .execute import Call, empty_output, execute
 from .geometry import ConvGeometry, Role
+from .later import when_imported
 
 _PLAIN = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, str padding_mode"
 _PARAMS = f"{_PLAIN}, str? precision"
@@ -627,28 +625,5 @@ def _register_flop_formulas() -> None:
         register_flop_formula(getattr(torch.ops.triton_conv, name), get_raw=True)(formula(call))
 
 
-class _WithFlopCounter(MetaPathFinder):
-    """Registers the formulas when someone imports torch's counter.
-
-    Importing it here would take a fifth of a second, and import Triton, which reads TRITON_INTERPRET as it loads.
-    """
-
-    def find_spec(self, fullname, path, target=None):
-        if fullname != "torch.utils.flop_counter":
-            return None
-        spec = PathFinder.find_spec(fullname, path, target)
-        if spec is not None and spec.loader is not None:
-            run = spec.loader.exec_module
-
-            def exec_module(module):
-                run(module)
-                _register_flop_formulas()
-
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
-
-
-if "torch.utils.flop_counter" in sys.modules:
-    _register_flop_formulas()
-else:
-    sys.meta_path.insert(0, _WithFlopCounter())
+# Importing it here would take a fifth of a second, and import Triton, which reads TRITON_INTERPRET as it loads.
+when_imported("torch.utils.flop_counter", _register_flop_formulas)

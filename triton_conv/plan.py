@@ -5,12 +5,13 @@ A plan prints itself (`str(plan)`); `triton-conv explain` shows it without a GPU
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import prod
 from typing import TYPE_CHECKING
 
-from . import backends, choose, cost, stored, tiles, ways
+from . import backends, choose, cost, invariance, stored, tiles, ways
 from . import config as configs
 from .config import ITEM_BYTES, BandedConfig, BoxConfig, Device, KernelConfig, Numerics
 from .cost import Prediction, Roofline
@@ -189,11 +190,26 @@ class Plan:
 
 def make(problem: Problem) -> Plan:
     """The plan of a problem; the second time it is a look-up."""
-    return _make(problem, configs.chosen(problem.role), backends.admits(problem), stored.generation())
+    batch = invariance.batch()
+    explicit, rivals = configs.chosen(problem.role), batch is None and backends.admits(problem)
+    return _make(problem, explicit, rivals, stored.generation(), None if problem.role is Role.WGRAD else batch)
+
+
+def settings() -> Hashable:
+    """What decides beside a problem which plan `make` returns: another value wherever another plan may be.
+
+    How float32 is multiplied is no part of it: problems name their precision.
+    """
+    explicit = tuple(map(configs.chosen, Role))
+    return explicit, backends.settings(), stored.generation(), invariance.batch()
 
 
 @lru_cache(maxsize=4096)
-def _make(problem: Problem, explicit: KernelConfig | None, rivals: bool, _generation: int) -> Plan:
+def _make(
+    problem: Problem, explicit: KernelConfig | None, rivals: bool, _generation: Hashable, batch: int | None
+) -> Plan:
+    if batch is not None and explicit is None:
+        return _as_of(problem, batch)
     found = every(problem, explicit)
     best = choice(found)
     return _or_rival(best, found) if rivals else best
@@ -211,6 +227,18 @@ def _or_rival(best: Plan, found: list[Plan]) -> Plan:
     name = given.rival_name
     reason = f"{name}, {1e6 * theirs:.3g} us measured against {1e6 * ours:.3g} us of {best.kernel}"
     return replace(best, reason=reason, rival_name=name, rival_runs=True)
+
+
+def _as_of(problem: Problem, batch: int) -> Plan:
+    """The plan of a problem that goes the way of the same problem of so many samples, side by side in memory."""
+    g, s = problem.geometry, problem.strides
+    x, y = ((span((1, *g.shape(name)[1:]), strides), *strides[1:]) for name, strides in (("x", s.x), ("y", s.y)))
+    model = choice(every(problem._replace(geometry=replace(g, N=batch), strides=Strides(x, s.w, y))))
+    original, strides = _unfolded(problem)
+    why = f"{model.reason}; chosen for a batch of {batch}"
+    inner = model.layout._replace(steps=())
+    way = ways.alike(problem, original, strides, _bias_on_c(problem, original), model.kernel, inner, model.config, why)
+    return _assembled(problem, original, strides, way)
 
 
 def choice(found: list[Plan]) -> Plan:
@@ -236,9 +264,13 @@ def every(problem: Problem, explicit: KernelConfig | None = None) -> list[Plan]:
             f"{problem.geometry}"
         )
     original, strides = _unfolded(problem)
-    bias_on_c = problem.has_bias and problem.role is Role.DGRAD and original is problem.geometry
-    found = ways.of(problem, original, strides, bias_on_c, explicit)
+    found = ways.of(problem, original, strides, _bias_on_c(problem, original), explicit)
     return [_assembled(problem, original, strides, way) for way in found]
+
+
+def _bias_on_c(problem: Problem, original: ConvGeometry) -> bool:
+    """Whether the kernel adds a bias that is indexed by C."""
+    return problem.has_bias and problem.role is Role.DGRAD and original is problem.geometry
 
 
 def with_config(problem: Problem, p: Plan, config: KernelConfig) -> Plan:

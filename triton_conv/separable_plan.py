@@ -7,7 +7,7 @@ from functools import cached_property, lru_cache
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
-from . import choose, config, cost, plan
+from . import choose, config, cost, invariance, plan
 from .config import ITEM_BYTES, Config, Numerics
 from .cost import Prediction, Roofline
 from .devices import Device
@@ -152,6 +152,8 @@ class SeparablePlan:
     @property
     def worth_it(self) -> bool:
         """Whether one kernel is predicted to take a good deal less time than two, and measured on this device."""
+        if invariance.batch() is not None:  # the prediction is of the call's own batch
+            return False
         faster = self.seconds < choose.WORTH_LEAVING * sum(part.seconds for part in self.apart)
         return faster and self.problem.device.name in MEASURED
 

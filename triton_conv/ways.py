@@ -117,6 +117,35 @@ def of(
     return found if direct else [_direct(problem, given), *found]
 
 
+def alike(
+    problem: Problem,
+    g: ConvGeometry,
+    strides: Strides,
+    keep_channels: bool,
+    kernel: str,
+    layout: Layout,
+    config: KernelConfig,
+    reason: str,
+) -> Way:
+    """The way that another batch of the same samples goes by this kernel, in this layout, with this config.
+
+    `g`, `strides` and `keep_channels` are as in `of`. Samples that do not start at multiples of 16 bytes are copied for
+    box kernels, where those of the other batch did. Raises NotImplementedError for a batch that these cannot address.
+    """
+    role, packs = problem.role, layout.packs
+    how = (keep_channels, layout.bundle, layout.channels_last)
+    laid = _laid_out(g, strides, role, packs, *how)
+    if kernel.startswith("depthwise"):
+        laid = _rows_first(laid)
+    source = "y" if role is Role.DGRAD else "x"
+    if kernel == "box" and _box_obstacle(problem, laid):
+        laid = _laid_out(g, strides, role, tuple(dict.fromkeys((*packs, source))), *how)
+        obstacle = _box_obstacle(problem, laid)
+        if obstacle:
+            raise NotImplementedError(f"with batch_invariant, compute this in smaller batches, since {obstacle}: {g}")
+    return Way(kernel, laid, config, reason)
+
+
 _WORDS = {"x": "the input", "w": "the filters", "y": "the output's gradient"}
 _WRITTEN = {Role.FPROP: ("y", "the output"), Role.DGRAD: ("x", "the input's gradient")}
 
@@ -197,15 +226,24 @@ def _gathered(problem: Problem, layout: Layout, explicit: Config | None, obstacl
 def _direct(problem: Problem, layout: Layout, explicit: DepthwiseConfig | None = None) -> Way:
     role, why = problem.role, "groups of one channel are summed in registers, without a dot"
     kernel = "depthwise_wgrad" if role is Role.WGRAD else "depthwise"
-    channels_last = layout.strides.x[1] == layout.strides.y[1] == 1
-    g, strides, order = rows_first(layout.geometry, layout.strides, keep_w=not channels_last)
-    if order != (0, 1, 2):
-        turned = f"D, H and W in the order {', '.join('DHW'[axis] for axis in order)}"
-        layout = layout._replace(geometry=g, strides=strides, steps=(*layout.steps, turned))
+    layout, channels_last = _rows_first(layout), _along_channels(layout)
     if explicit is not None:
         return Way(kernel, layout, explicit, f"{why}; config given explicitly")
     config = configs.default_depthwise(layout.geometry, role, problem.dtype, channels_last, problem.device)
     return _with_config(problem, kernel, layout, config, why, f"lanes by rule for {problem.device.name}")
+
+
+def _along_channels(layout: Layout) -> bool:
+    return layout.strides.x[1] == layout.strides.y[1] == 1
+
+
+def _rows_first(layout: Layout) -> Layout:
+    """The layout as depthwise kernels want it: with its axes in another order, perhaps."""
+    g, strides, order = rows_first(layout.geometry, layout.strides, keep_w=not _along_channels(layout))
+    if order == (0, 1, 2):
+        return layout
+    turned = f"D, H and W in the order {', '.join('DHW'[axis] for axis in order)}"
+    return layout._replace(geometry=g, strides=strides, steps=(*layout.steps, turned))
 
 
 # Filters with fewer taps along every axis are mostly zeros as banded matrices.

@@ -108,6 +108,8 @@ def faults(row: Row) -> list[str]:
     if code is None:
         return [f"does not compile: {row.error}"]
     found = excesses(code, TARGETS[row.arch])
+    if code.atomics:
+        found.append(f"has {code.atomics} atomic instructions, whose order differs from run to run")
     wide = code.rows >= _LEAST_ROWS
     accepted = wanted.matrix.split() if wide else [*wanted.matrix.split(), wanted.few_rows]
     if wanted.matrix and not set(accepted) & set(code.matrix.split()):

@@ -35,6 +35,11 @@ TENSOR_MEMORY = 512  # columns of a multiprocessor of sm_100: PTX ISA 8.7, tcgen
 MATRIX = {"HMMA", "HGMMA", "UTCHMMA", "QMMA", "QGMMA", "UTCQMMA", "IMMA", "IGMMA", "UTCIMMA", "DMMA"}
 
 
+# On global memory, with and without the old value, and by the bulk copy engine: CUDA Binary Utilities 13. Those on
+# shared memory (ATOMS) also hand out tensor memory on sm_100; sums by them would show in Triton's own language.
+ATOMIC = ("ATOM", "ATOMG", "RED", "REDG", "UTMAREDG")
+
+
 @dataclass(frozen=True)
 class Code:
     """A compiled kernel.
@@ -54,6 +59,7 @@ class Code:
     copies, narrow_copies  asynchronous copies in the code of 16 bytes a thread, and of fewer
     wide_loads, wide_stores  plain loads and stores in the code of 16 bytes a thread
     ahead          steps of the main loop that its loads run ahead of their use, the least of them
+    atomics        instructions that add to memory in whatever order programs or threads come by
     """
 
     registers: int
@@ -73,6 +79,7 @@ class Code:
     wide_loads: int
     ahead: int
     wide_stores: int = 0
+    atomics: int = 0
 
 
 class _NoDevice:
@@ -148,6 +155,7 @@ def read(kernel: Any, arch: int) -> Code:
         wide_loads=len(re.findall(r"\bLDG\.\S*\.128\b", text)),
         ahead=_steps_ahead(ir),
         wide_stores=len(re.findall(r"\bSTG\.\S*\.128\b", text)),
+        atomics=sum(counts[name] for name in ATOMIC) + len(re.findall(r"\btt\.atomic_|\bdescriptor_reduce", ir)),
     )
 
 
