@@ -104,11 +104,18 @@ def comparable(problem: Problem) -> bool:
 
 def _keeps_promises(problem: Problem) -> bool:
     """Settings of PyTorch's are obeyed, not changed for a call: other threads read them too."""
-    if not torch.backends.cudnn.enabled:
+    enabled, deterministic, asked = settings()
+    if not enabled:
         return False
     if problem.dtype == "float32" and problem.precision != default_precision():
         return False
-    return torch.backends.cudnn.deterministic or not torch.are_deterministic_algorithms_enabled()
+    return deterministic or not asked
+
+
+def settings() -> tuple[bool, bool, bool]:
+    """The settings of PyTorch's that `admits` reads, but for the precision of float32."""
+    flags = torch.backends.cudnn
+    return flags.enabled, flags.deterministic, torch.are_deterministic_algorithms_enabled()
 
 
 def default_precision() -> str:

@@ -31,6 +31,7 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
 
+from . import fast
 from .config import PRECISIONS
 from .execute import Call, empty_output, execute
 from .geometry import ConvGeometry, Role
@@ -86,8 +87,40 @@ def recordable(op):
 
 def fprop(x: Tensor, w: Tensor, bias: Tensor | None, params: Sequence[Any]) -> Tensor:
     """`conv` or `conv_dilated`, by the dilation in `params` (stride, padding, dilation, groups, mode, precision)."""
-    dilated = any(d > 1 for d in params[2])
-    return recordable(conv_dilated if dilated else conv)(x, w, bias, *params)
+    return recordable(_fprop_op(params))(x, w, bias, *params)
+
+
+def _fprop_op(params: Sequence[Any]):
+    return conv_dilated if any(d > 1 for d in params[2]) else conv
+
+
+def again(op, x: Tensor, w: Tensor, bias: Tensor | None, params: tuple) -> Tensor | None:
+    """A convolution, plain (`conv`) or transposed, like one made before, without the dispatcher; None if there is none.
+
+    It is differentiable. `params` are the operator's, frozen: lists are tuples.
+    """
+    if not fast.alone(x, w, bias):
+        return None
+    call, function = _AGAIN[op]
+    bound = fast.found(call, x, w, bias, params)
+    if bound is None:
+        return None
+    asked = x.requires_grad or w.requires_grad or (bias is not None and bias.requires_grad)
+    if asked and torch.is_grad_enabled():
+        return function.apply(bound, x, w, bias, *params)
+    return bound(x, w, bias)
+
+
+def _gradient(op, a: Tensor, b: Tensor, *rest: Any) -> Tensor:
+    """What an operator computes in a backward pass, without the dispatcher where nobody would see the difference."""
+    if not torch.is_grad_enabled() and fast.alone(a, b):
+        third, *params = map(_frozen, rest)
+        return fast.computed(_CALLS[op], a, b, third, tuple(params))
+    return op(a, b, *rest)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, (list, torch.Size)) else value
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -304,8 +337,8 @@ class _Fprop(_SingleLevelFunction):
         if dy is None:
             return (None,) * (4 + len(ctx.params))
         (x, w), needs = ctx.saved_tensors, ctx.needs_input_grad
-        dx = conv_dgrad(dy, w.conj(), x.shape, *ctx.params) if needs[1] else None
-        dw = conv_wgrad(dy, x.conj(), w.shape, _gradient_strides(w), *ctx.params) if needs[2] else None
+        dx = _gradient(conv_dgrad, dy, w.conj(), x.shape, *ctx.params) if needs[1] else None
+        dw = _gradient(conv_wgrad, dy, x.conj(), w.shape, _gradient_strides(w), *ctx.params) if needs[2] else None
         return None, dx, dw, _bias_gradient(dy) if needs[3] else None, *[None] * len(ctx.params)
 
     @staticmethod
@@ -327,8 +360,7 @@ class _Transpose(_SingleLevelFunction):
     def setup_context(ctx, inputs, output):
         _, x, w, _, *ctx.params = inputs
         ctx.output_shape = output.shape
-        stride, padding, _, groups, dilation, mode, precision = ctx.params
-        ctx.forward_params = (stride, padding, dilation, groups, mode, precision)
+        ctx.forward_params = _forward_params(ctx.params)
         _save(ctx, x, w)
 
     @staticmethod
@@ -337,7 +369,8 @@ class _Transpose(_SingleLevelFunction):
             return (None,) * (4 + len(ctx.params))
         (x, w), needs = ctx.saved_tensors, ctx.needs_input_grad
         dx = _fprop_cropped(dy, w.conj(), x, ctx.forward_params) if needs[1] else None
-        dw = conv_wgrad(x.conj(), dy, w.shape, _gradient_strides(w), *ctx.forward_params) if needs[2] else None
+        how = (w.shape, _gradient_strides(w), *ctx.forward_params)
+        dw = _gradient(conv_wgrad, x.conj(), dy, *how) if needs[2] else None
         return None, dx, dw, _bias_gradient(dy) if needs[3] else None, *[None] * len(ctx.params)
 
     @staticmethod
@@ -348,6 +381,12 @@ class _Transpose(_SingleLevelFunction):
             None if dw is None else conv_transpose(x, dw, None, *ctx.params),
         ]
         return _sum_of(parts, dbias, ctx.output_shape)
+
+
+def _forward_params(params: Sequence[Any]) -> tuple:
+    """Those of the convolution whose transpose has `params`."""
+    stride, padding, _, groups, dilation, mode, precision = params
+    return stride, padding, dilation, groups, mode, precision
 
 
 class _Dgrad(_SingleLevelFunction):
@@ -417,7 +456,7 @@ def _save(ctx, *tensors: Tensor) -> None:
 def _fprop_cropped(x: Tensor, w: Tensor, like: Tensor, params: Sequence[Any]) -> Tensor:
     """fprop with the output extents of `like`, which an output_padding >= stride makes smaller than the full ones."""
     with torch._C._DisableAutocast():  # a gradient has its operands' precision, like those that are not autocast
-        y = fprop(x, w, None, params)
+        y = _gradient(recordable(_fprop_op(params)), x, w, None, *params)
     for axis in range(2, y.dim()):
         if y.shape[axis] != like.shape[axis]:
             y = y.narrow(axis, 0, like.shape[axis])
@@ -444,6 +483,33 @@ def _sum_of(parts: Sequence[Tensor | None], bias: Tensor | None, shape: Sequence
     for p in present[1:]:
         total = total + p
     return total
+
+
+class _Again(_SingleLevelFunction):
+    """A forward of a `fast.Bound`, as a Function that need not find out how it was called."""
+
+    setup_context = staticmethod(_SingleLevelFunction.setup_context)  # forward has the context
+
+    @staticmethod
+    def forward(ctx, bound, x, w, bias, *params):
+        ctx.params = params
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, w)
+        return bound(x, w, bias)
+
+
+class _FpropAgain(_Again, _Fprop):
+    pass
+
+
+class _TransposeAgain(_Again, _Transpose):
+    @staticmethod
+    def forward(ctx, bound, x, w, bias, *params):
+        ctx.forward_params = _forward_params(params)
+        return _Again.forward(ctx, bound, x, w, bias, *params)
+
+
+_AGAIN: dict[Any, Any] = {}
 
 
 class _NoGradient(_SingleLevelFunction):
@@ -547,6 +613,10 @@ def _wgrad_vmap(info, in_dims, dy, x, weight_size, weight_stride, *params):
 
 def _autograd_kernel(op, function):
     def kernel(*args):
+        if torch.autograd.forward_ad._current_level < 0 and torch._C._functorch.peek_interpreter_stack() is None:
+            if not (torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)):
+                with torch._C._AutoDispatchBelowAutograd():
+                    return op(*args)
         with enable_single_level_autograd_function():
             return function.apply(op, *args)
 
@@ -569,15 +639,17 @@ def _autocast_kernel(op, device_type: str):
     return kernel
 
 
-_CALLS: dict[str, Callable[..., Call]] = {}
+_CALLS: dict[Any, Callable[..., Call]] = {}
 
 
 def _register(op, call: Callable[..., Call], function, vmap_rule, autocast: bool) -> None:
     name = op._schema.name.split("::")[1]
-    _CALLS[name] = call
+    _CALLS[op] = call
 
-    def run(*args):
-        return execute(call(*args))
+    def run(a, b, third, *params):
+        if op is conv_scaled:  # its parameters hold tensors
+            return execute(call(a, b, third, *params))
+        return fast.computed(call, a, b, _frozen(third), tuple(map(_frozen, params)))
 
     def fake(*args):
         return empty_output(call(*args))
@@ -599,6 +671,8 @@ _register(conv_dgrad, _conv_dgrad_call, _Dgrad, _activation_vmap(conv_dgrad, 1),
 _register(conv_wgrad, _conv_wgrad_call, _Wgrad, _wgrad_vmap, False)
 _register(conv_scaled, _conv_scaled_call, _NoGradient, _scaled_vmap, False)
 _register(conv_int, _conv_int_call, _NoGradient, _activation_vmap(conv_int, 0), False)
+_AGAIN[conv] = (_conv_call, _FpropAgain)
+_AGAIN[conv_transpose] = (_conv_transpose_call, _TransposeAgain)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -611,8 +685,8 @@ def _register_flop_formulas() -> None:
     def formula(call: Callable[..., Call]) -> Callable[..., int]:
         return lambda *args, out_val=None, **kwargs: call(*args, **kwargs).geometry.flops
 
-    for name, call in _CALLS.items():
-        register_flop_formula(getattr(torch.ops.triton_conv, name), get_raw=True)(formula(call))
+    for op, call in _CALLS.items():
+        register_flop_formula(op.overloadpacket, get_raw=True)(formula(call))
 
 
 class _WithFlopCounter(MetaPathFinder):

@@ -1,0 +1,194 @@
+"""The short way for a call like one that was made before: no geometry, no problem, no plan, no dispatcher.
+
+A call is decided by what stands in `_key`: operands but for their values and addresses, parameters, device, and every
+setting that may change between two calls. What an earlier call of the same key came to is remembered as a `Bound`:
+which output to allocate and which launches to make. `execute` computes what cannot be bound.
+
+`alone` tells whether the dispatcher would do nothing for a call but find autograd and us: then it may be left out.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import backends, config, execute, plan, stored
+from .devices import Device
+from .execute import Call
+
+if TYPE_CHECKING:
+    from .kernels.launch import Direct
+
+LIMIT = 4096  # remembered calls; the oldest is forgotten for a new one
+
+_bound: dict[tuple, Bound | None] = {}  # None: `execute` has to compute it
+_lock = threading.Lock()
+
+
+class Bound:
+    """A call without its tensors."""
+
+    def __init__(self, call: Call, p: plan.Plan, device: Device, output: Tensor):
+        from .kernels.launch import Direct
+
+        self.device = device  # held: its identity is part of a key
+        self.plan = p
+        self.role, self.geometry, self.precision = call.role, call.geometry, call.precision
+        self.weight_stride, self.out_dtype = call.weight_stride, call.out_dtype
+        self.names = execute.NAMES[call.role]
+        self.shape, self.strides, self.dtype = output.shape, output.stride(), output.dtype
+        self.launches: tuple[Direct, ...] = tuple(Direct(launch) for launch in p.launches)
+        self.as_given = not p.packs and p.bundle == 1
+        self.workspace_shape, self.workspace_dtype = p.workspace_shape, getattr(torch, p.workspace_dtype)
+
+    def __call__(self, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+        device = a.device
+        output = torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=device)
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self._launched(a, b, bias, output, device)
+        return self._launched(a, b, bias, output, device)
+
+    def _launched(self, a: Tensor, b: Tensor, bias: Tensor | None, output: Tensor, device: torch.device) -> Tensor:
+        finish = None
+        if self.as_given:
+            first, second, third = self.names
+            tensors = {first: a, second: b, third: output}
+            if bias is not None:
+                tensors["bias"] = bias.contiguous()
+        else:
+            how = (self.precision, self.weight_stride, None, self.out_dtype)
+            call = Call(self.role, self.geometry, a, b, bias, *how)
+            tensors, finish = execute.prepared(self.plan, call, output)
+        if self.workspace_shape:
+            tensors["workspace"] = torch.empty(self.workspace_shape, dtype=self.workspace_dtype, device=device)
+        for launch in self.launches:
+            launch.run(tensors)
+        if finish is not None:
+            finish()
+        return output
+
+
+def computed(make: Callable[..., Call], a: Tensor, b: Tensor, third: Any, params: tuple) -> Tensor:
+    """The output of the call `make(a, b, third, *params)`: `third` is a bias, None or a size, `params` hash."""
+    key = _key(make, a, b, third, params)
+    if key is None:
+        return execute.execute(make(a, b, third, *params))
+    bound = _bound.get(key)
+    if bound is not None:
+        return bound(a, b, third if isinstance(third, Tensor) else None)
+    known = key in _bound
+    call = make(a, b, third, *params)
+    output = execute.execute(call)
+    if not known:
+        _remember(key, _bind(call, output))
+    return output
+
+
+def found(make: Callable[..., Call], a: Tensor, b: Tensor, third: Any, params: tuple) -> Bound | None:
+    """What a call like `make(a, b, third, *params)` came to, if one was made."""
+    key = _key(make, a, b, third, params)
+    return None if key is None else _bound.get(key)
+
+
+def forget() -> None:
+    """Forgets every call."""
+    with _lock:
+        _bound.clear()
+
+
+def _key(make: Callable[..., Call], a: Tensor, b: Tensor, third: Any, params: tuple) -> tuple | None:
+    """All that decides a call, None if it is not to be remembered."""
+    if execute._recorded is not None or execute._seen:
+        return None
+    device = execute.device_of(a.device)
+    if device is None:
+        return None
+    addresses = a.data_ptr() | b.data_ptr()
+    if isinstance(third, Tensor):
+        addresses |= third.data_ptr()
+        third = (third.shape, third.stride(), third.dtype, third.device)
+    if addresses % 16:
+        return None
+    of_a, of_b = (a.shape, a.stride(), a.dtype, a.device), (b.shape, b.stride(), b.dtype, b.device)
+    explicit = tuple(config._explicit.items()) if config._explicit else None
+    precision = execute.default_precision() if a.dtype is torch.float32 else None
+    rivals = backends.settings() if backends.current() == "auto" else None
+    return make, params, of_a, of_b, third, id(device), explicit, precision, rivals, stored.generation()
+
+
+def _bind(call: Call, output: Tensor) -> Bound | None:
+    device = execute.device_of(call.a.device)
+    if device is None or not (output.numel() and call.a.numel() and call.b.numel()) or call.a.is_complex():
+        return None
+    p = plan.make(execute.problem_of(call, device, output))
+    return None if p.rival_runs or call.scales is not None else Bound(call, p, device, output)
+
+
+def _remember(key: tuple, bound: Bound | None) -> None:
+    with _lock:
+        while len(_bound) >= LIMIT:
+            del _bound[next(iter(_bound))]
+        _bound[key] = bound
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Who else may have a say in a call.
+
+_states: frozenset[tuple[int, int]] | None = None  # the dispatcher's state in a thread where nothing was turned on
+_plain: dict[torch.device, frozenset[int]] = {}  # the dispatch keys of a tensor that is just memory, by device
+_TYPES = (Tensor, torch.nn.Parameter)
+
+
+def alone(*tensors: Tensor | None) -> bool:
+    """Whether only autograd and this package would see a call on these tensors.
+
+    That is: no compiler, tracer, profiler, mode, autocast, transform or tangent is at work, autograd is not turned off
+    for good, and the tensors are dense, of no subclass and without a lazy conjugation or negation.
+    """
+    if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level >= 0:
+        return False
+    if torch.autograd._profiler_enabled() or _state() not in (_states or _usual_states()):
+        return False
+    for t in tensors:
+        if t is not None:
+            if type(t) not in _TYPES:
+                return False
+            if torch._C._dispatch_keys(t).raw_repr() not in (_plain.get(t.device) or _plain_keys(t.device)):
+                return False
+    return True
+
+
+def _state() -> tuple[int, int]:
+    """Dispatch keys that this thread adds to every call, and that it takes away."""
+    return torch._C._dispatch_tls_local_include_set().raw_repr(), torch._C._dispatch_tls_local_exclude_set().raw_repr()
+
+
+def _usual_states() -> frozenset[tuple[int, int]]:
+    """What a new thread starts with, and that within inference mode, where nothing asks for gradients."""
+    global _states
+    seen = []
+
+    def look() -> None:
+        seen.append(_state())
+        with torch.inference_mode():
+            seen.append(_state())
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    _states = frozenset(seen)
+    return _states
+
+
+def _plain_keys(device: torch.device) -> frozenset[int]:
+    keys = []
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            keys.append(torch._C._dispatch_keys(torch.empty(0, device=device)).raw_repr())
+    _plain[device] = frozenset(keys)
+    return _plain[device]
