@@ -1,6 +1,6 @@
 """What a call takes the host, in microseconds, layer by layer and next to `torch.nn.functional.conv2d`.
 
-    python -m bench.host [--batches 50] [--calls 200]
+    python -m bench.host [--batches 500] [--calls 20]
 
 On a GPU everything is real: calls are queued a few at a time behind the device, which is waited for between batches,
 so that no call waits for it. Without one, tensors lie on the CPU, plans are made for an H200, and `stubbed` stands in
@@ -40,7 +40,7 @@ class Cost(NamedTuple):
     median: float
 
 
-def cost(name: str, call: Callable[[], Any], calls: int = 200, batches: int = 50) -> Cost:
+def cost(name: str, call: Callable[[], Any], calls: int = 20, batches: int = 500) -> Cost:
     """Times `call` on the host after two warm calls.
 
     >>> cost("nothing", lambda: None, calls=10, batches=3).name
@@ -174,8 +174,8 @@ def table(costs: Sequence[Cost]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--calls", type=int, default=200, help="calls of a batch")
-    parser.add_argument("--batches", type=int, default=50, help="batches; the least and the median are shown")
+    parser.add_argument("--calls", type=int, default=20, help="calls of a batch")
+    parser.add_argument("--batches", type=int, default=500, help="batches; the least and the median are shown")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     given = parser.parse_args(argv)
     how = {"calls": given.calls, "batches": given.batches}

@@ -141,7 +141,7 @@ def _remember(key: tuple, bound: Bound | None) -> None:
 
 _states: frozenset[tuple[int, int]] | None = None  # the dispatcher's state in a thread where nothing was turned on
 _plain: dict[torch.device, frozenset[int]] = {}  # the dispatch keys of a tensor that is just memory, by device
-_TYPES = (Tensor, torch.nn.Parameter)
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def alone(*tensors: Tensor | None) -> bool:
@@ -156,7 +156,7 @@ def alone(*tensors: Tensor | None) -> bool:
         return False
     for t in tensors:
         if t is not None:
-            if type(t) not in _TYPES:
+            if type(t) not in PLAIN_TYPES:
                 return False
             if torch._C._dispatch_keys(t).raw_repr() not in (_plain.get(t.device) or _plain_keys(t.device)):
                 return False

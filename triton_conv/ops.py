@@ -465,8 +465,15 @@ def _fprop_cropped(x: Tensor, w: Tensor, like: Tensor, params: Sequence[Any]) ->
 
 def _gradient_strides(w: Tensor) -> Sequence[int]:
     """The strides autograd wants a gradient to have: the parameter's own where it is dense, else contiguous."""
+    if type(w) in fast.PLAIN_TYPES and (w.is_contiguous() or _channels_last(w)):
+        return w.stride()  # the question below takes 20 us
     dense = torch._prims_common.is_non_overlapping_and_dense_or_false(w)
     return w.stride() if dense else torch._prims_common.make_contiguous_strides_for(w.shape)
+
+
+def _channels_last(t: Tensor) -> bool:
+    memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}.get(t.dim())
+    return memory_format is not None and t.is_contiguous(memory_format=memory_format)
 
 
 def _bias_gradient(dy: Tensor) -> Tensor:
