@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from statistics import median
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -78,7 +79,7 @@ def stubbed(device: Device = H200) -> Iterator[list[tuple]]:
 
     def compiled(kernel, key, signature, index, *rest) -> CompiledKernel:
         made = CompiledKernel.__new__(CompiledKernel)
-        made.module, made.function, made._module_pid = object(), 1, None  # type: ignore[attr-defined]
+        made.module, made.function, made._module_pid = object(), 1, None
         made.name, made.src, made.packed_metadata = kernel.__name__, None, ()
 
         def run(*args) -> None:
@@ -97,11 +98,11 @@ def stubbed(device: Device = H200) -> Iterator[list[tuple]]:
         get_current_stream=lambda index: 0,
     )
     driver.set_active(fake)
-    execute.device_of, JITFunction._do_compile = lambda _: device, compiled  # type: ignore[assignment, method-assign]
+    execute.device_of, JITFunction._do_compile = lambda _: device, compiled  # type: ignore[assignment]
     try:
         yield launched
     finally:
-        driver._active, execute.device_of, JITFunction._do_compile = before  # type: ignore[assignment, method-assign]
+        driver._active, execute.device_of, JITFunction._do_compile = before
         fast.forget()
 
 
@@ -121,8 +122,8 @@ def compared(x: Tensor, w: Tensor, **how: int) -> list[Cost]:
             torch.autograd.backward(conv(xg, wg), dy, inputs=(xg, wg))
             xg.grad = wg.grad = None
 
-        rows.append(cost(f"{name} inference", lambda conv=conv: conv(x, w), **how))
-        rows.append(cost(f"{name} forward", lambda conv=conv: conv(xg, wg), **how))
+        rows.append(cost(f"{name} inference", partial(conv, x, w), **how))
+        rows.append(cost(f"{name} forward", partial(conv, xg, wg), **how))
         rows.append(cost(f"{name} forward + backward", step, **how))
     return rows
 
@@ -142,6 +143,11 @@ def layers(x: Tensor, w: Tensor, **how: int) -> list[Cost]:
     problem = execute.problem_of(call, device, output)
     made = plan.make(problem)
     tensors = {"x": x, "w": w, "y": output} | execute.workspace(made, x.device)
+
+    def launched(launches) -> None:
+        for launch in launches:
+            launch.run(tensors)
+
     spelling = (1, 0, 1, 1, "zeros", None)
     parts: list[tuple[str, Callable[[], Any]]] = [
         ("short: how parameters are spelled", lambda: functional._spelled(2, w, 0, spelling)),
@@ -149,7 +155,7 @@ def layers(x: Tensor, w: Tensor, **how: int) -> list[Cost]:
         ("short: what decides a call", lambda: fast._key(ops._conv_call, x, w, None, frozen)),
         ("short: look-up, with that", lambda: fast.found(ops._conv_call, x, w, None, frozen)),
         ("short: output, tensors and launch", lambda: bound(x, w, None)),
-        ("short: launch alone", lambda: [launch.run(tensors) for launch in bound.launches]),
+        ("short: launch alone", lambda: launched(bound.launches)),
         ("operator, from Python", lambda: ops.conv(*args)),
         ("long: checks of arguments", lambda: functional._check_tensors("", 2, None, input=x, weight=w)),
         ("long: parameters", lambda: functional._parameters("", 2, w, 1, 0, 1, 1, "zeros")),
@@ -158,7 +164,7 @@ def layers(x: Tensor, w: Tensor, **how: int) -> list[Cost]:
         ("long: problem", lambda: execute.problem_of(call, device, output)),
         ("long: plan look-up", lambda: plan.make(problem)),
         ("long: preparing tensors", lambda: execute.prepared(made, call, output)),
-        ("long: launch through Triton's binder", lambda: [launch.run(tensors) for launch in made.launches]),
+        ("long: launch through Triton's binder", lambda: launched(made.launches)),
     ]
     return [cost(name, part, **how) for name, part in parts]
 

@@ -20,7 +20,6 @@ from .backends import default_precision
 from .devices import INTERPRETER, Device
 from .geometry import ConvGeometry, Role, Strides
 
-
 # What kernels call the operands of a role, and its output.
 NAMES = {Role.FPROP: ("x", "w", "y"), Role.DGRAD: ("y", "w", "x"), Role.WGRAD: ("y", "x", "w")}
 

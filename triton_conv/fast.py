@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -147,8 +148,9 @@ PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 def alone(*tensors: Tensor | None) -> bool:
     """Whether only autograd and this package would see a call on these tensors.
 
-    That is: no compiler, tracer, profiler, mode, autocast, transform or tangent is at work, autograd is not turned off
-    for good, and the tensors are dense, of no subclass and without a lazy conjugation or negation.
+    That is: no compiler, tracer, profiler, mode, transform or tangent is at work, nobody has turned dispatch keys off,
+    and the tensors are dense, on a CPU or GPU, of no subclass and without a lazy conjugation or negation. Autocast is
+    the caller's business.
     """
     if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level >= 0:
         return False
@@ -169,14 +171,16 @@ def _state() -> tuple[int, int]:
 
 
 def _usual_states() -> frozenset[tuple[int, int]]:
-    """What a new thread starts with, and that within inference mode, where nothing asks for gradients."""
+    """What a new thread starts with, and the same under autocast and in inference mode, which has no gradients."""
     global _states
     seen = []
 
     def look() -> None:
-        seen.append(_state())
-        with torch.inference_mode():
-            seen.append(_state())
+        for on_cpu, on_cuda, inference in product((False, True), repeat=3):
+            torch.set_autocast_enabled("cpu", on_cpu)
+            torch.set_autocast_enabled("cuda", on_cuda)
+            with torch.inference_mode(inference):
+                seen.append(_state())
 
     thread = threading.Thread(target=look)
     thread.start()
@@ -186,6 +190,8 @@ def _usual_states() -> frozenset[tuple[int, int]]:
 
 
 def _plain_keys(device: torch.device) -> frozenset[int]:
+    if device.type not in ("cpu", "cuda"):
+        return frozenset()
     keys = []
     for inference in (False, True):
         with torch.inference_mode(inference):

@@ -378,9 +378,9 @@ def _conv(rank, input, weight, bias, stride, padding, dilation, groups, padding_
         args = (input, weight, bias, stride, padding, dilation, groups)
         return _hand_over(name, args[:3], args, padding_mode=padding_mode, precision=precision)
     spelled = _spelled(rank, weight, padding, (stride, padding, dilation, groups, padding_mode, precision))
-    params = _parameters_of.get(spelled) if spelled else None
-    if params is not None:
-        again = ops.again(ops.conv, input, weight, bias, params)
+    known = _parameters_of.get(spelled) if spelled else None
+    if known is not None:
+        again = ops.again(ops.conv, input, weight, bias, known)
         if again is not None:
             return again
     batched = _check_tensors(name, rank, _DTYPES, input=input, weight=weight, bias=bias)
@@ -434,11 +434,11 @@ def _conv_transpose(
     if has_torch_function((input, weight, bias)):
         args = (input, weight, bias, stride, padding, output_padding, groups, dilation)
         return _hand_over(name, args[:3], args, padding_mode=padding_mode, precision=precision)
-    params = (stride, padding, output_padding, groups, dilation, padding_mode, precision)
-    spelled = _spelled(-rank, weight, padding, params)
-    params = _parameters_of.get(spelled) if spelled else None
-    if params is not None:
-        again = ops.again(ops.conv_transpose, input, weight, bias, params)
+    spelling = (stride, padding, output_padding, groups, dilation, padding_mode, precision)
+    spelled = _spelled(-rank, weight, padding, spelling)
+    known = _parameters_of.get(spelled) if spelled else None
+    if known is not None:
+        again = ops.again(ops.conv_transpose, input, weight, bias, known)
         if again is not None:
             return again
     batched = _check_tensors(name, rank, _DTYPES, input=input, weight=weight, bias=bias)

@@ -102,25 +102,34 @@ def again(op, x: Tensor, w: Tensor, bias: Tensor | None, params: tuple) -> Tenso
     if not fast.alone(x, w, bias):
         return None
     call, function = _AGAIN[op]
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        x, w, bias = (_autocast(t, dtype, device_type) for t in (x, w, bias))
     bound = fast.found(call, x, w, bias, params)
     if bound is None:
         return None
     asked = x.requires_grad or w.requires_grad or (bias is not None and bias.requires_grad)
     if asked and torch.is_grad_enabled():
-        return function.apply(bound, x, w, bias, *params)
+        return function.apply((bound, params), x, w, bias)
     return bound(x, w, bias)
 
 
-def _gradient(op, a: Tensor, b: Tensor, *rest: Any) -> Tensor:
-    """What an operator computes in a backward pass, without the dispatcher where nobody would see the difference."""
-    if not torch.is_grad_enabled() and fast.alone(a, b):
-        third, *params = map(_frozen, rest)
-        return fast.computed(_CALLS[op], a, b, third, tuple(params))
-    return op(a, b, *rest)
+def _caller(*tensors: Tensor) -> Callable[..., Tensor]:
+    """How a backward pass calls operators on these: not by the dispatcher where nobody would see the difference."""
+    return _dispatched if torch.is_grad_enabled() or not fast.alone(*tensors) else _straight
+
+
+def _dispatched(op, *args: Any) -> Tensor:
+    return op(*args)
+
+
+def _straight(op, a: Tensor, b: Tensor, third: Any, *params: Any) -> Tensor:
+    return fast.computed(_CALLS[op], a, b, _frozen(third), tuple(map(_frozen, params)))
 
 
 def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, (list, torch.Size)) else value
+    return tuple(value) if type(value) is list else value
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -337,8 +346,9 @@ class _Fprop(_SingleLevelFunction):
         if dy is None:
             return (None,) * (4 + len(ctx.params))
         (x, w), needs = ctx.saved_tensors, ctx.needs_input_grad
-        dx = _gradient(conv_dgrad, dy, w.conj(), x.shape, *ctx.params) if needs[1] else None
-        dw = _gradient(conv_wgrad, dy, x.conj(), w.shape, _gradient_strides(w), *ctx.params) if needs[2] else None
+        call = _caller(dy, x, w)
+        dx = call(conv_dgrad, dy, w.conj(), x.shape, *ctx.params) if needs[1] else None
+        dw = call(conv_wgrad, dy, x.conj(), w.shape, _gradient_strides(w), *ctx.params) if needs[2] else None
         return None, dx, dw, _bias_gradient(dy) if needs[3] else None, *[None] * len(ctx.params)
 
     @staticmethod
@@ -370,7 +380,7 @@ class _Transpose(_SingleLevelFunction):
         (x, w), needs = ctx.saved_tensors, ctx.needs_input_grad
         dx = _fprop_cropped(dy, w.conj(), x, ctx.forward_params) if needs[1] else None
         how = (w.shape, _gradient_strides(w), *ctx.forward_params)
-        dw = _gradient(conv_wgrad, x.conj(), dy, *how) if needs[2] else None
+        dw = _caller(x, dy)(conv_wgrad, x.conj(), dy, *how) if needs[2] else None
         return None, dx, dw, _bias_gradient(dy) if needs[3] else None, *[None] * len(ctx.params)
 
     @staticmethod
@@ -456,7 +466,7 @@ def _save(ctx, *tensors: Tensor) -> None:
 def _fprop_cropped(x: Tensor, w: Tensor, like: Tensor, params: Sequence[Any]) -> Tensor:
     """fprop with the output extents of `like`, which an output_padding >= stride makes smaller than the full ones."""
     with torch._C._DisableAutocast():  # a gradient has its operands' precision, like those that are not autocast
-        y = _gradient(recordable(_fprop_op(params)), x, w, None, *params)
+        y = _caller(x, w)(recordable(_fprop_op(params)), x, w, None, *params)
     for axis in range(2, y.dim()):
         if y.shape[axis] != like.shape[axis]:
             y = y.narrow(axis, 0, like.shape[axis])
@@ -495,28 +505,31 @@ def _sum_of(parts: Sequence[Tensor | None], bias: Tensor | None, shape: Sequence
 class _Again(_SingleLevelFunction):
     """A forward of a `fast.Bound`, as a Function that need not find out how it was called."""
 
-    setup_context = staticmethod(_SingleLevelFunction.setup_context)  # forward has the context
-
     @staticmethod
-    def forward(ctx, bound, x, w, bias, *params):
-        ctx.params = params
+    def forward(ctx, how, x, w, bias):
+        bound, ctx.params = how
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, w)
         return bound(x, w, bias)
 
 
-class _FpropAgain(_Again, _Fprop):
-    pass
-
-
-class _TransposeAgain(_Again, _Transpose):
+class _FpropAgain(_Again):
     @staticmethod
-    def forward(ctx, bound, x, w, bias, *params):
-        ctx.forward_params = _forward_params(params)
-        return _Again.forward(ctx, bound, x, w, bias, *params)
+    def backward(ctx, dy):
+        return _Fprop.backward(ctx, dy)[:4]
 
 
-_AGAIN: dict[Any, Any] = {}
+class _TransposeAgain(_Again):
+    @staticmethod
+    def backward(ctx, dy):
+        ctx.forward_params = _forward_params(ctx.params)
+        return _Transpose.backward(ctx, dy)[:4]
+
+
+_AGAIN: dict[Any, tuple[Callable[..., Call], Any]] = {
+    conv: (_conv_call, _FpropAgain),
+    conv_transpose: (_conv_transpose_call, _TransposeAgain),
+}
 
 
 class _NoGradient(_SingleLevelFunction):
@@ -618,30 +631,38 @@ def _wgrad_vmap(info, in_dims, dy, x, weight_size, weight_stride, *params):
 # Registration.
 
 
+def _derived(args: Sequence[Any]) -> bool:
+    """Whether anything may be differentiated with respect to one of these arguments."""
+    if torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+
+
 def _autograd_kernel(op, function):
     def kernel(*args):
-        if torch.autograd.forward_ad._current_level < 0 and torch._C._functorch.peek_interpreter_stack() is None:
-            if not (torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)):
-                with torch._C._AutoDispatchBelowAutograd():
-                    return op(*args)
+        if not _derived(args):  # a third of the time of a Function
+            with torch._C._AutoDispatchBelowAutograd():
+                return op(*args)
         with enable_single_level_autograd_function():
             return function.apply(op, *args)
 
     return kernel
 
 
+def _autocast(value: Any, dtype: torch.dtype, device_type: str) -> Any:
+    """An argument as autocast to `dtype` on that kind of device wants it."""
+    eligible = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
+    return value.to(dtype) if eligible and value.device.type == device_type else value
+
+
 def _autocast_kernel(op, device_type: str):
     key = getattr(torch._C.DispatchKey, {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}[device_type])
     keys = torch._C.DispatchKeySet(key)
 
-    def cast(value, dtype):
-        eligible = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
-        return value.to(dtype) if eligible and value.device.type == device_type else value
-
     def kernel(*args):
         dtype = torch.get_autocast_dtype(device_type)
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            return op(*[cast(a, dtype) for a in args])
+            return op(*[_autocast(a, dtype, device_type) for a in args])
 
     return kernel
 
@@ -678,8 +699,6 @@ _register(conv_dgrad, _conv_dgrad_call, _Dgrad, _activation_vmap(conv_dgrad, 1),
 _register(conv_wgrad, _conv_wgrad_call, _Wgrad, _wgrad_vmap, False)
 _register(conv_scaled, _conv_scaled_call, _NoGradient, _scaled_vmap, False)
 _register(conv_int, _conv_int_call, _NoGradient, _activation_vmap(conv_int, 0), False)
-_AGAIN[conv] = (_conv_call, _FpropAgain)
-_AGAIN[conv_transpose] = (_conv_transpose_call, _TransposeAgain)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
