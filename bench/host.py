@@ -76,6 +76,7 @@ def stubbed(device: Device = H200) -> Iterator[list[tuple]]:
     if execute.interpreting():
         raise RuntimeError("kernels are being interpreted: unset TRITON_INTERPRET")
     launched: list[tuple] = []
+    kernels = []
 
     def compiled(kernel, key, signature, index, *rest) -> CompiledKernel:
         made = CompiledKernel.__new__(CompiledKernel)
@@ -88,13 +89,15 @@ def stubbed(device: Device = H200) -> Iterator[list[tuple]]:
 
         made._run = run
         kernel.device_caches[index][0][key] = made
+        kernels.append(kernel)
         return made
 
     driver = triton.runtime.driver
     before = driver._active, execute.device_of, JITFunction._do_compile
+    number = 2000 + device.capability  # kernels are cached by device: not one that exists
     fake = SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", device.capability, 32),
-        get_current_device=lambda: 2000 + device.capability,  # kernels are cached by device
+        get_current_device=lambda: number,
         get_current_stream=lambda index: 0,
     )
     driver.set_active(fake)
@@ -103,6 +106,8 @@ def stubbed(device: Device = H200) -> Iterator[list[tuple]]:
         yield launched
     finally:
         driver._active, execute.device_of, JITFunction._do_compile = before
+        for kernel in kernels:  # whose launches would go on to be listed here
+            kernel.device_caches.pop(number, None)
         fast.forget()
 
 
