@@ -32,7 +32,7 @@ LAYERS = (  # input, weight, options, channels-last
 
 
 def described(arguments):
-    """What a kernel is launched with, such that equal means the same: tensors by address, descriptors by their fields."""
+    """What a kernel is launched with, such that equal means the same: tensors by address, descriptors by fields."""
     found = []
     for value in arguments:
         if isinstance(value, torch.Tensor):
