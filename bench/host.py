@@ -17,7 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from statistics import median
 from types import SimpleNamespace
@@ -62,11 +62,11 @@ def cost(name: str, call: Callable[[], Any], calls: int = 20, batches: int = 500
 
 
 @contextmanager
-def stubbed(device: Device = H200) -> Iterator[list[tuple]]:
-    """Within it, CPU tensors are planned for as if on `device`; yields what kernels are "launched" with, newest last.
+def stubbed(device: Device = H200, listed: bool = False) -> Iterator[list[tuple]]:
+    """Within it, CPU tensors are planned for as if on `device`; yields what kernels are "launched" with, if `listed`.
 
     Kernels are neither compiled nor run: outputs hold whatever was in memory. Needs kernels that are not interpreted.
-    Each item is (compiled kernel's key, arguments from the grid on); only the last hundred are kept.
+    Each item is (compiled kernel's key, *arguments from the grid on), newest last; only the last hundred are kept.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -87,7 +87,7 @@ def stubbed(device: Device = H200) -> Iterator[list[tuple]]:
             del launched[:-99]
             launched.append((key, *args))
 
-        made._run = run
+        made._run = run if listed else lambda *args: None
         kernel.device_caches[index][0][key] = made
         kernels.append(kernel)
         return made
@@ -118,18 +118,104 @@ def operands(device: torch.device | str, dtype: torch.dtype = torch.float32) -> 
 
 def compared(x: Tensor, w: Tensor, **how: int) -> list[Cost]:
     """F.conv2d and ours: forward without gradients, forward with, forward and backward."""
-    rows = []
+    theirs = costs("F.conv2d", torch.nn.functional.conv2d, x, w, **how)
+    return [*theirs, *costs("triton_conv.conv2d", triton_conv.conv2d, x, w, **how)]
+
+
+def costs(name: str, conv: Callable[..., Tensor], x: Tensor, w: Tensor, **how: int) -> list[Cost]:
+    """Forward without gradients, forward with, forward and backward."""
     xg, wg = x.clone().requires_grad_(), w.clone().requires_grad_()
-    for name, conv in (("F.conv2d", torch.nn.functional.conv2d), ("triton_conv.conv2d", triton_conv.conv2d)):
-        dy = torch.ones_like(conv(x, w))
+    dy = torch.ones_like(conv(x, w))
 
-        def step(conv=conv, dy=dy) -> None:
-            torch.autograd.backward(conv(xg, wg), dy, inputs=(xg, wg))
-            xg.grad = wg.grad = None
+    def step() -> None:
+        torch.autograd.backward(conv(xg, wg), dy, inputs=(xg, wg))
+        xg.grad = wg.grad = None
 
-        rows.append(cost(f"{name} inference", partial(conv, x, w), **how))
-        rows.append(cost(f"{name} forward", partial(conv, xg, wg), **how))
-        rows.append(cost(f"{name} forward + backward", step, **how))
+    calls: dict[str, Callable[[], Any]] = {
+        "inference": partial(conv, x, w),
+        "forward": partial(conv, xg, wg),
+        "forward + backward": step,
+    }
+        "inference": partial(conv, x, w),
+        "forward": partial(conv, xg, wg),
+        "forward + backward": step,
+    }
+    return [cost(f"{name} {what}", call, **how) for what, call in calls.items()]
+
+
+def short_calls(x: Tensor, w: Tensor) -> int:
+    """How many of the three convolutions of a training step go the short way once they were made: 3, if all is well."""
+    xg, wg = x.clone().requires_grad_(), w.clone().requires_grad_()
+    whole, taken = fast.Bound.__call__, 0
+
+    def counted(*args):
+        nonlocal taken
+        taken += 1
+        return whole(*args)
+
+    for warm in (True, True, False):
+        fast.Bound.__call__ = whole if warm else counted  # type: ignore[method-assign]
+        try:
+            triton_conv.conv2d(xg, wg).sum().backward()
+        finally:
+            fast.Bound.__call__ = whole  # type: ignore[method-assign]
+    return taken
+
+
+def dispatch(x: Tensor, w: Tensor, **how: int) -> list[Cost]:
+    """Ways to have an operator in PyTorch, of one that only allocates its output and gradients.
+
+    What it costs to be asked, whatever is then computed: `torch.library.custom_op`, `Library.define` and `impl` with an
+    autograd kernel, as this package's operators have it, and an autograd.Function alone, as a call made before has it.
+    """
+    schema = "(Tensor input, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
+    schema += "SymInt groups, str padding_mode, str? precision) -> Tensor"
+    rows, args = [], (None, *PARAMETERS)
+
+    def allocated(x: Tensor, w: Tensor, *rest: Any) -> Tensor:
+        return torch.empty_like(x)
+
+    class Dispatched(torch.autograd.function._SingleLevelFunction):
+        @staticmethod
+        def forward(op, *given):
+            return ops._below_autograd(op, *given)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_backward(*inputs[1:3])
+
+        @staticmethod
+        def backward(ctx, dy):
+            return None, *map(torch.empty_like, ctx.saved_tensors), *[None] * len(args)
+
+    class Alone(torch.autograd.function._SingleLevelFunction):
+        @staticmethod
+        def forward(ctx, x, w, *given):
+            ctx.save_for_backward(x, w)
+            return allocated(x, w)
+
+        @staticmethod
+        def backward(ctx, dy):
+            return *map(torch.empty_like, ctx.saved_tensors), None
+
+    with torch.library._scoped_library("triton_conv_bench", "FRAGMENT") as library:
+        custom = torch.library.custom_op("triton_conv_bench::custom", allocated, mutates_args=(), schema=schema)
+        custom.register_autograd(
+            lambda ctx, dy: (*map(torch.empty_like, ctx.saved_tensors), *[None] * len(args)),
+            setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2]),
+        )
+        library.define("plain" + schema)
+        plain = torch.ops.triton_conv_bench.plain.default
+        for key in ("CPU", "CUDA"):
+            library.impl("plain", allocated, key)
+        library.impl("plain", ops._autograd_kernel(plain, Dispatched), "Autograd")
+        ways: dict[str, Callable[..., Tensor]] = {
+            "custom_op": lambda x, w: custom(x, w, *args),
+            "Library.define and impl": lambda x, w: plain(x, w, *args),
+            "autograd.Function alone": lambda x, w: Alone.apply(x, w, None),  # type: ignore[attr-defined]
+        }
+        for name, way in ways.items():
+            rows += costs(name, way, x, w, **how)
     return rows
 
 
@@ -194,12 +280,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     where = torch.cuda.get_device_name() if real else "CPU, compiler and driver stubbed, plans for an H200"
     print(f"host microseconds a call, least and median; {given.dtype}, torch {torch.__version__}, {where}")
     x, w = operands("cuda" if real else "cpu", getattr(torch, given.dtype))
-    if real:
-        print(table([*compared(x, w, **how), *layers(x, w, **how)]))
-        return
     os.environ.pop("TRITON_INTERPRET", None)
-    with stubbed():
-        print(table([*compared(x, w, **how), *layers(x, w, **how)]))
+    with nullcontext() if real else stubbed():
+        print(table([*compared(x, w, **how), *layers(x, w, **how), *dispatch(x, w, **how)]))
+        print(f"{short_calls(x, w)} of 3 convolutions of a step go the short way")
 
 
 if __name__ == "__main__":

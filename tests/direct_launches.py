@@ -60,7 +60,7 @@ def differences() -> dict:
             w = torch.empty(filters, dtype=dtype).to(**form).requires_grad_()
             bias = torch.empty(filters[0], dtype=dtype).requires_grad_()
             conv = getattr(triton_conv, f"conv{len(size) - 2}d")
-            with stubbed() as launched:
+            with stubbed(listed=True) as launched:
                 y = conv(x, w, bias, **options)
                 y.backward(torch.empty_like(y))
                 for bound in fast._bound.values():
@@ -94,7 +94,7 @@ def public_where_it_must_be() -> dict:
     """Whether each of these makes a launch that was direct go the public way, where hooks are passed on."""
     x, w = torch.empty(2, 64, 16, 16), torch.empty(64, 64, 3, 3)
     calls, found = [], {}
-    with stubbed() as launched:
+    with stubbed(listed=True) as launched:
         triton_conv.conv2d(x, w)
         (bound,) = fast._bound.values()
         (direct,) = bound.launches

@@ -5,6 +5,9 @@ setting that may change between two calls. What an earlier call of the same key 
 which output to allocate and which launches to make. `execute` computes what cannot be bound.
 
 `alone` tells whether the dispatcher would do nothing for a call but find autograd and us: then it may be left out.
+That is worth it: of an operator that only allocates, `python -m bench.host` measures 93 us forward and backward for
+`torch.library.custom_op`, 59 us for `Library.impl` with an autograd kernel, 30 us for an autograd.Function alone
+(torch 2.13.0, one CPU core). So operators are `Library.impl`s, for whoever looks on, and calls go past them.
 """
 
 from __future__ import annotations
