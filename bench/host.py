@@ -136,10 +136,6 @@ def costs(name: str, conv: Callable[..., Tensor], x: Tensor, w: Tensor, **how: i
         "forward": partial(conv, xg, wg),
         "forward + backward": step,
     }
-        "inference": partial(conv, x, w),
-        "forward": partial(conv, xg, wg),
-        "forward + backward": step,
-    }
     return [cost(f"{name} {what}", call, **how) for what, call in calls.items()]
 
 
@@ -242,7 +238,7 @@ def layers(x: Tensor, w: Tensor, **how: int) -> list[Cost]:
     spelling = (1, 0, 1, 1, "zeros", None)
     parts: list[tuple[str, Callable[[], Any]]] = [
         ("short: how parameters are spelled", lambda: functional._spelled(2, w, 0, spelling)),
-        ("short: who else has a say", lambda: fast.alone(x, w, None)),
+        ("short: who else has a say", lambda: fast.alone(x, w)),
         ("short: what decides a call", lambda: fast._key(ops._conv_call, x, w, None, frozen)),
         ("short: look-up, with that", lambda: fast.found(ops._conv_call, x, w, None, frozen)),
         ("short: output, tensors and launch", lambda: bound(x, w, None)),
@@ -264,9 +260,9 @@ def table(costs: Sequence[Cost]) -> str:
     """One line each.
 
     >>> print(table([Cost("look-up", 1.25, 1.5)]))
-    look-up                                       1.2     1.5
+    look-up                                           1.2     1.5
     """
-    return "\n".join(f"{c.name:40s} {c.least:8.1f} {c.median:7.1f}" for c in costs)
+    return "\n".join(f"{c.name:44s} {c.least:8.1f} {c.median:7.1f}" for c in costs)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

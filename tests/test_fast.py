@@ -119,6 +119,16 @@ def test_wrong_types_raise_however_often_the_right_one_was_given(kernels, value)
         triton_conv.conv2d(x, w, stride=(1, value))
 
 
+@pytest.mark.parametrize("wrong", [None, [1.0]])
+def test_what_is_no_tensor_raises_however_often_tensors_were_given(kernels, wrong):
+    x, w, _ = operands(kernels)
+    for _ in range(2):
+        triton_conv.conv2d(x, w, padding="same")
+    for tensors in ((wrong, w), (x, wrong), (x, w, [1.0])):
+        with pytest.raises(TypeError, match="must be Tensor"):
+            triton_conv.conv2d(*tensors, padding="same")
+
+
 def test_float32_precision_is_read_at_each_call(kernels, monkeypatch, bounds):
     x, w, _ = operands(kernels)
     setting = []
@@ -255,7 +265,6 @@ def test_as_many_calls_as_you_like_leave_memory_flat(kernels, monkeypatch):
     """Caches are made small here; that each has a limit of its own is looked up below."""
     limit = 16
     monkeypatch.setattr(fast, "LIMIT", limit)
-    monkeypatch.setattr(functional, "_SPELLINGS", limit)
     monkeypatch.setattr(plan, "_make", lru_cache(maxsize=limit)(plan._make.__wrapped__))
     monkeypatch.setattr(ops, "_cached", lru_cache(maxsize=limit)(ops._cached.__wrapped__))
     boxes = config.boxes_of_little_waste.__wrapped__

@@ -48,12 +48,12 @@ def test_launches_are_public_where_someone_wants_to_know(triton):
 def test_the_benchmark_shows_every_layer():
     lines = python("-m", "bench.host", "--calls", "2", "--batches", "3").splitlines()
     assert "stubbed" in lines[0]
-    assert [line[:40].strip() for line in lines[1:7]] == [
+    assert [line[:44].strip() for line in lines[1:7]] == [
         f"{who} {what}"
         for who in ("F.conv2d", "triton_conv.conv2d")
         for what in ("inference", "forward", "forward + backward")
     ]
     assert sum(line.startswith("short: ") for line in lines) == 6
     assert sum(line.startswith("long: ") for line in lines) == 8
-    assert all(float(line[40:49]) > 0 for line in lines[1:-1])
+    assert all(float(line[44:53]) > 0 for line in lines[1:-1])
     assert lines[-1].startswith("3 of 3 ")

@@ -27,10 +27,21 @@ from .execute import Call
 if TYPE_CHECKING:
     from .kernels.launch import Direct
 
-LIMIT = 4096  # remembered calls; the oldest is forgotten for a new one
+LIMIT = 4096  # remembered calls, and ways to write their parameters
 
-_bound: dict[tuple, Bound | None] = {}  # None: `execute` has to compute it
+
+class Remembered(dict):
+    """A dictionary that forgets its oldest item for a new one when it has LIMIT of them."""
+
+    def remember(self, key: Any, value: Any) -> None:
+        with _lock:
+            while len(self) >= LIMIT:
+                del self[next(iter(self))]
+            self[key] = value
+
+
 _lock = threading.Lock()
+_bound = Remembered()  # a Bound by key; None where `execute` has to compute it
 
 
 class Bound:
@@ -89,7 +100,7 @@ def computed(make: Callable[..., Call], a: Tensor, b: Tensor, third: Any, params
     call = make(a, b, third, *params)
     output = execute.execute(call)
     if not known:
-        _remember(key, _bind(call, output))
+        _bound.remember(key, _bind(call, output))
     return output
 
 
@@ -101,8 +112,7 @@ def found(make: Callable[..., Call], a: Tensor, b: Tensor, third: Any, params: t
 
 def forget() -> None:
     """Forgets every call."""
-    with _lock:
-        _bound.clear()
+    _bound.clear()
 
 
 def _key(make: Callable[..., Call], a: Tensor, b: Tensor, third: Any, params: tuple) -> tuple | None:
@@ -133,13 +143,6 @@ def _bind(call: Call, output: Tensor) -> Bound | None:
     return None if p.rival_runs or call.scales is not None else Bound(call, p, device, output)
 
 
-def _remember(key: tuple, bound: Bound | None) -> None:
-    with _lock:
-        while len(_bound) >= LIMIT:
-            del _bound[next(iter(_bound))]
-        _bound[key] = bound
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Who else may have a say in a call.
 
@@ -148,7 +151,7 @@ _plain: dict[torch.device, frozenset[int]] = {}  # the dispatch keys of a tensor
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
-def alone(*tensors: Tensor | None) -> bool:
+def alone(*tensors: Any) -> bool:
     """Whether only autograd and this package would see a call on these tensors.
 
     That is: no compiler, tracer, profiler, mode, transform or tangent is at work, nobody has turned dispatch keys off,
@@ -160,11 +163,10 @@ def alone(*tensors: Tensor | None) -> bool:
     if torch.autograd._profiler_enabled() or _state() not in (_states or _usual_states()):
         return False
     for t in tensors:
-        if t is not None:
-            if type(t) not in PLAIN_TYPES:
-                return False
-            if torch._C._dispatch_keys(t).raw_repr() not in (_plain.get(t.device) or _plain_keys(t.device)):
-                return False
+        if type(t) not in PLAIN_TYPES:
+            return False
+        if torch._C._dispatch_keys(t).raw_repr() not in (_plain.get(t.device) or _plain_keys(t.device)):
+            return False
     return True
 
 

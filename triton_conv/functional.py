@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import ops
+from . import fast, ops
 from .geometry import PADDING_MODES, same_padding
 
 Ints: TypeAlias = int | Sequence[int]
@@ -461,15 +461,14 @@ def _conv_transpose(
 
 
 # Parameters as operators take them, by how they were spelled, for calls that were found right.
-_parameters_of: dict[Any, tuple] = {}
-_SPELLINGS = 4096
+_parameters_of = fast.Remembered()
 
 
 def _spelled(rank: int, weight: Any, padding: Any, given: tuple) -> Any:
     """A key of parameters, None if there is none; "same" depends on the weight's shape too."""
     if torch.compiler.is_compiling() or not _exact(given):
         return None
-    return (rank, given, weight.shape) if type(padding) is str else (rank, given)
+    return (rank, given, getattr(weight, "shape", None)) if type(padding) is str else (rank, given)
 
 
 def _exact(values: tuple) -> bool:
@@ -482,10 +481,8 @@ def _exact(values: tuple) -> bool:
 
 
 def _remember(spelled: Any, params: tuple) -> None:
-    if spelled is not None:
-        if len(_parameters_of) >= _SPELLINGS:
-            _parameters_of.clear()
-        _parameters_of[spelled] = tuple(tuple(p) if isinstance(p, list) else p for p in params)
+    if spelled is not None and spelled not in _parameters_of:
+        _parameters_of.remember(spelled, tuple(tuple(p) if isinstance(p, list) else p for p in params))
 
 
 def _hand_over(name: str, tensors: tuple, args: tuple, **keywords: Any) -> Tensor:

@@ -99,7 +99,7 @@ def again(op, x: Tensor, w: Tensor, bias: Tensor | None, params: tuple) -> Tenso
 
     It is differentiable. `params` are the operator's, frozen: lists are tuples.
     """
-    if not fast.alone(x, w, bias):
+    if not fast.alone(x, w, *() if bias is None else (bias,)):
         return None
     call, function = _AGAIN[op]
     device_type = x.device.type
