@@ -237,6 +237,22 @@ def test_autocast_is_obeyed_and_short(kernels, bounds):
     assert triton_conv.conv2d(x, w, b).dtype == torch.float32
 
 
+def test_nothing_is_cast_in_vain_for_long(kernels, monkeypatch):
+    """Where a call cannot be remembered the operator alone casts."""
+    monkeypatch.setattr(fast, "_bind", lambda call, output: None)
+    cast, before = [], ops._autocast
+    monkeypatch.setattr(ops, "_autocast", lambda *args: cast.append(1) or before(*args))
+    x, w, _ = operands(kernels)
+    counts = []
+    with torch.autocast(kernels, torch.float16):
+        for _ in range(5):
+            cast.clear()
+            triton_conv.conv2d(x.detach(), w.detach())
+            counts.append(sum(cast))
+    assert counts[-1] == counts[0]
+    assert counts[1] > counts[0]
+
+
 def test_inference_mode_is_short_and_has_no_gradient(kernels, bounds):
     x, w, b = operands(kernels)
     with torch.inference_mode():

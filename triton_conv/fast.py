@@ -42,6 +42,7 @@ class Remembered(dict):
 
 _lock = threading.Lock()
 _bound = Remembered()  # a Bound by key; None where `execute` has to compute it
+_missed = Remembered()  # how often the call of cast tensors was sought in vain, by dtype and key before the cast
 
 
 class Bound:
@@ -110,9 +111,22 @@ def found(make: Callable[..., Call], a: Tensor, b: Tensor, third: Any, params: t
     return None if key is None else _bound.get(key)
 
 
+def hoped(make: Callable[..., Call], a: Tensor, b: Tensor, third: Any, params: tuple, dtype: torch.dtype) -> bool:
+    """Whether it is worth casting tensors to `dtype` to look for their call: not once it was sought twice in vain."""
+    key = _key(make, a, b, third, params)
+    return key is not None and _missed.get((dtype, key), 0) < 2
+
+
+def disappoint(make: Callable[..., Call], a: Tensor, b: Tensor, third: Any, params: tuple, dtype: torch.dtype) -> None:
+    """Tells `hoped` that there was no call for the cast tensors."""
+    key = _key(make, a, b, third, params)
+    _missed.remember((dtype, key), _missed.get((dtype, key), 0) + 1)
+
+
 def forget() -> None:
     """Forgets every call."""
     _bound.clear()
+    _missed.clear()
 
 
 def _key(make: Callable[..., Call], a: Tensor, b: Tensor, third: Any, params: tuple) -> tuple | None:

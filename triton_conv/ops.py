@@ -105,8 +105,14 @@ def again(op, x: Tensor, w: Tensor, bias: Tensor | None, params: tuple) -> Tenso
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
-        x, w, bias = (_autocast(t, dtype, device_type) for t in (x, w, bias))
-    bound = fast.found(call, x, w, bias, params)
+        if not fast.hoped(call, x, w, bias, params, dtype):
+            return None
+        given, (x, w, bias) = (x, w, bias), (_autocast(t, dtype, device_type) for t in (x, w, bias))
+        bound = fast.found(call, x, w, bias, params)
+        if bound is None:
+            fast.disappoint(call, *given, params, dtype)
+    else:
+        bound = fast.found(call, x, w, bias, params)
     if bound is None:
         return None
     asked = x.requires_grad or w.requires_grad or (bias is not None and bias.requires_grad)
