@@ -27,6 +27,7 @@ LAYERS = [
     {"plan", "causal_plan"},
     {"separable_plan"},
     {"execute"},
+    {"fast"},
     {"ops"},
     {"functional", "causal"},
     {"separable"},
@@ -93,7 +94,7 @@ def test_imports_point_one_way(path):
         assert RANK[name] < RANK[mine] or name == mine, where
         assert mine not in NARROW or name in NARROW[mine], where
         assert name != "tuning" or mine in ("tuning", "cli", "__main__"), where
-        assert name != "kernels" or mine in ("kernels", "plan", "causal_plan", "separable_plan"), where
+        assert name != "kernels" or mine in ("kernels", "plan", "causal_plan", "separable_plan", "fast"), where
 
 
 def test_the_parser_sees_every_form_of_import(tmp_path, monkeypatch):

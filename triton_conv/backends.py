@@ -85,12 +85,9 @@ def admits(problem: Problem) -> bool:
     return current() == "auto" and comparable(problem) and _keeps_promises(problem)
 
 
-def settings() -> tuple[bool, ...] | None:
+def settings() -> tuple[bool, bool, bool] | None:
     """What `admits` asks beside the problem and its precision; None where it admits nothing."""
-    if current() != "auto":
-        return None
-    cudnn = torch.backends.cudnn
-    return cudnn.enabled, cudnn.deterministic, torch.are_deterministic_algorithms_enabled()
+    return _flags() if current() == "auto" else None
 
 
 def comparable(problem: Problem) -> bool:
@@ -112,11 +109,17 @@ def comparable(problem: Problem) -> bool:
 
 def _keeps_promises(problem: Problem) -> bool:
     """Settings of PyTorch's are obeyed, not changed for a call: other threads read them too."""
-    if not torch.backends.cudnn.enabled:
+    enabled, deterministic, asked = _flags()
+    if not enabled:
         return False
     if problem.dtype == "float32" and problem.precision != default_precision():
         return False
-    return torch.backends.cudnn.deterministic or not torch.are_deterministic_algorithms_enabled()
+    return deterministic or not asked
+
+
+def _flags() -> tuple[bool, bool, bool]:
+    flags = torch.backends.cudnn
+    return flags.enabled, flags.deterministic, torch.are_deterministic_algorithms_enabled()
 
 
 def default_precision() -> str:

@@ -220,6 +220,11 @@ def chosen(role: Role) -> KernelConfig | None:
     return _explicit.get(role)
 
 
+def all_chosen() -> tuple[tuple[Role, KernelConfig], ...]:
+    """The explicit configs of all roles that have one."""
+    return tuple(_explicit.items())
+
+
 def multiplies_matrices(dtype: str, role: Role) -> bool:
     """Whether the kernels of a role multiply a dtype on matrix units: floats, and int8 but for weight gradients."""
     return "int" not in dtype or (dtype == "int8" and role is not Role.WGRAD)

@@ -20,6 +20,9 @@ from .backends import default_precision
 from .devices import INTERPRETER, Device
 from .geometry import ConvGeometry, Role, Strides
 
+# What kernels call the operands of a role, and its output.
+NAMES = {Role.FPROP: ("x", "w", "y"), Role.DGRAD: ("y", "w", "x"), Role.WGRAD: ("y", "x", "w")}
+
 
 @dataclass(frozen=True)
 class Call:
@@ -215,7 +218,7 @@ def run(p: plan.Plan, call: Call, output: Tensor) -> Tensor:
 
 def prepared(p: plan.Plan, call: Call, output: Tensor) -> tuple[dict[str, Tensor], Callable[[], None]]:
     """(the tensors of a plan's launches, copied to its layout, but for its workspace; what to do after these)."""
-    names = {Role.FPROP: ("x", "w", "y"), Role.DGRAD: ("y", "w", "x"), Role.WGRAD: ("y", "x", "w")}[call.role]
+    names = NAMES[call.role]
     tensors = dict(zip(names, (call.a, call.b, output), strict=True))
     if call.bias is not None:
         tensors["bias"] = call.bias.contiguous()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import ops
+from . import fast, ops
 from .geometry import PADDING_MODES, same_padding
 from .unsupported import check_kind, refuse_script
 
@@ -378,9 +378,17 @@ def _conv(rank, input, weight, bias, stride, padding, dilation, groups, padding_
     if has_torch_function((input, weight, bias)):
         args = (input, weight, bias, stride, padding, dilation, groups)
         return _hand_over(name, args[:3], args, padding_mode=padding_mode, precision=precision)
+    spelled = _spelled(rank, weight, padding, (stride, padding, dilation, groups, padding_mode, precision))
+    known = _parameters_of.get(spelled) if spelled else None
+    if known is not None:
+        again = ops.again(ops.conv, input, weight, bias, known)
+        if again is not None:
+            return again
     batched = _check_tensors(name, rank, _DTYPES, input=input, weight=weight, bias=bias)
     params = _parameters(name, rank, weight, stride, padding, dilation, groups, padding_mode)
-    y = ops.fprop(input if batched else input.unsqueeze(0), weight, bias, (*params, _precision(name, precision)))
+    params = (*params, _precision(name, precision))
+    y = ops.fprop(input if batched else input.unsqueeze(0), weight, bias, params)
+    _remember(spelled, params)
     return y if batched else y.squeeze(0)
 
 
@@ -427,15 +435,19 @@ def _conv_transpose(
     if has_torch_function((input, weight, bias)):
         args = (input, weight, bias, stride, padding, output_padding, groups, dilation)
         return _hand_over(name, args[:3], args, padding_mode=padding_mode, precision=precision)
+    spelling = (stride, padding, output_padding, groups, dilation, padding_mode, precision)
+    spelled = _spelled(-rank, weight, padding, spelling)
+    known = _parameters_of.get(spelled) if spelled else None
+    if known is not None:
+        again = ops.again(ops.conv_transpose, input, weight, bias, known)
+        if again is not None:
+            return again
     batched = _check_tensors(name, rank, _DTYPES, input=input, weight=weight, bias=bias)
     if isinstance(padding, str):
         raise TypeError(f"{name}(): argument 'padding' must be ints or (lower, upper) pairs, not str")
     stride = _ints(name, "stride", stride, rank)
     dilation = _ints(name, "dilation", dilation, rank)
-    y = ops.recordable(ops.conv_transpose)(
-        input if batched else input.unsqueeze(0),
-        weight,
-        bias,
+    params = (
         stride,
         _padding(name, padding, rank, weight, stride, dilation),
         _ints(name, "output_padding", output_padding, rank),
@@ -444,7 +456,34 @@ def _conv_transpose(
         _modes(name, padding_mode, rank),
         _precision(name, precision),
     )
+    y = ops.recordable(ops.conv_transpose)(input if batched else input.unsqueeze(0), weight, bias, *params)
+    _remember(spelled, params)
     return y if batched else y.squeeze(0)
+
+
+# Parameters as operators take them, by how they were spelled, for calls that were found right.
+_parameters_of = fast.Remembered()
+
+
+def _spelled(rank: int, weight: Any, padding: Any, given: tuple) -> Any:
+    """A key of parameters, None if there is none; "same" depends on the weight's shape too."""
+    if torch.compiler.is_compiling() or not _exact(given):
+        return None
+    return (rank, given, getattr(weight, "shape", None)) if type(padding) is str else (rank, given)
+
+
+def _exact(values: tuple) -> bool:
+    """Whether values that are equal are also of the same types: True and 1.0 are no 1."""
+    for v in values:
+        kind = type(v)
+        if kind is not int and kind is not str and v is not None and (kind is not tuple or not _exact(v)):
+            return False
+    return True
+
+
+def _remember(spelled: Any, params: tuple) -> None:
+    if spelled is not None and spelled not in _parameters_of:
+        _parameters_of.remember(spelled, tuple(tuple(p) if isinstance(p, list) else p for p in params))
 
 
 def _hand_over(name: str, tensors: tuple, args: tuple, **keywords: Any) -> Tensor:

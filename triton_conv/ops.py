@@ -27,6 +27,7 @@ from torch import Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
+from . import fast
 from .config import PRECISIONS
 from .execute import Call, empty_output, execute
 from .geometry import ConvGeometry, Role
@@ -83,8 +84,55 @@ def recordable(op):
 
 def fprop(x: Tensor, w: Tensor, bias: Tensor | None, params: Sequence[Any]) -> Tensor:
     """`conv` or `conv_dilated`, by the dilation in `params` (stride, padding, dilation, groups, mode, precision)."""
-    dilated = any(d > 1 for d in params[2])
-    return recordable(conv_dilated if dilated else conv)(x, w, bias, *params)
+    return recordable(_fprop_op(params))(x, w, bias, *params)
+
+
+def _fprop_op(params: Sequence[Any]):
+    return conv_dilated if any(d > 1 for d in params[2]) else conv
+
+
+def again(op, x: Tensor, w: Tensor, bias: Tensor | None, params: tuple) -> Tensor | None:
+    """A convolution, plain (`conv`) or transposed, like one made before, without the dispatcher; None if there is none.
+
+    It is differentiable. `params` are the operator's, frozen: lists are tuples.
+    """
+    if not fast.alone(x, w, *() if bias is None else (bias,)):
+        return None
+    call, function = _AGAIN[op]
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        if not fast.hoped(call, x, w, bias, params, dtype):
+            return None
+        given, (x, w, bias) = (x, w, bias), (_autocast(t, dtype, device_type) for t in (x, w, bias))
+        bound = fast.found(call, x, w, bias, params)
+        if bound is None:
+            fast.disappoint(call, *given, params, dtype)
+    else:
+        bound = fast.found(call, x, w, bias, params)
+    if bound is None:
+        return None
+    asked = x.requires_grad or w.requires_grad or (bias is not None and bias.requires_grad)
+    if asked and torch.is_grad_enabled():
+        return function.apply((bound, params), x, w, bias)
+    return bound(x, w, bias)
+
+
+def _caller(*tensors: Tensor) -> Callable[..., Tensor]:
+    """How a backward pass calls operators on these: not by the dispatcher where nobody would see the difference."""
+    return _dispatched if torch.is_grad_enabled() or not fast.alone(*tensors) else _straight
+
+
+def _dispatched(op, *args: Any) -> Tensor:
+    return op(*args)
+
+
+def _straight(op, a: Tensor, b: Tensor, third: Any, *params: Any) -> Tensor:
+    return fast.computed(_CALLS[op], a, b, _frozen(third), tuple(map(_frozen, params)))
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if type(value) is list else value
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -308,8 +356,9 @@ class _Fprop(_SingleLevelFunction):
         if dy is None:
             return (None,) * (4 + len(ctx.params))
         (x, w), needs = ctx.saved_tensors, ctx.needs_input_grad
-        dx = conv_dgrad(dy, w.conj(), x.shape, *ctx.params) if needs[1] else None
-        dw = conv_wgrad(dy, x.conj(), w.shape, _gradient_strides(w), *ctx.params) if needs[2] else None
+        call = _caller(dy, x, w)
+        dx = call(conv_dgrad, dy, w.conj(), x.shape, *ctx.params) if needs[1] else None
+        dw = call(conv_wgrad, dy, x.conj(), w.shape, _gradient_strides(w), *ctx.params) if needs[2] else None
         return None, dx, dw, _bias_gradient(dy) if needs[3] else None, *[None] * len(ctx.params)
 
     @staticmethod
@@ -331,8 +380,7 @@ class _Transpose(_SingleLevelFunction):
     def setup_context(ctx, inputs, output):
         _, x, w, _, *ctx.params = inputs
         ctx.output_shape = output.shape
-        stride, padding, _, groups, dilation, mode, precision = ctx.params
-        ctx.forward_params = (stride, padding, dilation, groups, mode, precision)
+        ctx.forward_params = _forward_params(ctx.params)
         _save(ctx, x, w)
 
     @staticmethod
@@ -341,7 +389,8 @@ class _Transpose(_SingleLevelFunction):
             return (None,) * (4 + len(ctx.params))
         (x, w), needs = ctx.saved_tensors, ctx.needs_input_grad
         dx = _fprop_cropped(dy, w.conj(), x, ctx.forward_params) if needs[1] else None
-        dw = conv_wgrad(x.conj(), dy, w.shape, _gradient_strides(w), *ctx.forward_params) if needs[2] else None
+        how = (w.shape, _gradient_strides(w), *ctx.forward_params)
+        dw = _caller(x, dy)(conv_wgrad, x.conj(), dy, *how) if needs[2] else None
         return None, dx, dw, _bias_gradient(dy) if needs[3] else None, *[None] * len(ctx.params)
 
     @staticmethod
@@ -352,6 +401,12 @@ class _Transpose(_SingleLevelFunction):
             None if dw is None else conv_transpose(x, dw, None, *ctx.params),
         ]
         return _sum_of(parts, dbias, ctx.output_shape)
+
+
+def _forward_params(params: Sequence[Any]) -> tuple:
+    """Those of the convolution whose transpose has `params`."""
+    stride, padding, _, groups, dilation, mode, precision = params
+    return stride, padding, dilation, groups, mode, precision
 
 
 class _Dgrad(_SingleLevelFunction):
@@ -421,7 +476,7 @@ def _save(ctx, *tensors: Tensor) -> None:
 def _fprop_cropped(x: Tensor, w: Tensor, like: Tensor, params: Sequence[Any]) -> Tensor:
     """fprop with the output extents of `like`, which an output_padding >= stride makes smaller than the full ones."""
     with _without_autocast(x.device.type):  # a gradient has its operands' precision, like those that are not autocast
-        y = fprop(x, w, None, params)
+        y = _caller(x, w)(recordable(_fprop_op(params)), x, w, None, *params)
     for axis in range(2, y.dim()):
         if y.shape[axis] != like.shape[axis]:
             y = y.narrow(axis, 0, like.shape[axis])
@@ -436,8 +491,15 @@ def _without_autocast(device_type: str) -> Any:
 
 def _gradient_strides(w: Tensor) -> Sequence[int]:
     """The strides autograd wants a gradient to have: the parameter's own where it is dense, else contiguous."""
+    if type(w) in fast.PLAIN_TYPES and (w.is_contiguous() or _channels_last(w)):
+        return w.stride()  # the question below takes 20 us
     dense = torch._prims_common.is_non_overlapping_and_dense_or_false(w)
     return w.stride() if dense else torch._prims_common.make_contiguous_strides_for(w.shape)
+
+
+def _channels_last(t: Tensor) -> bool:
+    memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}.get(t.dim())
+    return memory_format is not None and t.is_contiguous(memory_format=memory_format)
 
 
 def _bias_gradient(dy: Tensor) -> Tensor:
@@ -454,6 +516,36 @@ def _sum_of(parts: Sequence[Tensor | None], bias: Tensor | None, shape: Sequence
     for p in present[1:]:
         total = total + p
     return total
+
+
+class _Again(_SingleLevelFunction):
+    """A forward of a `fast.Bound`, as a Function that need not find out how it was called."""
+
+    @staticmethod
+    def forward(ctx, how, x, w, bias):
+        bound, ctx.params = how
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, w)
+        return bound(x, w, bias)
+
+
+class _FpropAgain(_Again):
+    @staticmethod
+    def backward(ctx, dy):
+        return _Fprop.backward(ctx, dy)[:4]
+
+
+class _TransposeAgain(_Again):
+    @staticmethod
+    def backward(ctx, dy):
+        ctx.forward_params = _forward_params(ctx.params)
+        return _Transpose.backward(ctx, dy)[:4]
+
+
+_AGAIN: dict[Any, tuple[Callable[..., Call], Any]] = {
+    conv: (_conv_call, _FpropAgain),
+    conv_transpose: (_conv_transpose_call, _TransposeAgain),
+}
 
 
 class _NoGradient(_SingleLevelFunction):
@@ -555,39 +647,53 @@ def _wgrad_vmap(info, in_dims, dy, x, weight_size, weight_stride, *params):
 # Registration.
 
 
+def _derived(args: Sequence[Any]) -> bool:
+    """Whether anything may be differentiated with respect to one of these arguments."""
+    if torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+
+
 def _autograd_kernel(op, function):
     def kernel(*args):
+        if not _derived(args):  # a third of the time of a Function
+            with torch._C._AutoDispatchBelowAutograd():
+                return op(*args)
         with enable_single_level_autograd_function():
             return function.apply(op, *args)
 
     return kernel
 
 
+def _autocast(value: Any, dtype: torch.dtype, device_type: str) -> Any:
+    """An argument as autocast to `dtype` on that kind of device wants it."""
+    eligible = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
+    return value.to(dtype) if eligible and value.device.type == device_type else value
+
+
 def _autocast_kernel(op, device_type: str):
     key = getattr(torch._C.DispatchKey, {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}[device_type])
     keys = torch._C.DispatchKeySet(key)
 
-    def cast(value, dtype):
-        eligible = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
-        return value.to(dtype) if eligible and value.device.type == device_type else value
-
     def kernel(*args):
         dtype = torch.get_autocast_dtype(device_type)
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            return op(*[cast(a, dtype) for a in args])
+            return op(*[_autocast(a, dtype, device_type) for a in args])
 
     return kernel
 
 
-_CALLS: dict[str, Callable[..., Call]] = {}
+_CALLS: dict[Any, Callable[..., Call]] = {}
 
 
 def _register(op, call: Callable[..., Call], function, vmap_rule, autocast: bool) -> None:
     name = op._schema.name.split("::")[1]
-    _CALLS[name] = call
+    _CALLS[op] = call
 
-    def run(*args):
-        return execute(call(*args))
+    def run(a, b, third, *params):
+        if op is conv_scaled:  # its parameters hold tensors
+            return execute(call(a, b, third, *params))
+        return fast.computed(call, a, b, _frozen(third), tuple(map(_frozen, params)))
 
     def fake(*args):
         return empty_output(call(*args))
@@ -621,8 +727,8 @@ def _register_flop_formulas() -> None:
     def formula(call: Callable[..., Call]) -> Callable[..., int]:
         return lambda *args, out_val=None, **kwargs: call(*args, **kwargs).geometry.flops
 
-    for name, call in _CALLS.items():
-        register_flop_formula(getattr(torch.ops.triton_conv, name), get_raw=True)(formula(call))
+    for op, call in _CALLS.items():
+        register_flop_formula(op.overloadpacket, get_raw=True)(formula(call))
 
 
 # Importing it here would take a fifth of a second, and import Triton, which reads TRITON_INTERPRET as it loads.

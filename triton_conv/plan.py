@@ -200,8 +200,7 @@ def settings() -> Hashable:
 
     How float32 is multiplied is no part of it: problems name their precision.
     """
-    explicit = tuple(map(configs.chosen, Role))
-    return explicit, backends.settings(), stored.generation(), invariance.batch()
+    return configs.all_chosen(), backends.settings(), stored.generation(), invariance.batch()
 
 
 @lru_cache(maxsize=4096)
