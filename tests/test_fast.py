@@ -129,12 +129,17 @@ def test_what_is_no_tensor_raises_however_often_tensors_were_given(kernels, wron
             triton_conv.conv2d(*tensors, padding="same")
 
 
-def test_float32_precision_is_read_at_each_call(kernels, monkeypatch, bounds):
+def test_float32_precision_is_read_at_each_call(kernels, bounds):
     x, w, _ = operands(kernels)
-    for name in ("ieee", "tf32", "ieee"):
-        monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", name)
-        for _ in range(2):
-            triton_conv.conv2d(x.detach(), w.detach())
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    try:
+        for name in ("ieee", "tf32", "ieee"):
+            conv.fp32_precision = name
+            for _ in range(2):
+                triton_conv.conv2d(x.detach(), w.detach())
+    finally:
+        conv.fp32_precision = before
     assert [b.plan.numerics.precision for b in bounds] == ["ieee", "tf32", "ieee", "ieee"]
 
 
