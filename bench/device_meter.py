@@ -145,7 +145,7 @@ class DeviceMeter:
     def _checked(self, job: Job, subject: Subject, operands: dict[bool, Operands]) -> _Checked | Measurement:
         if subject.who == OURS:
             why = "; ".join(filter(None, map(self._uncompiled, plans(job, self.device))))
-            if why:
+            if audit.DIED in why:  # and would take this process with it; of other errors the launch tells
                 return Measurement(note=f"failed: {why}")
         last = subject.channels_last
         if last not in operands:

@@ -227,3 +227,38 @@ def test_the_whole_run_simulated(tmp_path):
     assert records.read(tmp_path / quick_bench.FILE).source == "simulated"
     names = sorted(path.name for path in tmp_path.rglob("*"))
     assert names == ["bench.json", "evidence.json", "log.txt", "store.tgz"]
+
+
+def test_a_row_of_every_suite_comes_before_a_second_one():
+    groups = quick_bench.grouped(quick_bench.jobs(["mobilenetv3", "convnext", "mamba"], ("fprop",), quick=True))
+    assert [group[0].suite for group in groups] == 3 * ["mobilenetv3"] + 3 * ["convnext"] + 2 * ["mamba"]
+    turned = quick_bench.turned(groups)
+    assert [group[0].suite for group in turned] == 3 * ["mobilenetv3"] + [
+        "convnext",
+        "mamba",
+        "convnext",
+        "mamba",
+        "convnext",
+    ]
+    assert sorted(map(str, turned)) == sorted(map(str, groups))
+
+
+def test_plans_are_expected_a_window_ahead_and_asked_for_once(monkeypatch, tmp_path):
+    asked, expected = [], []
+
+    class Ahead:
+        def expect_too(self, plans):
+            expected.append(list(plans))
+
+        def rows(self, p):
+            asked.append(p)
+            return []
+
+    monkeypatch.setattr(checking, "_WINDOW", 2)
+    compiler = checking.Compiler(Context(tmp_path, torch.device("cpu"), True, lambda: 1.0))
+    compiler._ahead = Ahead()
+    for name, plans in {"a": [1], "b": [2], "c": [1, 3]}.items():
+        compiler.add(name, lambda plans=plans: plans)
+    assert [compiler.compiled(name) for name in "abc"] == 3 * [([], [])]
+    assert expected == [[1], [2], [3]]
+    assert asked == [1, 2, 3]
