@@ -322,6 +322,16 @@ def test_wrong_results_have_no_time(monkeypatch):
     assert row.measured[CONTIGUOUS].seconds > 0
 
 
+@pytest.mark.parametrize(("off", "timed"), [(3.0, True), (30.0, False), (math.inf, False)])
+def test_others_are_timed_where_they_are_a_little_off(monkeypatch, off, timed):
+    monkeypatch.setattr(
+        values, "checked", lambda job, subject, *a: (0.1, "") if subject.who == OURS else (off, "wrong: some")
+    )
+    theirs = meter().row(of("plain")).measured[CONTIGUOUS]
+    assert (theirs.seconds is not None) == timed
+    assert theirs.note == "wrong: some"
+
+
 def test_a_device_that_has_failed_ends_it(monkeypatch):
     probe = FakeProbe()
 

@@ -159,8 +159,9 @@ class _Child:
 
     def _hung(self) -> bool:
         """Whether it ended itself so: see `checking.watched`."""
-        late = any(line.startswith("Timeout (") for line in self._lines)
-        return late and any(_TRACE in line for line in self._lines)
+        lines = list(self._lines)
+        late = any(line.startswith("Timeout (") for line in lines)
+        return late and any(_TRACE in line for line in lines)
 
     def ending(self) -> str:
         """How it ended by itself, in words."""
