@@ -262,3 +262,14 @@ def test_plans_are_expected_a_window_ahead_and_asked_for_once(monkeypatch, tmp_p
     assert [compiler.compiled(name) for name in "abc"] == 3 * [([], [])]
     assert expected == [[1], [2], [3]]
     assert asked == [1, 2, 3]
+
+
+def test_rows_of_a_kernel_that_ends_processes_are_not_begun(tmp_path):
+    found = record.begin("c0ffee", True)
+    found.stages["a"] = {str(n): {"ok": False, "words": "hung", "deadly": "box"} for n in range(2)}
+    record.write(found, tmp_path)
+    where = context(tmp_path)
+    group = quick_bench.grouped(quick_bench.jobs(["resnet50"], ["fprop"], quick=True))[0]
+    facts = quick_bench._measure(group, quick_bench._Expecting(where, group), where)
+    assert facts["words"].startswith("left out: box")
+    assert not (tmp_path / quick_bench.FILE).exists()

@@ -48,7 +48,7 @@ def main(descriptor: int) -> int:
 def _run(task: Task, tell: Any) -> int:
     import torch
 
-    from .units import Context
+    from .units import Context, shunned
 
     if not task.simulate and not torch.cuda.is_available():
         tell("refuse", words=ON_NO_DEVICE)
@@ -71,7 +71,7 @@ def _run(task: Task, tell: Any) -> int:
         tell("begin", name=unit.name, timeout=unit.timeout, kernel=unit.kernel)
         start, broken = time.monotonic(), False
         try:
-            facts = left_out(unit.kernel) if unit.kernel in task.deadly else unit.run()
+            facts = shunned(unit.kernel) if unit.kernel in task.deadly else unit.run()
             facts = {"ok": bool(facts["ok"]), "words": str(facts["words"]), **facts}
             if not task.simulate:
                 torch.cuda.synchronize(where)  # what it launched and did not wait for is its doing
@@ -85,12 +85,6 @@ def _run(task: Task, tell: Any) -> int:
             return 1  # nothing answers any more in this process
     tell("done")
     return 0
-
-
-def left_out(kernel: str) -> dict[str, Any]:
-    """The facts of a unit of a kernel that would take too much time to fail once more."""
-    words = f"left out: {kernel} has hung, or ended its process, before"
-    return {"ok": False, "words": words, "unfinished": True}
 
 
 def _is_broken(where: Any) -> bool:

@@ -39,8 +39,8 @@ class Record:
                 if not facts["ok"]:
                     yield stage, name, facts
 
-    def deadly(self, times: int) -> list[str]:
-        """Kernels of which at least so many units hung or ended their process."""
+    def deadly(self, times: int = 2) -> list[str]:
+        """Kernels of which at least so many units hung or ended their process: others of them are left out."""
         counts = Counter(facts["deadly"] for _, _, facts in self.failed() if "deadly" in facts)
         return [kernel for kernel, count in counts.items() if count >= times]
 

@@ -29,7 +29,6 @@ _RESERVE = 12.0  # seconds for a later stage of a simulation
 _GRACE = 5.0  # seconds for a unit to notice that the time of its stage is up
 _LOG_BYTES = 12 * 2**20
 _TRACE = "(most recent call first):"  # what faulthandler prints before the calls of a thread
-_DEATHS = 2  # processes that a kernel may end before its other units are left out
 _LAST_LINES = 5  # of what a unit printed, in its facts
 
 
@@ -231,7 +230,7 @@ class _Watch:
 
     def _child_is_the_last(self, variables: Mapping[str, str]) -> bool:
         until = None if self.until == math.inf else self.until
-        done, deadly = self.record.finished(self.letter), self.record.deadly(_DEATHS)
+        done, deadly = self.record.finished(self.letter), self.record.deadly()
         task = Task(self.module, str(self.out), self.record.simulated, until, done, deadly)
         child = _Child(task, variables, self.log)
         self.unit, self.unit_until = "", time.monotonic() + _START_SECONDS

@@ -40,6 +40,12 @@ class Unit(NamedTuple):
     kernel: str = ""
 
 
+def shunned(kernel: str) -> dict[str, Any]:
+    """The facts of a unit of a kernel that would take too much time to fail once more."""
+    words = f"left out: {kernel} has hung, or ended its process, before"
+    return {"ok": False, "words": words, "unfinished": True}
+
+
 class Stage(Protocol):
     """A stage: a module with these names.
 
