@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import io
+import random
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -76,7 +77,28 @@ def test_a_comparison_warns_of_what_else_differs():
     devices, torch, drift = compare(old, new).warnings
     assert devices == "the devices differ: NVIDIA H200 and NVIDIA H100"
     assert torch == "torch was 2.11.0 and is 2.13.0"
-    assert "1.10 times as long as it did, in the median of 2" in drift
+    assert "1.10 times as long as it did, in the median" in drift
+
+
+def test_a_clock_of_all_is_not_our_regression():
+    old = run(row("a", 100, 100), row("b", 100, 100), row("c", 100, 100))
+    new = run(row("a", 104, 104), row("b", 104, 104), row("c", 110, 104))
+    assert [c.row.layer for c in compare(old, new).regressions] == ["c"]
+    assert compare(new, old).same == 2
+    assert [c.row.layer for c in compare(new, old).improvements] == ["c"]
+
+
+@pytest.mark.parametrize("count", [1, 40])
+def test_noise_alone_makes_hardly_any_run_slower(count):
+    rng = random.Random(3)
+
+    def noisy(slower=1.0):
+        factors = [slower, *[1.0] * (count - 1)]
+        times = [rounds.timing([f * rng.gauss(1e-4, 2e-6) for _ in range(15)]) for f in factors]
+        return run(*(row(str(n), measured={OURS: Measurement(*t)}) for n, t in enumerate(times)))
+
+    assert sum(compare(noisy(), noisy()).regressed for _ in range(100)) <= 10
+    assert sum("0" in {c.row.layer for c in compare(noisy(), noisy(1.06)).regressions} for _ in range(50)) >= 40
 
 
 def test_measured_and_made_up_times_are_not_compared():
