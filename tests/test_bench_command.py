@@ -11,6 +11,7 @@ from bench import commands, records
 from bench.records import OURS, Measurement
 from bench.runner import PredictedMeter
 from triton_conv import cli, stored
+from triton_conv.commands import bench as bench_command
 
 FEW = ["--quick", "--suite", "mamba"]  # two layers, two operations each
 
@@ -167,7 +168,8 @@ def test_what_cannot_be_done_is_said_before_anything_is(arguments, message, caps
 
 
 def test_an_installed_package_has_no_benchmarks(capsys, here, monkeypatch):
-    monkeypatch.setattr(cli, "__file__", str(here / "site-packages" / "triton_conv" / "cli.py"))
+    installed = here / "site-packages" / "triton_conv" / "commands" / "bench.py"
+    monkeypatch.setattr(bench_command, "__file__", str(installed))
     assert bench("--quick") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
@@ -187,4 +189,4 @@ def test_a_reader_that_goes_away_is_no_error_of_the_arguments(monkeypatch):
 
     monkeypatch.setattr(commands, "bench", gone)
     with pytest.raises(BrokenPipeError):
-        cli.bench(cli._parser().parse_args(["bench"]))
+        bench_command.run(cli._parser().parse_args(["bench"]))
