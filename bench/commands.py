@@ -177,13 +177,14 @@ def _print_rows(run: Run) -> None:
     if run.source == "predicted":
         headings = ["suite", "layer", "op", "kernel", ">predicted us", ">roofline us", ">share", "limit", "values"]
     else:
-        headings = ["suite", "layer", "op", "kernel", ">us", ">spread", ">cuDNN channels-last us", ">speed-up"]
+        headings = ["suite", "layer", "op", "kernel", ">ours us", ">spread", ">cuDNN channels-last us", ">speed-up"]
         headings += ["best other", ">its us", ">roofline us", ">TFLOP/s", ">GB/s", ">share", ">MiB", ">host us"]
     made = tables.table(*headings)
+    spare = ["kernel", "limit", "MiB", "host us", "GB/s", "TFLOP/s", "its us", "best other", "roofline us", "spread"]
     for row in run.rows:
         rest = _predicted if run.source == "predicted" else _measured
         tables.add(made, [row.suite, row.layer, row.op, *rest(run, row)])
-    tables.show(made)
+    tables.show(made, spare)
 
 
 def _predicted(run: Run, row: Row) -> list[str]:
@@ -209,7 +210,7 @@ def _print_totals(run: Run) -> None:
     """A line for each suite and operation: networks, not layers."""
     predicted = run.source == "predicted"
     made = tables.table(
-        *("suite", "op", ">layers", *(() if predicted else (">ms", ">cuDNN channels-last ms", ">speed-up"))),
+        *("suite", "op", ">layers", *(() if predicted else (">ours ms", ">cuDNN channels-last ms", ">speed-up"))),
         *(() if predicted else (">cuDNN contiguous ms", ">wins", ">losses")),
         *(">predicted ms", ">roofline ms"),
     )
@@ -220,7 +221,7 @@ def _print_totals(run: Run) -> None:
             cells += [ms(total.ours), ms(last.theirs) if last else "", ratio(last.speedup) if last else ""]
             cells += [ms(contiguous.theirs) if contiguous else "", str(total.wins), str(total.losses)]
         tables.add(made, [*cells, ms(total.predicted), ms(total.roofline)])
-    tables.show(made)
+    tables.show(made, () if predicted else ("predicted ms", "roofline ms", "cuDNN contiguous ms"))
     speedups = [value for row in run.rows if (value := summary.speedup(row))]
     if speedups:
         wins = sum(summary.verdict(row) > 0 for row in run.rows)

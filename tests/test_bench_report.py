@@ -31,7 +31,7 @@ from triton_conv.tuning import rounds
         (measured(1.019), measured(1.0), False),  # within a tie, however little noise there is
         (measured(1.10, spread=0.2, rounds=9), measured(1.0), False),  # notches overlap
         (measured(1.10), measured(1.0, spread=0.2, rounds=9), False),
-        (measured(1.10, spread=0.2, rounds=9000), measured(1.0), True),
+        (measured(1.10, spread=0.2, rounds=9000), measured(1.0, rounds=9000), True),
         (measured(1.10, spread=None), measured(1.0), False),
         (measured(1.10), measured(1.0, rounds=0), False),
         (measured(None), measured(1.0), False),

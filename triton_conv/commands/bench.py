@@ -9,7 +9,7 @@ from typing import Any
 
 from ..devices import DEVICES
 from . import values
-from .common import CommandError, require
+from .common import CommandError, refused, require
 
 
 def add(sub: Any) -> None:
@@ -58,9 +58,5 @@ def run(arguments: argparse.Namespace) -> int:
         sys.path.insert(0, str(checkout))  # processes that compile get the same
     from bench import commands
 
-    try:
+    with refused():
         return commands.bench(arguments)
-    except BrokenPipeError:
-        raise
-    except (ValueError, OSError) as error:
-        raise CommandError(str(error)) from error

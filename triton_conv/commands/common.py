@@ -15,6 +15,17 @@ class CommandError(Exception):
     """What was asked for cannot be done here; the message says why, in one line."""
 
 
+@contextmanager
+def refused() -> Iterator[None]:
+    """Makes a CommandError of what is raised inside for what cannot be done, but not of a reader who went away."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError) as error:
+        raise CommandError(str(error)) from error
+
+
 def add_convolution(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
     """A convolution by shapes and parameters."""
     for name, words, example in (

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..devices import DEVICES
 from ..key import CONFIGS
-from .common import CommandError, add_compiling, require
+from .common import add_compiling, refused, require
 
 
 def add(sub: Any) -> None:
@@ -53,7 +53,5 @@ def run(arguments: argparse.Namespace) -> int:
     require("configs", "tuning", "rich")
     from ..tuning.commands_configs import COMMANDS
 
-    try:
+    with refused():
         return COMMANDS[arguments.action](arguments)
-    except (ValueError, OSError) as error:
-        raise CommandError(str(error)) from error

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..devices import DEVICES
 from . import values
-from .common import CommandError, add_convolution, require
+from .common import add_convolution, refused, require
 
 
 def add(sub: Any) -> None:
@@ -74,7 +74,5 @@ def run(arguments: argparse.Namespace) -> int:
     require("tune", "tuning", "rich")
     from ..tuning import commands_tune
 
-    try:
+    with refused():
         return commands_tune.tune(arguments)
-    except (ValueError, OSError) as error:
-        raise CommandError(str(error)) from error
