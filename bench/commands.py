@@ -234,7 +234,7 @@ def _print_totals(run: Run) -> None:
 
 
 def _print_comparison(comparison: Comparison) -> bool:
-    """Prints what changed, and returns whether anything became worse."""
+    """Prints what changed, and returns whether anything became worse, or nobody can say."""
     made = tables.table("suite", "layer", "op", ">before us", ">now us", ">times as long")
     for change in (*comparison.regressions, *comparison.improvements):
         row = change.row
@@ -243,7 +243,7 @@ def _print_comparison(comparison: Comparison) -> bool:
         tables.show(made)
     for words, _ in change_words(comparison):
         print(f"comparison: {words}")
-    return comparison.regressed
+    return comparison.regressed or not comparison.compared
 
 
 def _two_files(old: Run, new: Run) -> int:

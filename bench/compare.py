@@ -56,6 +56,11 @@ class Comparison:
     warnings: tuple[str, ...]
 
     @property
+    def compared(self) -> int:
+        """How many rows had a time to compare with."""
+        return len(self.regressions) + len(self.improvements) + self.same + len(self.lost)
+
+    @property
     def regressed(self) -> bool:
         """Whether something takes longer, or runs no more."""
         return bool(self.regressions or self.lost)

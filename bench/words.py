@@ -67,6 +67,8 @@ def change_words(comparison: Comparison) -> Iterator[tuple[str, bool]]:
     yield from ((warning, False) for warning in comparison.warnings)
     worse, better, lost = len(comparison.regressions), len(comparison.improvements), len(comparison.lost)
     yield f"{worse} slower, {better} quicker, {comparison.same} the same but for noise", worse > 0
+    if not comparison.compared:
+        yield "no row with a time is in both: nothing was compared", True
     if lost:
         yield f"{lost} that ran and run no more: {'; '.join(map(named, comparison.lost))}", True
     for where, rows in (("before", comparison.only_old), ("now", comparison.only_new)):

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import io
+import json
 import random
 import re
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pytest
 from bench_runs import measured, row, run
 from PIL import Image
 
-from bench import plots, reasons, report, summary, words
+from bench import plots, reasons, records, report, summary, words
 from bench.compare import compare, slower
 from bench.jobs import jobs, predicted_row
 from bench.records import CHANNELS_LAST, CONTIGUOUS, OURS, PADDED_CHANNELS_LAST, Measurement
@@ -383,3 +384,41 @@ def test_losses_say_what_the_compiler_made_of_the_kernel():
     known, unknown = reasons.losses(run(*rows), audit=True)
     assert re.search(r"box: \d+ registers, (a block|2 blocks) a multiprocessor, HGMMA from shared", known.code)
     assert unknown.code == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"times": 0}, "rows[1].times: is out of range"),
+        ({"flops": -1}, "rows[1].flops: is out of range"),
+        ({"bytes": 10**400}, "rows[1].bytes: is out of range"),
+        ({"roofline_seconds": 10**400}, "rows[1].roofline_seconds: is not finite"),
+        ({"predicted_seconds": 0.0}, "rows[1].predicted_seconds: is out of range"),
+        ({"measured": {OURS: {"seconds": 0.0}}}, "rows[1].measured.triton_conv.seconds: is out of range"),
+        ({"measured": {OURS: {"spread": -0.1}}}, "rows[1].measured.triton_conv.spread: is out of range"),
+        ({"layer": "a"}, "rows[1]: the same row stands there twice"),
+    ],
+    ids=str,
+)
+def test_numbers_that_nobody_can_have_measured(change, message, tmp_path):
+    path = tmp_path / "bench.json"
+    records.write(run(row("a", 100), row("b", 100, call=row("a").call)), path)
+    assert len(records.read(path).rows) == 2
+    found = json.loads(path.read_text())
+    found["rows"][1] |= change
+    path.write_text(json.dumps(found))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        records.read(path)
+
+
+def test_numbers_of_too_many_digits_are_named_with_their_file(tmp_path):
+    path = tmp_path / "bench.json"
+    path.write_text(f'{{"format": {"9" * 5000}}}')
+    with pytest.raises(ValueError, match="bench.json: is no JSON"):
+        records.read(path)
+
+
+def test_files_without_a_common_row_are_no_success():
+    found = compare(run(row("a", 100)), run(row("b", 100)))
+    assert not found.compared
+    assert ("no row with a time is in both: nothing was compared", True) in words.change_words(found)
