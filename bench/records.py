@@ -17,7 +17,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 FORMAT = 1
 
-OPS = ("fprop", "dgrad", "wgrad", "step")  # a step is the forward convolution and the gradients that training needs
+OPS = ("fprop", "dgrad", "wgrad", "step")  # a step is the forward convolution and both gradients
 SOURCES = ("measured", "simulated", "predicted")
 
 POSITIVE = ("times", "predicted_seconds", ".seconds")  # names of numbers that are never 0

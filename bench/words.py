@@ -7,6 +7,7 @@ from itertools import zip_longest
 
 from .compare import Comparison
 from .records import Row
+from .summary import Pair, Total
 
 
 def us(seconds: float | None) -> str:
@@ -29,6 +30,13 @@ def ms(seconds: float | None) -> str:
     if seconds is None:
         return ""
     return f"{1e3 * seconds:.0f}" if seconds >= 0.1 else f"{1e3 * seconds:#.3g}"
+
+
+def ms_of(pair: Pair | None, total: Total) -> str:
+    """Another's milliseconds of a total, and of how many layers they are where it has not all."""
+    if pair is None:
+        return ""
+    return f"{ms(pair.theirs)}{f' ({pair.rows} layers)' if pair.rows < total.rows else ''}"
 
 
 def ratio(value: float | None) -> str:

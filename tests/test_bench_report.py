@@ -414,7 +414,7 @@ def test_numbers_that_nobody_can_have_measured(change, message, tmp_path):
 def test_numbers_of_too_many_digits_are_named_with_their_file(tmp_path):
     path = tmp_path / "bench.json"
     path.write_text(f'{{"format": {"9" * 5000}}}')
-    with pytest.raises(ValueError, match="bench.json: is no JSON"):
+    with pytest.raises(ValueError, match=r"bench\.json: is no JSON"):
         records.read(path)
 
 
