@@ -33,10 +33,10 @@ def ms(seconds: float | None) -> str:
 
 
 def ms_of(pair: Pair | None, total: Total) -> str:
-    """Another's milliseconds of a total, and of how many layers they are where it has not all."""
+    """Another's milliseconds of a total, and of how many of its layers they are if not of all."""
     if pair is None:
         return ""
-    return f"{ms(pair.theirs)}{f' ({pair.rows} layers)' if pair.rows < total.rows else ''}"
+    return f"{ms(pair.theirs)}{f' ({pair.rows} of {total.rows})' if pair.rows < total.rows else ''}"
 
 
 def ratio(value: float | None) -> str:
