@@ -25,7 +25,7 @@ from bench.records import (
 from bench.subjects import DEFAULT, RESULTS
 from triton_conv import execute, explain
 from triton_conv.devices import A100, H200, INTERPRETER
-from triton_conv.tuning import rounds
+from triton_conv.tuning import audit, rounds
 from triton_conv.tuning.layers import Layer
 
 CPU = torch.device("cpu")
@@ -322,6 +322,16 @@ def test_wrong_results_have_no_time(monkeypatch):
     assert row.measured[CONTIGUOUS].seconds > 0
 
 
+@pytest.mark.parametrize(("off", "timed"), [(3.0, True), (30.0, False), (math.inf, False)])
+def test_others_are_timed_where_they_are_a_little_off(monkeypatch, off, timed):
+    monkeypatch.setattr(
+        values, "checked", lambda job, subject, *a: (0.1, "") if subject.who == OURS else (off, "wrong: some")
+    )
+    theirs = meter().row(of("plain")).measured[CONTIGUOUS]
+    assert (theirs.seconds is not None) == timed
+    assert theirs.note == "wrong: some"
+
+
 def test_a_device_that_has_failed_ends_it(monkeypatch):
     probe = FakeProbe()
 
@@ -405,8 +415,10 @@ def test_references_are_kept_for_the_next_operation_unless_they_are_large(monkey
     assert sorted(made) == ["dw", "dw", "dx", "dx", "y", "y"]
 
 
-def test_plans_that_do_not_compile_are_not_run(monkeypatch):
+def test_plans_whose_compilers_die_are_not_run(monkeypatch):
     class Compiled:
+        error = f"{audit.DIED} of it"
+
         def __init__(self):
             self.expected = []
 
@@ -414,7 +426,7 @@ def test_plans_that_do_not_compile_are_not_run(monkeypatch):
             self.expected += plans
 
         def rows(self, p):
-            return [SimpleNamespace(error=""), SimpleNamespace(error="PTXASError: no")]
+            return [SimpleNamespace(error=""), SimpleNamespace(error=self.error)]
 
     measuring = meter()
     measuring.ahead = Compiled()
@@ -422,8 +434,12 @@ def test_plans_that_do_not_compile_are_not_run(monkeypatch):
     measuring.expect(todo)
     assert len(measuring.ahead.expected) == 3
     row = measuring.row(todo[0])
-    assert row.measured[OURS].note == "failed: PTXASError: no"
+    assert row.measured[OURS].note == "failed: the compiler died of it"
     assert row.measured[CONTIGUOUS].seconds > 0
+    monkeypatch.setattr(Compiled, "error", "FileNotFoundError: cuobjdump")  # what cannot be read may run all the same
+    measuring = meter()
+    measuring.ahead = Compiled()
+    assert measuring.row(todo[0]).measured[OURS].seconds > 0
 
     monkeypatch.setattr(Compiled, "rows", raises(RuntimeError("processes die")))
     with pytest.warns(UserWarning, match="nothing is compiled ahead: processes die"):
@@ -506,6 +522,20 @@ def test_a_gpu_that_is_not_there_is_said():
         pytest.skip("there is one")
     with pytest.raises(RuntimeError, match="no CUDA device"):
         device_meter.CudaMeter()
+
+
+def test_a_product_that_fails_leaves_the_other_ceilings(monkeypatch):
+    whole = ceilings.matmul_precision
+
+    def mixed(precision):
+        if precision == "tf32":
+            raise RuntimeError("a mix of the legacy and new APIs")
+        return whole(precision)
+
+    monkeypatch.setattr(ceilings, "matmul_precision", mixed)
+    with pytest.warns(UserWarning, match="no ceiling of tf32: a mix"):
+        found = ceilings.ceilings(CPU, FakeClock(), copy_bytes=4096, edge=16, ieee_edge=8)
+    assert set(found) == {"copy", "matmul bfloat16", "matmul float16", "matmul float32"}
 
 
 def test_ceilings_count_what_was_moved_and_multiplied():

@@ -33,6 +33,11 @@ def hangs():
     print("for ever", flush=True)
     time.sleep(600)
 
+def stuck():
+    import faulthandler
+    faulthandler.dump_traceback_later(0.2, exit=True)
+    hangs()
+
 def grows():
     with open(os.path.join(sys.path[0] or ".", "COUNT"), "a") as file:
         file.write("x")
@@ -108,6 +113,28 @@ def test_units_fail_in_every_way_and_the_others_go_on(bed):
     before = (bed.out / record.FILE).stat().st_mtime_ns, facts
     (report,), found = bed.run(x=STAGE + EVERYTHING)
     assert (report.left, found.stages["x"]) == (0, before[1])
+
+
+def test_a_kernel_that_ends_processes_is_left_out(bed):
+    body = "".join(
+        f'    yield Unit("{n}", {what}, kernel="box")\n' for n, what in enumerate(("stuck", "killed", "fine"))
+    )
+    body += '    yield Unit("another", fine, kernel="gather")\n'
+    _, found = bed.run(x=STAGE + body)
+    stuck, killed, out, another = (found.stages["x"][name] for name in ("0", "1", "2", "another"))
+    assert stuck["words"].startswith("hung: it ended itself in File")
+    assert stuck["words"].endswith("in hangs")
+    assert (stuck["deadly"], killed["deadly"]) == ("box", "box")
+    assert out["words"] == "left out: box has hung, or ended its process, before"
+    assert (out["ok"], out["unfinished"], another["ok"]) == (False, True, True)
+    found.forget("x", "1")  # as --again does: a single death is no rule
+    record.write(found, bed.out)
+    _, found = bed.run(x=STAGE + body.replace("killed", "fine"))
+    assert found.stages["x"]["2"]["ok"]
+
+
+def test_stages_run_in_the_order_that_is_given():
+    assert command._stages("caca") == "ca"
 
 
 def test_a_stage_that_does_not_begin_has_failed_and_the_next_one_runs(bed):

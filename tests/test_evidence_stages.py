@@ -227,3 +227,49 @@ def test_the_whole_run_simulated(tmp_path):
     assert records.read(tmp_path / quick_bench.FILE).source == "simulated"
     names = sorted(path.name for path in tmp_path.rglob("*"))
     assert names == ["bench.json", "evidence.json", "log.txt", "store.tgz"]
+
+
+def test_a_row_of_every_suite_comes_before_a_second_one():
+    groups = quick_bench.grouped(quick_bench.jobs(["mobilenetv3", "convnext", "mamba"], ("fprop",), quick=True))
+    assert [group[0].suite for group in groups] == 3 * ["mobilenetv3"] + 3 * ["convnext"] + 2 * ["mamba"]
+    turned = quick_bench.turned(groups)
+    assert [group[0].suite for group in turned] == 3 * ["mobilenetv3"] + [
+        "convnext",
+        "mamba",
+        "convnext",
+        "mamba",
+        "convnext",
+    ]
+    assert sorted(map(str, turned)) == sorted(map(str, groups))
+
+
+def test_plans_are_expected_a_window_ahead_and_asked_for_once(monkeypatch, tmp_path):
+    asked, expected = [], []
+
+    class Ahead:
+        def expect_too(self, plans):
+            expected.append(list(plans))
+
+        def rows(self, p):
+            asked.append(p)
+            return []
+
+    monkeypatch.setattr(checking, "_WINDOW", 2)
+    compiler = checking.Compiler(Context(tmp_path, torch.device("cpu"), True, lambda: 1.0))
+    compiler._ahead = Ahead()
+    for name, plans in {"a": [1], "b": [2], "c": [1, 3]}.items():
+        compiler.add(name, lambda plans=plans: plans)
+    assert [compiler.compiled(name) for name in "abc"] == 3 * [([], [])]
+    assert expected == [[1], [2], [3]]
+    assert asked == [1, 2, 3]
+
+
+def test_rows_of_a_kernel_that_ends_processes_are_not_begun(tmp_path):
+    found = record.begin("c0ffee", True)
+    found.stages["a"] = {str(n): {"ok": False, "words": "hung", "deadly": "box"} for n in range(2)}
+    record.write(found, tmp_path)
+    where = context(tmp_path)
+    group = quick_bench.grouped(quick_bench.jobs(["resnet50"], ["fprop"], quick=True))[0]
+    facts = quick_bench._measure(group, quick_bench._Expecting(where, group), where)
+    assert facts["words"].startswith("left out: box")
+    assert not (tmp_path / quick_bench.FILE).exists()

@@ -6,7 +6,7 @@ import sys
 import weakref
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -304,6 +304,24 @@ def test_a_compiler_that_dies_is_tried_alone(monkeypatch):
     compiling = Ahead(90, jobs=1)
     compiling.expect([p])
     assert compiling.rows(p) == alone
+
+
+def test_what_launches_is_compiled_ahead_too(monkeypatch):
+    """Triton 3.6 would ask the host's compiler for it at the first launch."""
+    stubs = []
+    monkeypatch.setattr(audit, "stub", stubs.append)
+    monkeypatch.setattr(audit, "compiling_for", lambda arch: nullcontext())
+    monkeypatch.setattr(audit, "compiled_kernels", lambda p, names: iter([("launch", "kernel")]))
+    monkeypatch.setattr(audit, "read", lambda kernel, arch: None)
+    monkeypatch.setattr(audit, "_row", lambda task, launch: audit.Row(90, "", 1, "", "", "", None, audit.Wanted()))
+    given = []
+    monkeypatch.setattr(ahead.ProcessPoolExecutor, "submit", lambda self, work, task: given.append((work, task)))
+    (p, *_) = plan.every(problems("gather", DEVICES["H200"])[0])
+    Ahead(90, jobs=1).expect([p])
+    ((work, task),) = given
+    work(task)
+    work(task._replace(stubs=False))
+    assert stubs == ["kernel"]
 
 
 def test_what_waits_for_a_compiler_that_dies_is_given_to_another(monkeypatch):

@@ -21,7 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("evidence"), help="folder of the results (default: evidence)")
     parser.add_argument("--budget", type=_seconds, help="seconds for everything (default: as the stages take)")
-    parser.add_argument("--stages", type=_stages, default="".join(STAGES), help=f"of {''.join(STAGES)}, by letter")
+    letters = "".join(STAGES)
+    parser.add_argument("--stages", type=_stages, default=letters, help=f"of {letters}, in the order that is given")
     parser.add_argument("--simulate", action="store_true", help="on the CPU, with simulated times")
     parser.add_argument(
         "--again", action="store_true", help="run failed units again; of another commit or device, start anew"
@@ -108,7 +109,7 @@ def _stages(text: str) -> str:
     unknown = sorted(set(text) - set(STAGES))
     if unknown or not text:
         raise argparse.ArgumentTypeError(f"{text!r} is to be letters of {''.join(STAGES)}")
-    return "".join(letter for letter in STAGES if letter in text)
+    return "".join(dict.fromkeys(text))
 
 
 if __name__ == "__main__":

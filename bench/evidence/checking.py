@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +30,7 @@ from .units import Context
 AnyPlan = Plan | CausalPlan | SeparablePlan
 
 _WINDOW = 64  # units whose plans are compiled ahead of the one that runs
+HANG = 45.0  # seconds that compiled kernels and their references are far from taking, cuDNN's choice included
 _SPLITS = 3  # slabs in the interpreter, at most: each is a program
 
 
@@ -48,25 +51,32 @@ class Compiler:
         self._ahead = Ahead(self.device.capability) if known else None
         self._plans: dict[str, Callable[[], Sequence[AnyPlan]]] = {}
         self._expected: set[str] = set()
+        self._rows: dict[AnyPlan, list[audit.Row]] = {}
 
     def add(self, name: str, plans: Callable[[], Sequence[AnyPlan]]) -> None:
         """Says what a unit will run; units are added in the order in which they run."""
         self._plans[name] = plans
 
     def compiled(self, name: str) -> tuple[list[str], list[str]]:
-        """What of a unit's plans does not compile, and what their code takes too much of, in words."""
+        """What of a unit's plans could not be compiled and read, and what their code takes too much of, in words.
+
+        Whether a kernel runs is for its launch to say, not for the tools that read its code; but see `deadly`.
+        """
         if self._ahead is None:
             return [], []
-        if name not in self._expected:
-            names = list(self._plans)
-            first = names.index(name)
-            self._expected = set(names[first : first + _WINDOW])
-            self._ahead.expect(p for one in names[first : first + _WINDOW] for p in self._some(one))
+        names = list(self._plans)
+        first = names.index(name)
         errors: list[str] = []
         notes: list[str] = []
         try:
+            for one in names[first : first + _WINDOW]:
+                if one not in self._expected:
+                    self._expected.add(one)
+                    self._ahead.expect_too(p for p in self._some(one) if p not in self._rows)
             for p in self._some(name):
-                for row in self._ahead.rows(p):
+                if p not in self._rows:  # asked again, it would wait behind all that is expected
+                    self._rows[p] = self._ahead.rows(p)
+                for row in self._rows[p]:
                     if row.code is None:
                         errors.append(f"{row.kernel}: {row.error}")
                     else:
@@ -167,9 +177,31 @@ def compare(problem: Problem, p: Plan, context: Context, compiler: Compiler, nam
     """Facts of a unit: whether a plan computes what it should, and by how much cuDNN is off where it can compute it."""
     errors, notes = compiler.compiled(name)
     facts: Facts = {"kernel": p.kernel, "config": str(p.config), "geometry": str(problem.geometry)}
-    facts |= {"code": notes} if notes else {}
-    if errors:
+    facts |= {"code": notes + errors} if notes + errors else {}
+    if deadly(errors):
         return {"ok": False, "words": f"does not compile: {'; '.join(errors)}", **facts}
+    with watched(context):
+        return _compared(problem, p, context, facts)
+
+
+def deadly(errors: Sequence[str]) -> bool:
+    """Whether one of these errors of compilers would end this process too."""
+    return any(audit.DIED in error for error in errors)
+
+
+@contextmanager
+def watched(context: Context, seconds: float = HANG) -> Iterator[None]:
+    """Ends the process if what is inside takes longer, and prints where it was: a kernel hangs, which nothing stops."""
+    if context.device.type == "cuda":
+        faulthandler.dump_traceback_later(seconds, exit=True)
+    try:
+        yield
+    finally:
+        if context.device.type == "cuda":
+            faulthandler.cancel_dump_traceback_later()
+
+
+def _compared(problem: Problem, p: Plan, context: Context, facts: Facts) -> Facts:
     call, output = operands.operands(problem, context.device, seed=0)
     want = operands.expected(problem, call)
     wrong = operands.wrong(problem, p, call, output, want)

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from statistics import geometric_mean
 from typing import Any
 
 from .. import records, summary
-from ..jobs import Job, jobs
+from ..jobs import Job, jobs, plans
 from ..records import OURS, Row
 from ..runner import Meter, run
-from . import meters, record
+from . import checking, meters, record
 from .record import Facts
-from .units import Context, Unit
+from .units import Context, Unit, shunned
 
 NAME = "c"
 ABOUT = "the heaviest layers of every suite, against cuDNN"
 LIMIT = 470.0
 
 FILE = "bench.json"
+_HANG = 100.0  # seconds that a row is far from taking, its part of compiling included
 _SIMULATED = ("resnet50", "mobilenetv3", "upsampling", "mamba")  # of each, one layer
 
 
 def units(context: Context) -> Iterator[Unit]:
-    groups = grouped(wanted(context))
+    groups = turned(grouped(wanted(context)))
     meter = _Expecting(context, [job for group in groups for job in group])
     for group in groups:
         yield Unit(f"{group[0].suite}: {group[0].name}", partial(_measure, group, meter, context), 180.0)
@@ -49,6 +52,20 @@ def grouped(found: Sequence[Job]) -> list[list[Job]]:
     return list(groups.values())
 
 
+def turned(groups: Sequence[list[Job]]) -> list[list[Job]]:
+    """The heaviest layer of every suite, then the second ones: whenever time is up, all suites have as many.
+
+    The first suite comes first as a whole.
+    """
+    seen: Counter[str] = Counter()
+    keys = list[tuple[int, int]]()
+    for group in groups:
+        suite = group[0].suite
+        keys.append((seen[suite] if suite != groups[0][0].suite else 0, len(keys)))
+        seen[suite] += 1
+    return [groups[place] for _, place in sorted(keys)]
+
+
 class _Expecting:
     """A meter that compiles all jobs from the first that is asked for ahead, not only those of one run."""
 
@@ -61,14 +78,14 @@ class _Expecting:
         if self._meter is None:
             self._meter = meters.of(self._context)
             self._meter.expect(self._jobs[self._jobs.index(first) :])
-        return _Prepared(self._meter)
+        return _Prepared(self._meter, self._context)
 
 
 class _Prepared:
     """A meter that expects already what will be asked of it."""
 
-    def __init__(self, meter: Meter):
-        self._meter, self.name, self.source = meter, meter.name, meter.source
+    def __init__(self, meter: Meter, context: Context):
+        self._meter, self._context, self.name, self.source = meter, context, meter.name, meter.source
 
     def ceilings(self) -> dict[str, float]:
         return self._meter.ceilings()
@@ -77,12 +94,16 @@ class _Prepared:
         pass
 
     def row(self, job: Job) -> Row:
-        return self._meter.row(job)
+        with checking.watched(self._context, _HANG):
+            return self._meter.row(job)
 
 
 def _measure(group: Sequence[Job], meter: _Expecting, context: Context) -> Facts:
     command = "python -m bench.evidence --stages c"
     evidence = record.read(context.out)
+    kernels = {plan.kernel for job in group for plan in plans(job, checking.device_of(context))}
+    for kernel in kernels.intersection(evidence.deadly() if evidence else ()):
+        return shunned(kernel)
     found = run(
         group,
         meter.of(group[0]),
@@ -122,7 +143,10 @@ def _summary(context: Context) -> Facts:
     path = context.out / FILE
     if not path.exists():
         return {"ok": True, "words": "nothing was measured", "unfinished": True}
-    rows = records.read(path).rows
+    places = {job.row_name: place for place, job in enumerate(wanted(context))}
+    found = records.read(path)
+    rows = sorted(found.rows, key=lambda row: places.get(row.name, len(places)))
+    records.write(replace(found, rows=tuple(rows)), path)
     suites = {
         suite: counts([row for row in rows if row.suite == suite]) for suite in dict.fromkeys(r.suite for r in rows)
     }
@@ -130,5 +154,5 @@ def _summary(context: Context) -> Facts:
     mean = f", {total['mean_speedup']:.2f}x on the mean" if total["mean_speedup"] else ""
     words = f"{total['rows']} rows: {total['wins']} quicker than cuDNN, {total['losses']} slower{mean}"
     facts: Facts = {"ok": True, "words": words, "suites": suites, **total}
-    missing = {job.row_name for job in wanted(context)} - {row.name for row in rows}
+    missing = set(places) - {row.name for row in rows}
     return {**facts, "unfinished": True} if missing else facts

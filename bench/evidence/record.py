@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -37,6 +38,11 @@ class Record:
             for name, facts in units.items():
                 if not facts["ok"]:
                     yield stage, name, facts
+
+    def deadly(self, times: int = 2) -> list[str]:
+        """Kernels of which at least so many units hung or ended their process: others of them are left out."""
+        counts = Counter(facts["deadly"] for _, _, facts in self.failed() if "deadly" in facts)
+        return [kernel for kernel, count in counts.items() if count >= times]
 
     def forget(self, stage: str, name: str) -> None:
         """Lets a unit run again."""

@@ -28,6 +28,7 @@ _START_SECONDS = 120.0  # until a stage has listed its units
 _RESERVE = 12.0  # seconds for a later stage of a simulation
 _GRACE = 5.0  # seconds for a unit to notice that the time of its stage is up
 _LOG_BYTES = 12 * 2**20
+_TRACE = "(most recent call first):"  # what faulthandler prints before the calls of a thread
 _LAST_LINES = 5  # of what a unit printed, in its facts
 
 
@@ -148,8 +149,18 @@ class _Child:
                 self._log.keep(text)
 
     def last_lines(self) -> list[str]:
-        """What it printed last."""
-        return [line.rstrip()[:300] for line in list(self._lines) if line.strip()][-_LAST_LINES:]
+        """What it printed last; of one that ended itself because it hung, the innermost calls of its main thread."""
+        lines = [line.rstrip()[:300] for line in list(self._lines) if line.strip()]
+        if self._hung():
+            begin = max(number for number, line in enumerate(lines) if _TRACE in line)
+            return lines[begin + 1 : begin + 1 + _LAST_LINES]
+        return lines[-_LAST_LINES:]
+
+    def _hung(self) -> bool:
+        """Whether it ended itself so: see `checking.watched`."""
+        lines = list(self._lines)
+        late = any(line.startswith("Timeout (") for line in lines)
+        return late and any(_TRACE in line for line in lines)
 
     def ending(self) -> str:
         """How it ended by itself, in words."""
@@ -161,6 +172,8 @@ class _Child:
             words = "stopped answering"
         elif code < 0:
             words = f"died with signal {_signal(-code)}"
+        elif self._hung():
+            return " ".join(["hung: it ended itself in", *(line.strip() for line in self.last_lines()[:1])])
         else:
             words = f"ended with exit code {code}"
         last = self.last_lines()[-1:]
@@ -194,7 +207,7 @@ class _Watch:
         self.until = until
         self.about = ""
         self.names: list[str] | None = None  # of all units, once they are listed
-        self.unit, self.began, self.unit_until = "", 0.0, math.inf  # in flight
+        self.unit, self.kernel, self.began, self.unit_until = "", "", 0.0, math.inf  # in flight
 
     def run(self, variables: Mapping[str, str]) -> Report:
         """Runs what is left of the stage, in a new process after each that dies."""
@@ -217,7 +230,8 @@ class _Watch:
 
     def _child_is_the_last(self, variables: Mapping[str, str]) -> bool:
         until = None if self.until == math.inf else self.until
-        task = Task(self.module, str(self.out), self.record.simulated, until, self.record.finished(self.letter))
+        done, deadly = self.record.finished(self.letter), self.record.deadly()
+        task = Task(self.module, str(self.out), self.record.simulated, until, done, deadly)
         child = _Child(task, variables, self.log)
         self.unit, self.unit_until = "", time.monotonic() + _START_SECONDS
         try:
@@ -252,13 +266,14 @@ class _Watch:
         elif kind == "units":
             self.names, self.unit_until = event["names"], math.inf
         elif kind == "begin":
-            self.unit, self.began = event["name"], time.monotonic()
+            self.unit, self.kernel, self.began = event["name"], event["kernel"], time.monotonic()
             self.unit_until = self.began + event["timeout"]
             self.log.keep(f"-- {self.letter} {self.unit}\n")
         elif kind == "end":
             facts = event["facts"]
             if not facts["ok"]:
                 facts.setdefault("output", child.last_lines())
+                facts |= {"deadly": self.kernel} if event["broken"] and self.kernel else {}
             self._finish(event["name"], facts)
             self.unit, self.unit_until = "", math.inf
             return event["broken"]
@@ -286,6 +301,7 @@ class _Watch:
     def _fail(self, words: str, child: _Child) -> None:
         seconds = time.monotonic() - self.began if self.unit else 0.0
         facts = {"ok": False, "words": words, "output": child.last_lines(), "seconds": seconds}
+        facts |= {"deadly": self.kernel} if self.unit and self.kernel else {}
         self._finish(self.unit or START, facts)
 
     def _out_of_time(self, child: _Child) -> bool:

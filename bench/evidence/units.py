@@ -31,11 +31,19 @@ class Unit(NamedTuple):
     `run()` returns facts that JSON can hold, always with `ok: bool` and `words: str` (one line for a person); with
     `"unfinished": True` it goes on when the run is resumed. An exception is a failed unit. The name is stable, so that
     a run that goes on skips what is finished. `timeout` is how many seconds it may take before it counts as hung.
+    Units of a `kernel` that has ended several processes are left out.
     """
 
     name: str
     run: Callable[[], dict[str, Any]]
     timeout: float = 120.0
+    kernel: str = ""
+
+
+def shunned(kernel: str) -> dict[str, Any]:
+    """The facts of a unit of a kernel that would take too much time to fail once more."""
+    words = f"left out: {kernel} has hung, or ended its process, before"
+    return {"ok": False, "words": words, "unfinished": True}
 
 
 class Stage(Protocol):

@@ -38,30 +38,27 @@ _EIGHT = "8 warps"
 
 def units(context: Context) -> Iterator[Unit]:
     compiler = Compiler(context)
-    chunks = [[number] for number in range(len(CASES))]
-    chunks += [list(range(n, n + CHUNK)) for n in range(len(CASES), len(CASES) + RANDOM, CHUNK)]
+    table = [[number] for number in range(len(CASES))]
+    drawn = [list(range(n, n + CHUNK)) for n in range(len(CASES), len(CASES) + RANDOM, CHUNK)]
     found = shipped(compiler.device)
     eight = _distinct(found)
     if context.simulate:
-        chunks = [*chunks[: len(CASES) : 25], [len(CASES) + 1, len(CASES) + 2]]
+        table, drawn = table[::25], [[len(CASES) + 1, len(CASES) + 2]]
         found = checking.covering((kernel, (kernel, entry)) for kernel, entry in found)
         eight = found[::3]
-    for numbers in chunks:
-        first = check.numbered_case(numbers[0], SEED)
-        name = f"case {numbers[0]}: {first}" if len(numbers) == 1 else f"random cases {numbers[0]} to {numbers[-1]}"
-        compiler.add(name, partial(_plans_of_cases, numbers, compiler.device))
-        yield Unit(name, partial(_cases, name, numbers, context, compiler))
+    yield from _units_of_cases(table, context, compiler)
     for name, kernel, entry in _named("shipped", found):
         compiler.add(name, partial(_plans, kernel, entry, context, 0))
-        yield Unit(name, partial(_config, name, kernel, entry, context, compiler))
+        yield Unit(name, partial(_config, name, kernel, entry, context, compiler), kernel=kernel)
     for axis in range(4)[:: 3 if context.simulate else 1]:
         name = f"box_wgrad, runs along {'NDHW'[axis]}"
         compiler.add(name, partial(_plans_of_run, axis, context))
-        yield Unit(name, partial(_compared, name, axis, context, compiler))
+        yield Unit(name, partial(_compared, name, axis, context, compiler), kernel="box_wgrad")
     for name, kernel, entry in _named(_EIGHT, eight):
         compiler.add(name, partial(_plans, kernel, entry, context, 8))
-        yield Unit(name, partial(_eight_warps, name, kernel, entry, context, compiler))
+        yield Unit(name, partial(_eight_warps, name, kernel, entry, context, compiler), kernel=f"{kernel}, {_EIGHT}")
     yield Unit(f"{_EIGHT}, all together", partial(_together, context))
+    yield from _units_of_cases(drawn, context, compiler)
 
 
 def _named(what: str, found: list[tuple[str, Entry]]) -> Iterator[tuple[str, str, Entry]]:
@@ -77,16 +74,26 @@ def _named(what: str, found: list[tuple[str, Entry]]) -> Iterator[tuple[str, str
 # Cases, by the public functions
 
 
+def _units_of_cases(chunks: list[list[int]], context: Context, compiler: Compiler) -> Iterator[Unit]:
+    for numbers in chunks:
+        first = check.numbered_case(numbers[0], SEED)
+        name = f"case {numbers[0]}: {first}" if len(numbers) == 1 else f"random cases {numbers[0]} to {numbers[-1]}"
+        compiler.add(name, partial(_plans_of_cases, numbers, compiler.device))
+        yield Unit(name, partial(_cases, name, numbers, context, compiler))
+
+
 def _cases(name: str, numbers: list[int], context: Context, compiler: Compiler) -> Facts:
     errors, notes = compiler.compiled(name)
-    most, theirs, wrong = 0.0, None, [f"does not compile: {error}" for error in errors]
-    done = 0
+    if checking.deadly(errors):
+        return {"ok": False, "words": f"does not compile: {'; '.join(errors)}", "code": notes}
+    most, theirs, wrong, done = 0.0, None, list[str](), 0
     for number in numbers:
         if context.left() < 0 and len(numbers) > 1:
             return {"ok": not wrong, "words": f"the time was up after {done} cases", "unfinished": True}
         case = check.numbered_case(number, SEED)
         try:
-            results, rival = _case(case, number, context)
+            with checking.watched(context):
+                results, rival = _case(case, number, context)
         except torch.AcceleratorError as error:  # the process ends with it
             raise RuntimeError(f"case {number}, {case}: {error}") from error
         except Exception as error:
@@ -100,7 +107,7 @@ def _cases(name: str, numbers: list[int], context: Context, compiler: Compiler) 
         wrong += [
             f"case {number}, {case}: {r.name} {r.share:.3g} times too far off: {r.note}" for r in results if not r.ok
         ]
-    facts: Facts = {"cases": len(numbers), "share": most, "cudnn_share": theirs, "code": notes}
+    facts: Facts = {"cases": len(numbers), "share": most, "cudnn_share": theirs, "code": notes + errors}
     if wrong:
         return {"ok": False, "words": "; ".join(wrong[:3]), "wrong": wrong, **facts}
     rivals = "" if theirs is None else f", cuDNN's {theirs:.0%}"

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from types import ModuleType
 
@@ -17,6 +17,8 @@ from ..plan import Plan
 from . import audit
 
 AnyPlan = Plan | CausalPlan
+
+_NICENESS = 10
 
 
 class Ahead:
@@ -34,8 +36,13 @@ class Ahead:
     def expect(self, plans: Iterable[AnyPlan]) -> None:
         """Begins with plans, in this order, and drops those that were expected before and are not begun."""
         self.drop()
+        self.expect_too(plans)
+
+    def expect_too(self, plans: Iterable[AnyPlan]) -> None:
+        """Begins with plans, in this order, after those that are expected already."""
         for p in plans:
-            self._waiting[p] = self._submitted(p)
+            if p not in self._waiting:
+                self._waiting[p] = self._submitted(p)
 
     def drop(self) -> None:
         """Expects nothing any more."""
@@ -56,17 +63,24 @@ class Ahead:
             return rows
 
     def _submitted(self, p: AnyPlan) -> Future[list[audit.Row]]:
-        task = audit.Compilation(0, _subject(p), self.arch, ())
+        task = audit.Compilation(0, _subject(p), self.arch, (), stubs=True)
         for _ in range(2):
             if self._pool is None:
                 context = multiprocessing.get_context("spawn")
-                self._pool = ProcessPoolExecutor(self.jobs, context, initializer=audit.heed_the_parent)
+                self._pool = ProcessPoolExecutor(self.jobs, context, initializer=_begin)
             try:
                 with _without_main():
                     return self._pool.submit(audit.compiled, task)
             except BrokenProcessPool:
                 self._pool = None
         raise RuntimeError("processes that compile kernels die as they start")
+
+
+def _begin() -> None:
+    """In a process that compiles: whoever measures meanwhile goes first."""
+    audit.heed_the_parent()
+    with suppress(OSError):
+        os.nice(_NICENESS)
 
 
 @contextmanager

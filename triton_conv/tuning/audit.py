@@ -23,7 +23,7 @@ from ..causal_plan import CausalPlan
 from ..config import ITEM_BYTES, BandedConfig, DepthwiseConfig, Device, KernelConfig
 from ..plan import Plan
 from ..separable_plan import SeparablePlan
-from .code import TARGETS, TENSOR_MEMORY, Code, compiled_kernels, compiling_for, read
+from .code import TARGETS, TENSOR_MEMORY, Code, compiled_kernels, compiling_for, read, stub
 from .layers import LAYERS
 
 # By what is multiplied: 16-bit floats and TF32, 8-bit floats, 8-bit integers, float64. Those left out have none; of
@@ -40,6 +40,7 @@ _OF_FEW_ROWS = {"half": "HMMA", "float8": "QMMA", "int8": "IMMA", "double": "DMM
 _LEAST_ROWS = 64
 _KINDS = {"float16": "half", "bfloat16": "half", "float32": "half", "float64": "double"}
 _KINDS |= {"float8_e4m3fn": "float8", "int8": "int8", "uint8": "int8"}
+DIED = "the compiler died"  # an error of rows: it would take whoever compiles with it
 
 
 @dataclass(frozen=True)
@@ -160,12 +161,13 @@ def audit(
 
 
 class Compilation(NamedTuple):
-    """A subject to compile for an architecture, of all its kernels or of these."""
+    """A subject to compile for an architecture, of all its kernels or of these; `stubs` with what launches them."""
 
     number: int
     subject: Subject
     arch: int
     kernels: tuple[str, ...]
+    stubs: bool = False
 
 
 def _in_processes(tasks: Sequence[Compilation], jobs: int) -> Generator[tuple[int, list[Row]], None, None]:
@@ -186,7 +188,7 @@ def _in_processes(tasks: Sequence[Compilation], jobs: int) -> Generator[tuple[in
             suspects = list(running.values())
             running.clear()
             if len(suspects) == 1:
-                yield suspects[0].number, [_failed(suspects[0], "the compiler died")]
+                yield suspects[0].number, [_failed(suspects[0], DIED)]
             else:
                 yield from _in_processes(suspects, 1)
 
@@ -219,10 +221,10 @@ def compiled(task: Compilation) -> list[Row]:
     """The rows of a subject, in a process that does not interpret kernels."""
     try:
         with compiling_for(task.arch):
-            return [
-                replace(_row(task, launch), code=read(kernel, task.arch))
-                for launch, kernel in compiled_kernels(task.subject.plan, task.kernels)
-            ]
+            found = list(compiled_kernels(task.subject.plan, task.kernels))
+            for _, kernel in found if task.stubs else ():
+                stub(kernel)
+            return [replace(_row(task, launch), code=read(kernel, task.arch)) for launch, kernel in found]
     except Exception as error:  # whatever a compiler raises is a finding
         return [_failed(task, words(error))]
 

@@ -12,13 +12,14 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import CudaLauncher
 
 from .. import devices
 from ..causal_plan import CausalPlan
@@ -114,6 +115,16 @@ def compiled_kernels(plan: Plan | CausalPlan | SeparablePlan, names: Collection[
     for launch in plan.launches:
         if not names or launch.name in names:
             yield launch, launch.compile(dtypes)
+
+
+def stub(kernel: Any) -> None:
+    """Compiles the C function that launches a kernel, into Triton's cache.
+
+    Triton 3.6 asks the host's compiler for one at the first launch of each signature; later ones need none. Where it
+    cannot be compiled now, as without NVIDIA's driver, the launch will compile it, or say why not.
+    """
+    with suppress(Exception):
+        CudaLauncher(kernel.src, kernel.metadata)
 
 
 def read(kernel: Any, arch: int) -> Code:
