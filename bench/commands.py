@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 import torch
 
 from triton_conv import stored
 from triton_conv.devices import DEVICES, H200
-from triton_conv.tuning import tables
+from triton_conv.tuning import on_device, tables
 
 from . import plots, records, report, summary
 from .compare import Comparison, compare
@@ -23,7 +24,7 @@ from .jobs import Job, jobs
 from .records import CHANNELS_LAST, CONTIGUOUS, OPS, OTHERS, OURS, Row, Run
 from .runner import CudaMeter, Meter, PredictedMeter, SimulatedMeter
 from .runner import run as run_jobs
-from .words import change_words, grouped, ms, named, percent, ratio, us
+from .words import change_words, grouped, ms, ms_of, named, percent, ratio, us
 
 NOTHING = {
     "predicted": "Nothing was measured: every time here is a prediction for {device}.",
@@ -54,6 +55,7 @@ def bench(arguments: argparse.Namespace) -> int:
             f"{meter.source}"
         )
     out = arguments.out if arguments.out is not None else _directory(meter.name)
+    _check_kept(out / "bench.json", meter)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -62,6 +64,9 @@ def bench(arguments: argparse.Namespace) -> int:
     if nothing:
         print(nothing)
     found, code = _run(todo, meter, arguments, out / "bench.json")
+    there = {row.name for row in found.rows}
+    if left := sum(job.row_name not in there for job in todo):
+        print(f"{left} of {len(todo)} rows are left; the same command with --out {out} goes on with them")
     comparison = compare(before[0], found) if before else None
     code = max(code, _say(found, comparison))
     for path in (out / "bench.json", *_written(found, comparison, before[0] if before else None, out)):
@@ -87,6 +92,17 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ValueError(f"argument --who: {who!r} is not one of {', '.join(OTHERS)}")
     if arguments.who and (arguments.simulate or not _measures(arguments)):
         raise ValueError("argument --who: nobody is measured")
+
+
+def _check_kept(path: Path, meter: Meter) -> None:
+    """Raises ValueError where a file has results that this run would replace."""
+    if path.exists():
+        found = records.read(path)
+        if (found.device, found.source, found.commit) != (meter.name, meter.source, on_device.commit()):
+            raise ValueError(
+                f"argument --out: {path} has times of {found.device} that are {found.source}, of commit "
+                f"{found.commit or 'unknown'}: name another directory"
+            )
 
 
 def _measures(arguments: argparse.Namespace) -> bool:
@@ -177,13 +193,14 @@ def _print_rows(run: Run) -> None:
     if run.source == "predicted":
         headings = ["suite", "layer", "op", "kernel", ">predicted us", ">roofline us", ">share", "limit", "values"]
     else:
-        headings = ["suite", "layer", "op", "kernel", ">us", ">spread", ">cuDNN channels-last us", ">speed-up"]
+        headings = ["suite", "layer", "op", "kernel", ">ours us", ">spread", ">cuDNN channels-last us", ">speed-up"]
         headings += ["best other", ">its us", ">roofline us", ">TFLOP/s", ">GB/s", ">share", ">MiB", ">host us"]
     made = tables.table(*headings)
+    spare = ["kernel", "limit", "MiB", "host us", "GB/s", "TFLOP/s", "its us", "best other", "roofline us", "spread"]
     for row in run.rows:
         rest = _predicted if run.source == "predicted" else _measured
         tables.add(made, [row.suite, row.layer, row.op, *rest(run, row)])
-    tables.show(made)
+    tables.show(made, spare)
 
 
 def _predicted(run: Run, row: Row) -> list[str]:
@@ -209,7 +226,7 @@ def _print_totals(run: Run) -> None:
     """A line for each suite and operation: networks, not layers."""
     predicted = run.source == "predicted"
     made = tables.table(
-        *("suite", "op", ">layers", *(() if predicted else (">ms", ">cuDNN channels-last ms", ">speed-up"))),
+        *("suite", "op", ">layers", *(() if predicted else (">ours ms", ">cuDNN channels-last ms", ">speed-up"))),
         *(() if predicted else (">cuDNN contiguous ms", ">wins", ">losses")),
         *(">predicted ms", ">roofline ms"),
     )
@@ -217,23 +234,23 @@ def _print_totals(run: Run) -> None:
         cells = [total.suite, total.op, str(total.rows)]
         if not predicted:
             last, contiguous = total.over.get(CHANNELS_LAST), total.over.get(CONTIGUOUS)
-            cells += [ms(total.ours), ms(last.theirs) if last else "", ratio(last.speedup) if last else ""]
-            cells += [ms(contiguous.theirs) if contiguous else "", str(total.wins), str(total.losses)]
+            cells += [ms(total.ours), ms_of(last, total), ratio(last.speedup) if last else ""]
+            cells += [ms_of(contiguous, total), str(total.wins), str(total.losses)]
         tables.add(made, [*cells, ms(total.predicted), ms(total.roofline)])
-    tables.show(made)
+    tables.show(made, () if predicted else ("predicted ms", "roofline ms", "cuDNN contiguous ms"))
     speedups = [value for row in run.rows if (value := summary.speedup(row))]
     if speedups:
         wins = sum(summary.verdict(row) > 0 for row in run.rows)
         losses = sum(summary.verdict(row) < 0 for row in run.rows)
         prefix = "" if run.source == "measured" else "made-up times: "
         print(
-            f"{prefix}{summary.mean(speedups):.2f} times as quick as channels-last cuDNN (geometric mean of "
+            f"{prefix}{geometric_mean(speedups):.2f} times as quick as channels-last cuDNN (geometric mean of "
             f"{len(speedups)}), quicker on {wins}, slower on {losses}"
         )
 
 
 def _print_comparison(comparison: Comparison) -> bool:
-    """Prints what changed, and returns whether anything became worse."""
+    """Prints what changed, and returns whether anything became worse, or nobody can say."""
     made = tables.table("suite", "layer", "op", ">before us", ">now us", ">times as long")
     for change in (*comparison.regressions, *comparison.improvements):
         row = change.row
@@ -242,7 +259,7 @@ def _print_comparison(comparison: Comparison) -> bool:
         tables.show(made)
     for words, _ in change_words(comparison):
         print(f"comparison: {words}")
-    return comparison.regressed
+    return comparison.regressed or not comparison.compared
 
 
 def _two_files(old: Run, new: Run) -> int:

@@ -23,7 +23,7 @@ from . import reasons, records, summary
 from .jobs import jobs, predicted_row
 from .records import CHANNELS_LAST, CONTIGUOUS, Run
 from .summary import Total
-from .words import ms, percent, ratio
+from .words import ms, ms_of, percent, ratio
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -90,7 +90,8 @@ def _measured(path: Path, run: Run) -> Iterator[str]:
     yield f"Measured on {_plain(run.device)}, {_plain(run.time[:10])}, commit {_plain(run.commit)}, {_plain(made)}, by"
     yield f"`{run.command.replace('`', '')}`."
     yield f"Milliseconds {what}, of the layers of each suite that were measured, each as often as it stands in its"
-    yield "network. Wins and losses are layers quicker and slower than channels-last cuDNN by more than 2 % and noise."
+    yield "network; a step has both gradients of every layer, also that of images, which no training needs. Wins and"
+    yield "losses are layers quicker and slower than channels-last cuDNN by more than 2 % and noise."
     yield f"The worst layer has its speed-up and the likely reason. All rows, plots and losses: [{where}]({where})."
     yield ""
     headings = ["suite", "op", "layers", "triton_conv", "cuDNN channels-last", "speed-up", "cuDNN contiguous"]
@@ -103,8 +104,8 @@ def _cells(run: Run, total: Total) -> list[str]:
         why = "; ".join(reasons.reason(run, total.worst).split("; ")[:2])  # the likeliest
         worst = f"{total.worst.layer}: {ratio(summary.speedup(total.worst))}{', ' if why else ''}{why}"
     cells = [total.suite, total.op, str(total.rows), ms(total.ours)]
-    cells += [ms(last.theirs), ratio(last.speedup)] if last else ["", ""]
-    return [*cells, ms(contiguous.theirs) if contiguous else "", str(total.wins), str(total.losses), worst]
+    cells += [ms_of(last, total), ratio(last.speedup) if last else ""]
+    return [*cells, ms_of(contiguous, total), str(total.wins), str(total.losses), worst]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -116,7 +117,8 @@ def _predicted() -> Iterator[str]:
         rows = tuple(predicted_row(job, H200) for job in jobs(ops=("step",)))
     yield "**No GPU has run this version: what stands here are predictions, nothing is measured.** They are for an"
     yield f"{H200.name}, of the convolutions of a training step, forward and gradients, of each suite's network, beside"
-    yield "the least time that the data sheet allows. `triton-conv bench` shows every layer, and measures on a GPU."
+    yield "the least time that the data sheet allows. Both gradients of every layer count, also that of images, which"
+    yield "no training needs. `triton-conv bench` shows every layer, and measures on a GPU."
     yield ""
     cells = []
     for total in summary.totals(Run(H200.name, "predicted", "", "", "", rows=rows)):

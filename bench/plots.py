@@ -14,6 +14,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -159,18 +160,22 @@ def _draw_bars(axes: Axes, suite: str, bars: dict[str, dict[str, float]], limits
 
 
 def _ratios(axes: Axes) -> None:
-    """A logarithmic axis of ratios, with a line at 1 and as many numbers as there is room for."""
-    low, high = axes.get_xlim()
+    """A logarithmic axis of ratios, with a line at 1."""
     axes.axvline(1, color="black", linewidth=1)
-    span = high / low
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if span < 150 else (1, 3) if span < 1500 else (1,)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    _numbered(axes.xaxis, *axes.get_xlim())
     axes.tick_params(axis="x", labelsize=7)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", which="major", color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _numbered(axis: Axis, low: float, high: float) -> None:
+    """As many plain numbers on a logarithmic axis as there is room for."""
+    span = high / low
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if span < 150 else (1, 3) if span < 1500 else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _limits(values: Sequence[float], share: float = 0.12) -> tuple[float, float]:
@@ -207,14 +212,14 @@ def roofline(run: Run) -> Figure:
     if points:
         _draw_roofs(axes, run, [row for row, _ in points])
         axes.set(xscale="log", yscale="log")
+        _numbered(axes.xaxis, *axes.get_xlim())
+        _numbered(axes.yaxis, *axes.get_ylim())
         axes.legend(fontsize=8, loc="lower right", framealpha=0.95)
     axes.set_xlabel("arithmetic intensity: flops for each byte that must be moved", fontsize=9)
     axes.set_ylabel("predicted TFLOP/s" if predicted else "TFLOP/s", fontsize=9)
     axes.grid(which="major", color="#E4E4E4", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.tick_params(labelsize=8)
     return made
 

@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import tempfile
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 FORMAT = 1
 
-OPS = ("fprop", "dgrad", "wgrad", "step")  # a step is the forward convolution and the gradients that training needs
+OPS = ("fprop", "dgrad", "wgrad", "step")  # a step is the forward convolution and both gradients
 SOURCES = ("measured", "simulated", "predicted")
+
+POSITIVE = ("times", "predicted_seconds", ".seconds")  # names of numbers that are never 0
 
 # Who computed: us, and those that we are compared with. With a border that cuDNN has not, it is padded first.
 OURS = "triton_conv"
@@ -125,17 +126,34 @@ def read(path: Path) -> Run:
     """The run in a file. Raises OSError, and ValueError naming file and place for what is no run."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # of JSON, of UTF-8, of a number of thousands of digits
         raise ValueError(f"{path}: is no JSON: {error}") from error
     if not isinstance(found, dict) or found.pop("format", None) != FORMAT:
         raise ValueError(f"{path}: is no benchmark run of format {FORMAT}")
     run = typed(Run, found, str(path))
+    known: set[tuple[str, ...]] = set()
     for number, row in enumerate(run.rows):
         if row.op not in OPS:
             raise ValueError(f"{path}: rows[{number}].op: {row.op!r} is not one of {', '.join(OPS)}")
+        for where, value in _numbers(row):
+            if not 0 <= value < 2**63 or (value == 0 and where.endswith(POSITIVE)):
+                raise ValueError(f"{path}: rows[{number}].{where}: is out of range")
+        if row.name in known:
+            raise ValueError(f"{path}: rows[{number}]: the same row stands there twice")
+        known.add(row.name)
     if run.source not in SOURCES:
         raise ValueError(f"{path}: source: {run.source!r} is not one of {', '.join(SOURCES)}")
     return run
+
+
+def _numbers(of: Row | Measurement, where: str = "") -> Iterator[tuple[str, float]]:
+    """All numbers of a row with their places."""
+    for name, value in vars(of).items():
+        if isinstance(value, Mapping):
+            for who, measured in value.items():
+                yield from _numbers(measured, f"{name}.{who}.")
+        elif isinstance(value, (int, float)):
+            yield f"{where}{name}", value
 
 
 def typed(kind: Any, value: Any, where: str) -> Any:
@@ -158,7 +176,7 @@ def typed(kind: Any, value: Any, where: str) -> Any:
             raise ValueError(f"{where}: is to be an object")
         return {name: typed(inner[1], v, f"{where}.{name}") for name, v in value.items()}
     if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        if not math.isfinite(value):
+        if not abs(value) < 1e300:  # nor an integer that no float can hold
             raise ValueError(f"{where}: is not finite")
         return float(value)
     if type(value) is not kind:

@@ -24,7 +24,7 @@ from triton_conv.tuning.suites import SUITES
 from . import plots, reasons, summary
 from .compare import Comparison
 from .records import CHANNELS_LAST, CONTIGUOUS, OURS, Measurement, Row, Run
-from .words import change_words, grouped, ms, percent, ratio, us
+from .words import change_words, grouped, ms, ms_of, percent, ratio, us
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
@@ -143,6 +143,7 @@ def _compared(comparison: Comparison, time: str) -> dict[str, Any]:
 
 def _suites_note(run: Run) -> str:
     each = "Every layer counts as often as it stands in its network, of the layers that were asked for."
+    each += " A step has both gradients of every layer, also that of images, which no training needs."
     if run.source == "predicted":
         return f"Predicted totals beside the least that the device's data sheet allows. {each}"
     return (
@@ -164,8 +165,8 @@ def _suites(run: Run) -> Table:
         if not predicted:
             cells.append(Cell(ms(total.ours), total.ours))
             for pair in (last, contiguous):
-                some = f" ({pair.rows} layers)" if pair and pair.rows < total.rows else ""
-                cells += [Cell(ms(pair.theirs) + some, pair.theirs), _ratio(pair.speedup)] if pair else [Cell("")] * 2
+                cells.append(Cell(ms_of(pair, total), pair.theirs if pair else None))
+                cells.append(_ratio(pair.speedup) if pair else Cell(""))
             cells += [Cell(str(total.wins), total.wins), Cell(str(total.losses), total.losses)]
         share = total.roofline / total.predicted if total.predicted else None
         cells += [Cell(ms(total.predicted), total.predicted), Cell(ms(total.roofline), total.roofline)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import exp, fsum, log
+from math import fsum
 
 from triton_conv import devices
 
@@ -202,12 +202,3 @@ def whole(run: Run) -> tuple[str, ...]:
     """The operations that make up a training step without counting any twice."""
     there = {row.op for row in run.rows}
     return ("step",) if "step" in there else tuple(op for op in OPS if op in there)
-
-
-def mean(ratios: Sequence[float]) -> float:
-    """The geometric one.
-
-    >>> round(mean([0.5, 2.0]), 6)
-    1.0
-    """
-    return exp(fsum(map(log, ratios)) / len(ratios))

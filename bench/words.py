@@ -7,6 +7,7 @@ from itertools import zip_longest
 
 from .compare import Comparison
 from .records import Row
+from .summary import Pair, Total
 
 
 def us(seconds: float | None) -> str:
@@ -29,6 +30,13 @@ def ms(seconds: float | None) -> str:
     if seconds is None:
         return ""
     return f"{1e3 * seconds:.0f}" if seconds >= 0.1 else f"{1e3 * seconds:#.3g}"
+
+
+def ms_of(pair: Pair | None, total: Total) -> str:
+    """Another's milliseconds of a total, and of how many of its layers they are if not of all."""
+    if pair is None:
+        return ""
+    return f"{ms(pair.theirs)}{f' ({pair.rows} of {total.rows})' if pair.rows < total.rows else ''}"
 
 
 def ratio(value: float | None) -> str:
@@ -67,6 +75,8 @@ def change_words(comparison: Comparison) -> Iterator[tuple[str, bool]]:
     yield from ((warning, False) for warning in comparison.warnings)
     worse, better, lost = len(comparison.regressions), len(comparison.improvements), len(comparison.lost)
     yield f"{worse} slower, {better} quicker, {comparison.same} the same but for noise", worse > 0
+    if not comparison.compared:
+        yield "no row with a time is in both: nothing was compared", True
     if lost:
         yield f"{lost} that ran and run no more: {'; '.join(map(named, comparison.lost))}", True
     for where, rows in (("before", comparison.only_old), ("now", comparison.only_new)):

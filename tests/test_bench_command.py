@@ -2,15 +2,19 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from bench_runs import row, run
+from rich.console import Console
 
 from bench import commands, records
 from bench.records import OURS, Measurement
 from bench.runner import PredictedMeter
 from triton_conv import cli, stored
+from triton_conv.commands import bench as bench_command
+from triton_conv.tuning import tables
 
 FEW = ["--quick", "--suite", "mamba"]  # two layers, two operations each
 
@@ -97,6 +101,31 @@ def test_two_files_are_compared_without_measuring(capsys, here):
     assert sorted(path.name for path in here.iterdir()) == ["new.json", "old.json"]
 
 
+def test_results_of_others_are_not_replaced(capsys, here):
+    path = here / "out" / "bench.json"
+    records.write(run(row("a", 100)), path)
+    before = path.read_text()
+    assert bench(*FEW, "--out", "out") == 2
+    assert "argument --out: out/bench.json has times of NVIDIA H200 that are measured" in capsys.readouterr().err
+    assert path.read_text() == before
+
+
+def test_rows_for_which_no_time_was_left_are_counted(capsys, here):
+    assert bench(*FEW, "--out", "out", "--seconds", "1e-9") == 0
+    assert "4 of 4 rows are left; the same command with --out out goes on" in capsys.readouterr().out
+
+
+def test_narrow_terminals_get_fewer_columns(capsys, monkeypatch):
+    made = tables.table("layer", ">ours us", "kernel")
+    tables.add(made, ["3x3 256>256", "123", "box of a very long name"])
+    monkeypatch.setattr(tables, "_Console", partial(Console, force_terminal=True, width=30))
+    tables.show(made, ["kernel", "ours us"])
+    printed = capsys.readouterr().out
+    assert "123" in printed
+    assert "very" not in printed
+    assert "also shows: kernel\n" in printed
+
+
 def test_wrong_values_are_exit_code_1(capsys, here, monkeypatch):
     right = PredictedMeter.row
 
@@ -167,7 +196,8 @@ def test_what_cannot_be_done_is_said_before_anything_is(arguments, message, caps
 
 
 def test_an_installed_package_has_no_benchmarks(capsys, here, monkeypatch):
-    monkeypatch.setattr(cli, "__file__", str(here / "site-packages" / "triton_conv" / "cli.py"))
+    installed = here / "site-packages" / "triton_conv" / "commands" / "bench.py"
+    monkeypatch.setattr(bench_command, "__file__", str(installed))
     assert bench("--quick") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
@@ -187,4 +217,4 @@ def test_a_reader_that_goes_away_is_no_error_of_the_arguments(monkeypatch):
 
     monkeypatch.setattr(commands, "bench", gone)
     with pytest.raises(BrokenPipeError):
-        cli.bench(cli._parser().parse_args(["bench"]))
+        bench_command.run(cli._parser().parse_args(["bench"]))

@@ -3,6 +3,8 @@
 import base64
 import hashlib
 import io
+import json
+import random
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -11,7 +13,7 @@ import pytest
 from bench_runs import measured, row, run
 from PIL import Image
 
-from bench import plots, reasons, report, summary, words
+from bench import plots, reasons, records, report, summary, words
 from bench.compare import compare, slower
 from bench.jobs import jobs, predicted_row
 from bench.records import CHANNELS_LAST, CONTIGUOUS, OURS, PADDED_CHANNELS_LAST, Measurement
@@ -30,7 +32,7 @@ from triton_conv.tuning import rounds
         (measured(1.019), measured(1.0), False),  # within a tie, however little noise there is
         (measured(1.10, spread=0.2, rounds=9), measured(1.0), False),  # notches overlap
         (measured(1.10), measured(1.0, spread=0.2, rounds=9), False),
-        (measured(1.10, spread=0.2, rounds=9000), measured(1.0), True),
+        (measured(1.10, spread=0.2, rounds=9000), measured(1.0, rounds=9000), True),
         (measured(1.10, spread=None), measured(1.0), False),
         (measured(1.10), measured(1.0, rounds=0), False),
         (measured(None), measured(1.0), False),
@@ -76,7 +78,28 @@ def test_a_comparison_warns_of_what_else_differs():
     devices, torch, drift = compare(old, new).warnings
     assert devices == "the devices differ: NVIDIA H200 and NVIDIA H100"
     assert torch == "torch was 2.11.0 and is 2.13.0"
-    assert "1.10 times as long as it did, in the median of 2" in drift
+    assert "1.10 times as long as it did, in the median" in drift
+
+
+def test_a_clock_of_all_is_not_our_regression():
+    old = run(row("a", 100, 100), row("b", 100, 100), row("c", 100, 100))
+    new = run(row("a", 104, 104), row("b", 104, 104), row("c", 110, 104))
+    assert [c.row.layer for c in compare(old, new).regressions] == ["c"]
+    assert compare(new, old).same == 2
+    assert [c.row.layer for c in compare(new, old).improvements] == ["c"]
+
+
+@pytest.mark.parametrize("count", [1, 40])
+def test_noise_alone_makes_hardly_any_run_slower(count):
+    rng = random.Random(3)
+
+    def noisy(slower=1.0):
+        factors = [slower, *[1.0] * (count - 1)]
+        times = [rounds.timing([f * rng.gauss(1e-4, 2e-6) for _ in range(15)]) for f in factors]
+        return run(*(row(str(n), measured={OURS: Measurement(*t)}) for n, t in enumerate(times)))
+
+    assert sum(compare(noisy(), noisy()).regressed for _ in range(100)) <= 10
+    assert sum("0" in {c.row.layer for c in compare(noisy(), noisy(1.06)).regressions} for _ in range(50)) >= 40
 
 
 def test_measured_and_made_up_times_are_not_compared():
@@ -361,3 +384,41 @@ def test_losses_say_what_the_compiler_made_of_the_kernel():
     known, unknown = reasons.losses(run(*rows), audit=True)
     assert re.search(r"box: \d+ registers, (a block|2 blocks) a multiprocessor, HGMMA from shared", known.code)
     assert unknown.code == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"times": 0}, "rows[1].times: is out of range"),
+        ({"flops": -1}, "rows[1].flops: is out of range"),
+        ({"bytes": 10**400}, "rows[1].bytes: is out of range"),
+        ({"roofline_seconds": 10**400}, "rows[1].roofline_seconds: is not finite"),
+        ({"predicted_seconds": 0.0}, "rows[1].predicted_seconds: is out of range"),
+        ({"measured": {OURS: {"seconds": 0.0}}}, "rows[1].measured.triton_conv.seconds: is out of range"),
+        ({"measured": {OURS: {"spread": -0.1}}}, "rows[1].measured.triton_conv.spread: is out of range"),
+        ({"layer": "a"}, "rows[1]: the same row stands there twice"),
+    ],
+    ids=str,
+)
+def test_numbers_that_nobody_can_have_measured(change, message, tmp_path):
+    path = tmp_path / "bench.json"
+    records.write(run(row("a", 100), row("b", 100, call=row("a").call)), path)
+    assert len(records.read(path).rows) == 2
+    found = json.loads(path.read_text())
+    found["rows"][1] |= change
+    path.write_text(json.dumps(found))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        records.read(path)
+
+
+def test_numbers_of_too_many_digits_are_named_with_their_file(tmp_path):
+    path = tmp_path / "bench.json"
+    path.write_text(f'{{"format": {"9" * 5000}}}')
+    with pytest.raises(ValueError, match=r"bench\.json: is no JSON"):
+        records.read(path)
+
+
+def test_files_without_a_common_row_are_no_success():
+    found = compare(run(row("a", 100)), run(row("b", 100)))
+    assert not found.compared
+    assert ("no row with a time is in both: nothing was compared", True) in words.change_words(found)

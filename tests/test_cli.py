@@ -200,7 +200,15 @@ def test_explain_reports_what_is_no_convolution(capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["check", "--only", "1", "--device", "cpu"], ["explain", "1x1x5", "1x1x3"], ["--help"]], ids=" ".join
+    "arguments",
+    [
+        ["check", "--only", "1", "--device", "cpu"],
+        ["explain", "1x1x5", "1x1x3"],
+        ["--help"],
+        ["configs", "show", "--device", "H200", "--kernel", "box"],
+        ["tune", "8x64x56x56", "64x64x3x3", "--dry-run", "--device", "H200"],
+    ],
+    ids=lambda arguments: arguments[0],
 )
 def test_a_reader_that_went_away_is_no_error(arguments):
     read, write = os.pipe()

@@ -14,6 +14,7 @@ from triton_conv import choose, config, cost, devices, execute, explain, plan, t
 from triton_conv.config import BandedConfig, BoxConfig, Config
 from triton_conv.devices import DEVICES
 from triton_conv.geometry import Axis, ConvGeometry, Role
+from triton_conv.tuning.suites import SUITES
 
 H200 = DEVICES["H200"]
 ACTIVATIONS = (Role.FPROP, Role.DGRAD)
@@ -223,6 +224,20 @@ def test_nothing_is_predicted_below_the_roofline(device, dtype):
             found = cost.predict(g, role, kernel, tiling, dtype, precision, device)
             assert found.seconds >= least.seconds + cost.LAUNCH, (g, role, kernel, tiling)
             assert 0 <= found.useful <= 1
+
+
+@pytest.mark.parametrize("suite", SUITES.values(), ids=lambda suite: suite.name)
+def test_no_plan_of_a_suite_is_predicted_below_its_roofline(suite):
+    for name, layer in suite.layers.items():
+        for title, found in explain.plans(layer.input, layer.weight, device=H200, **layer.options).items():
+            assert found.seconds >= 0.999 * found.roofline.seconds, (name, title, found.kernel)
+
+
+def test_positions_of_a_patch_fill_matrix_instructions_as_channels_do():
+    patches = conv(64, 3, 1280, (28, 28), 14, padding=[(0, 0)] * 2, stride=(14, 14))
+    linear = conv(64, 3 * 14 * 14, 1280, (2, 2), 1)
+    roofs = [cost.roofline(g, Role.DGRAD, "bfloat16", "ieee", H200) for g in (patches, linear)]
+    assert roofs[0].seconds == pytest.approx(roofs[1].seconds)
 
 
 @pytest.mark.parametrize("role", Role, ids=lambda role: role.value)

@@ -64,7 +64,7 @@ def test_results_are_published_under_device_date_and_commit(tmp_path):
     assert path == directory / "bench.json"
     lines = performance.block([(path, found)]).splitlines()
     (cells,) = ([cell.strip() for cell in line.split("|")] for line in lines if line.startswith("| resnet50"))
-    assert cells[2:10] == ["step", "2", "0.400", "0.500", "1.25", "0.900", "1", "1"]
+    assert cells[2:10] == ["step", "2", "0.400", "0.500", "1.25", "0.900 (1 of 2)", "1", "1"]
     assert cells[10].startswith("b: 0.50, it takes 1.7 times its predicted 60 us")
     assert "`triton-conv bench --quick`" in "\n".join(lines)
 

@@ -110,22 +110,36 @@ def roofline(
     'matrix rate'
     """
     g = geometry
-    C, K = g.C // g.groups, g.K // g.groups
     pairs = [_pairs(g, axis) for axis in range(3)]
-    flops = 2 * g.N * g.K * C * prod(pairs)
+    flops = 2 * g.N * g.K * (g.C // g.groups) * prod(pairs)
     touched = g.input if role is Role.DGRAD else [min(i, n) for i, n in zip(g.input, pairs, strict=True)]
     elements = {"x": g.N * g.C * prod(touched), "w": prod(g.shape("w")), "y": prod(g.shape("y"))}
     output = {Role.FPROP: "y", Role.DGRAD: "x", Role.WGRAD: "w"}[role]
     wider = ITEM_BYTES[out_dtype or dtype] - ITEM_BYTES[dtype]
     moved = sum(elements.values()) * ITEM_BYTES[dtype] + elements[output] * wider
-    sides = (C, K * g.taps) if role is Role.DGRAD else (K, C * g.taps)
-    fill = prod(side / (8 * ceil_div(side, 8)) for side in sides if side)  # 8: the least side of a matrix instruction
-    if C == K == 1:  # or of such a side of a band, in which filter rows are moved on by one tap each time
-        fill = max(g.filter) / (max(g.filter) + 7)
-    matrix, vector = _matrix_rate(dtype, precision, device) * fill, _vector_rate(dtype, device)
+    matrix, vector = _matrix_rate(dtype, precision, device) * _fill(g, role), _vector_rate(dtype, device)
     computing, moving = flops / max(matrix, vector), moved / device.bandwidth
     limit = "memory bandwidth" if moving >= computing else "matrix rate" if matrix > vector else "vector rate"
     return Roofline(flops, moved, limit, max(computing, moving))
+
+
+def _fill(g: ConvGeometry, role: Role) -> float:
+    """The share of matrix instructions, whose least side is 8, that groups can fill, in the best way of three."""
+    C, K = g.C // g.groups, g.K // g.groups
+
+    def filled(*sides: int) -> float:
+        return prod(side / (8 * ceil_div(side, 8)) for side in sides if side)
+
+    # filter rows as bands of such a side, in which they are moved on by one tap each time
+    band = max(g.filter) / (max(g.filter) + 7)
+    if role is not Role.DGRAD:
+        return max(band, filled(K, C * g.taps))
+    # positions of all residue classes as channels, where some have a tap less than others
+    axes = zip(g.filter, g.stride, g.dilation, strict=True)
+    classes = [min(taps, stride // gcd(stride, dilation)) for taps, stride, dilation in axes]
+    taps = prod(map(ceil_div, g.filter, classes))
+    together = g.taps / (prod(classes) * taps) * filled(C * prod(classes), K * taps)
+    return max(band, together, filled(C, K * g.taps))
 
 
 def predict(

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from statistics import geometric_mean
 from typing import Any
 
-from .. import records
+from .. import records, summary
 from ..jobs import Job, jobs, plans
-from ..records import CHANNELS_LAST, OURS, PADDED_CHANNELS_LAST, Row
+from ..records import OURS, Row
 from ..runner import Meter, run
 from . import checking, meters, record
 from .record import Facts
@@ -124,25 +124,19 @@ def _measure(group: Sequence[Job], meter: _Expecting, context: Context) -> Facts
     return facts if len(rows) == len(names) else {**facts, "unfinished": True}
 
 
-def rival(row: Row) -> float | None:
-    """Seconds of channels-last cuDNN, on a border that was padded before where it cannot do it."""
-    found = [row.seconds(who) for who in (CHANNELS_LAST, PADDED_CHANNELS_LAST)]
-    return min((seconds for seconds in found if seconds is not None), default=None)
-
-
 def _said(row: Row) -> str:
-    ours, theirs = row.seconds(OURS), rival(row)
+    ours, speedup = row.seconds(OURS), summary.speedup(row)
     if ours is None:
         return "-"
-    return f"{ours * 1e6:.3g} us" if theirs is None else f"{ours * 1e6:.3g} us, {theirs / ours:.2f}x cuDNN"
+    return f"{ours * 1e6:.3g} us" if speedup is None else f"{ours * 1e6:.3g} us, {speedup:.2f}x cuDNN"
 
 
 def counts(rows: Sequence[Row]) -> dict[str, Any]:
-    """How many rows there are, and how many are quicker or slower than channels-last cuDNN; the mean is geometric."""
-    ratios = [theirs / ours for row in rows if (ours := row.seconds(OURS)) and (theirs := rival(row))]
-    mean = math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None
-    wins = sum(ratio > 1 for ratio in ratios)
-    return {"rows": len(rows), "wins": wins, "losses": len(ratios) - wins, "mean_speedup": mean}
+    """How many rows there are, and how many are beyond noise quicker or slower than cuDNN; the mean is geometric."""
+    ratios = [ratio for row in rows if (ratio := summary.speedup(row))]
+    mean = geometric_mean(ratios) if ratios else None
+    verdicts = [summary.verdict(row) for row in rows]
+    return {"rows": len(rows), "wins": verdicts.count(1), "losses": verdicts.count(-1), "mean_speedup": mean}
 
 
 def _summary(context: Context) -> Facts:
@@ -158,7 +152,7 @@ def _summary(context: Context) -> Facts:
     }
     total = counts(rows)
     mean = f", {total['mean_speedup']:.2f}x on the mean" if total["mean_speedup"] else ""
-    words = f"{total['rows']} rows: {total['wins']} quicker than channels-last cuDNN, {total['losses']} slower{mean}"
+    words = f"{total['rows']} rows: {total['wins']} quicker than cuDNN, {total['losses']} slower{mean}"
     facts: Facts = {"ok": True, "words": words, "suites": suites, **total}
     missing = set(places) - {row.name for row in rows}
     return {**facts, "unfinished": True} if missing else facts

@@ -75,7 +75,7 @@ def read(out: Path) -> Record | None:
             raise ValueError("a unit does not say whether it is ok")
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: is no evidence run: {error}") from error
     return record
 

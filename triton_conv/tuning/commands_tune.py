@@ -9,8 +9,8 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from math import exp, fsum, log
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 import torch
@@ -253,10 +253,10 @@ def _summary(results: Sequence[Result], device: Device, prefix: str) -> None:
     names = dict.fromkeys([device.name, *(result.task.problem.device.name for result in results)])
     words = [f"{prefix}{len(over_default)} problems on {', '.join(names)}"]
     if over_default:
-        words.append(f"{_mean(over_default):.2f} times as quick as by default")
+        words.append(f"{geometric_mean(over_default):.2f} times as quick as by default")
     if over_rivals:
         slower = sum(gain < 1 for gain in over_rivals)
-        words.append(f"{_mean(over_rivals):.2f} times as quick as cuDNN at its best, slower on {slower}")
+        words.append(f"{geometric_mean(over_rivals):.2f} times as quick as cuDNN at its best, slower on {slower}")
     print(", ".join(words) + (" (geometric means)" if over_default else ""))
 
 
@@ -266,10 +266,6 @@ def _ratio(other: float | None, seconds: float | None) -> float | None:
 
 def _times(ratio: float | None) -> str:
     return "" if ratio is None else f"{ratio:.2f}"
-
-
-def _mean(ratios: Sequence[float]) -> float:
-    return exp(fsum(map(log, ratios)) / len(ratios))
 
 
 def _entries(results: Iterable[Result], store: Store) -> Iterator[tuple[Device, str, Entry]]:

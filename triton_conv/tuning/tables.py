@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -24,14 +25,34 @@ def add(to: Table, cells: Sequence[str]) -> None:
     to.add_row(*(Text("".join(c if c.isprintable() else "?" for c in cell)) for cell in cells))
 
 
-def show(made: Table) -> None:
-    """Prints a table, in lines as long as it takes where no terminal shows them or one is too narrow for its words."""
-    console = Console()
+class _Console(Console):
+    def on_broken_pipe(self) -> None:  # rich would end the process, as if something were wrong
+        raise  # noqa: PLE0704
+
+
+def show(made: Table, spare: Sequence[str] = ()) -> None:
+    """Prints a table, in lines as long as it takes where no terminal shows them or one is too narrow for its words.
+
+    On a narrow terminal columns with these headings are left out, in their order, and a line says which.
+    Raises BrokenPipeError where the reader went away.
+    """
+    console, left_out = _Console(), []
     if console.is_terminal:
+        for heading in spare:
+            if _needed(console, made).maximum <= console.width:
+                break
+            left_out += [heading for column in made.columns if column.header == heading]
+            made.columns = [column for column in made.columns if column.header != heading]
         for column in made.columns:
             if column.no_wrap:
                 column.header = str(column.header).replace(" ", "\n")
-    needed = console.measure(made, options=console.options.update(width=10**4))
+    needed = _needed(console, made)
     if not console.is_terminal or console.width < needed.minimum:  # where columns would vanish
         console.width = needed.maximum
     console.print(made, soft_wrap=console.width == needed.maximum)
+    if left_out:
+        print(f"a wider terminal or a pipe also shows: {', '.join(left_out)}")
+
+
+def _needed(console: Console, made: Table) -> Measurement:
+    return console.measure(made, options=console.options.update(width=10**4))

@@ -1,0 +1,1 @@
+"""The subcommands of `triton-conv`, a module each: `add` describes its arguments, `run` does it."""
