@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import count
 from statistics import median
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -29,6 +30,8 @@ from torch import Tensor
 import triton_conv
 from triton_conv import execute, fast, functional, ops, plan
 from triton_conv.devices import H200, Device
+
+_numbers = count(10_000)  # kernels are kept by device: none that exists, and not that of an earlier time
 
 PARAMETERS = ([1, 1], [0, 0, 0, 0], [1, 1], 1, "zeros", None)  # of the operator
 
@@ -94,7 +97,7 @@ def stubbed(device: Device = H200, listed: bool = False) -> Iterator[list[tuple]
 
     driver = triton.runtime.driver
     before = driver._active, execute.device_of, JITFunction._do_compile
-    number = 2000 + device.capability  # kernels are cached by device: not one that exists
+    number = next(_numbers)
     fake = SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", device.capability, 32),
         get_current_device=lambda: number,

@@ -143,6 +143,30 @@ def test_float32_precision_is_read_at_each_call(kernels, bounds):
     assert [b.plan.numerics.precision for b in bounds] == ["ieee", "tf32", "ieee", "ieee"]
 
 
+def test_a_setting_that_another_thread_changes_meanwhile_is_not_remembered_as_the_old_one(kernels, bounds, monkeypatch):
+    """A first call may compile for seconds between what it reads of settings and what it remembers."""
+    x, w = (t.detach() for t in operands(kernels)[:2])
+    conv, compute = torch.backends.cudnn.conv, execute.execute
+    before = conv.fp32_precision
+
+    def interrupted(call):
+        output = compute(call)
+        conv.fp32_precision = "tf32"
+        return output
+
+    try:
+        conv.fp32_precision = "ieee"
+        with monkeypatch.context() as patch:
+            patch.setattr(execute, "execute", interrupted)
+            triton_conv.conv2d(x, w)
+        conv.fp32_precision = "ieee"
+        for _ in range(2):
+            triton_conv.conv2d(x, w)
+    finally:
+        conv.fp32_precision = before
+    assert [b.plan.numerics.precision for b in bounds] == ["ieee"]
+
+
 def test_explicit_configs_and_what_tuning_installs_are_obeyed_at_once(kernels, bounds):
     x, w = (t.detach() for t in operands(kernels)[:2])
 
