@@ -65,3 +65,4 @@ def test_the_benchmark_shows_every_layer():
     assert sum(line.startswith("long: ") for line in lines) == 8
     assert all(float(line[44:53]) > 0 for line in lines[1:-1])
     assert lines[-1].startswith("3 of 3 ")
+    assert lines[-1].endswith(" 0 launches by Triton's binder")
