@@ -11,7 +11,6 @@ from bench.evidence.units import Context
 from triton_conv import devices
 
 CPU = torch.device("cpu")
-QUICK = ("few channels", "separable")  # in the interpreter
 
 
 @pytest.fixture
@@ -121,7 +120,7 @@ def test_bits_of_every_family(family, context):
 @pytest.mark.parametrize(
     "family",
     [
-        pytest.param(family, id=family.name, marks=() if family.name in QUICK else pytest.mark.slow)
+        pytest.param(family, id=family.name, marks=() if family.name in bits.SIMULATED else pytest.mark.slow)
         for family in bits.FAMILIES
     ],
 )

@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_autotune import install, problems_of
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import triton_conv
 from triton_conv import backends, config, execute, fast, functional, ops, plan, stored
@@ -98,6 +99,33 @@ def test_a_short_call_has_gradients_of_gradients(kernels, bounds):
     z = torch.nn.functional.conv2d(x, w, b, padding=1)
     dx, dw = torch.autograd.grad(z.square().sum(), (x, w), create_graph=True)
     torch.testing.assert_close(found, torch.autograd.grad((dx * dw).sum(), (x, w)))
+
+
+def test_a_short_call_is_a_node_like_others(kernels, bounds):
+    """Memory saved for it is watched, packed by hooks and freed, and a checkpoint may compute it the other way."""
+    x, w, b = operands(kernels)
+    want = torch.autograd.grad(triton_conv.conv2d(x, w, b).square().sum(), (x, w, b))
+    changed = w.detach().clone().requires_grad_()
+    y = triton_conv.conv2d(x, changed, b)
+    assert len(bounds) == 1
+    with torch.no_grad():
+        changed.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    y = triton_conv.conv2d(x, w, b)
+    y.sum().backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        y.sum().backward()
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
+        triton_conv.conv2d(x, w, b)
+    assert [t.data_ptr() for t in packed] == [x.data_ptr(), w.data_ptr()]
+    for cold in (True, False):
+        if cold:
+            fast.forget()
+        y = checkpoint(triton_conv.conv2d, x, w, b, use_reentrant=False)
+        for got, wanted in zip(torch.autograd.grad(y.square().sum(), (x, w, b)), want, strict=True):
+            assert torch.equal(got, wanted)
 
 
 def test_gradients_that_nobody_asked_for_are_not_computed(kernels, bounds):

@@ -65,7 +65,7 @@ class Family(NamedTuple):
                 return [self.function(x, w, **options)]
         x, w = (t.detach().requires_grad_() for t in (x, w))
         y = self.function(x, w, **options)
-        return [y.detach(), *torch.autograd.grad(y, (x, w), y.detach())]
+        return [y.detach(), *torch.autograd.grad(y, (x, w), y.detach() / 16)]  # in float16 too
 
 
 def _depthwise(x: Tensor, w: Tensor, **options: Any) -> Tensor:
@@ -101,12 +101,15 @@ FAMILIES = (
     Family("causal", (256, 1024), (256, 4), ((2, 5), (2, 4)), last=False, function=_causal, remembered=False),
     Family("separable", _IMAGE, _EACH, _LANES, last=False, function=_separable, gradients=False, remembered=False),
 )
+SIMULATED = ("few channels", "separable")  # the interpreter takes its time for others
 
 
 def units(context: Context) -> Iterator[Unit]:
     """One that compiles what the others run, one for each family, one for TF32."""
     yield Unit("bits: compiled ahead", partial(_ahead, context), timeout=180.0)
     for family in FAMILIES:
+        if context.simulate and family.name not in SIMULATED:
+            continue
         yield Unit(f"bits: {family.name}", partial(same_bits, family, context), timeout=180.0)
     yield Unit("bits: TF32 switched between calls", partial(switched, context))
 
@@ -158,7 +161,7 @@ def same_bits(family: Family, context: Context) -> dict[str, Any]:
             wrong += _different(f"run {number}", run(x, w), first)
     with host.counting() as count:
         wrong += _different("a warm run", run(x, w), first)
-    if context.device.type == "cuda" and (count["short"] < 2 * family.remembered or count["binder"]):
+    if context.device.type == "cuda" and (count["short"] < 3 * family.remembered or count["binder"]):
         wrong.append(f"not short: {count['short']} calls are, {count['binder']} launches go by Triton's binder")
     with _by_triton():
         wrong += _different("launched by Triton", run(x, w), first)
