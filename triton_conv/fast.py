@@ -49,6 +49,8 @@ class Bound:
     def __init__(self, call: Call, p: plan.Plan, device: Device, output: Tensor):
         self.device = device  # held: its identity is part of a key
         self.plan = p
+        self.where = output.device  # with an index, and part of a key too
+        self.on_cuda = self.where.type == "cuda"
         self.role, self.geometry, self.precision = call.role, call.geometry, call.precision
         self.weight_stride, self.out_dtype = call.weight_stride, call.out_dtype
         self.names = execute.NAMES[call.role]
@@ -58,9 +60,9 @@ class Bound:
         self.workspace_shape, self.workspace_dtype = p.workspace_shape, getattr(torch, p.workspace_dtype)
 
     def __call__(self, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-        device = a.device
+        device = self.where
         output = torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=device)
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
+        if self.on_cuda and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
                 return self._launched(a, b, bias, output, device)
         return self._launched(a, b, bias, output, device)
