@@ -16,9 +16,11 @@ import argparse
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import count
 from statistics import median
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -29,6 +31,8 @@ from torch import Tensor
 import triton_conv
 from triton_conv import execute, fast, functional, ops, plan
 from triton_conv.devices import H200, Device
+
+_numbers = count(10_000)  # kernels are kept by device: none that exists, and not that of an earlier time
 
 PARAMETERS = ([1, 1], [0, 0, 0, 0], [1, 1], 1, "zeros", None)  # of the operator
 
@@ -94,7 +98,7 @@ def stubbed(device: Device = H200, listed: bool = False) -> Iterator[list[tuple]
 
     driver = triton.runtime.driver
     before = driver._active, execute.device_of, JITFunction._do_compile
-    number = 2000 + device.capability  # kernels are cached by device: not one that exists
+    number = next(_numbers)
     fake = SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", device.capability, 32),
         get_current_device=lambda: number,
@@ -139,23 +143,49 @@ def costs(name: str, conv: Callable[..., Tensor], x: Tensor, w: Tensor, **how: i
     return [cost(f"{name} {what}", call, **how) for what, call in calls.items()]
 
 
-def short_calls(x: Tensor, w: Tensor) -> int:
-    """How many of the three convolutions of a training step go the short way once they were made: 3, if all is well."""
-    xg, wg = x.clone().requires_grad_(), w.clone().requires_grad_()
-    whole, taken = fast.Bound.__call__, 0
+class Short(NamedTuple):
+    """Of the three convolutions of a training step: those that went the short way, and launches by Triton's binder."""
+
+    calls: int
+    binder: int
+
+
+def short_calls(x: Tensor, w: Tensor) -> Short:
+    """What is short of a training step of ours once it was made: Short(3, 0), if all is well."""
+    xg, wg = (t.detach().clone().requires_grad_() for t in (x, w))
+
+    def step() -> None:
+        y = triton_conv.conv2d(xg, wg)
+        y.backward(torch.ones_like(y))
+
+    for _ in range(2):
+        step()
+    with counting() as count:
+        step()
+    return Short(count["short"], count["binder"])
+
+
+@contextmanager
+def counting() -> Iterator[Counter[str]]:
+    """Counts, of all threads: "short", calls that were made before, and "binder", launches by Triton's binder."""
+    from triton_conv.kernels.launch import Launch
+
+    count: Counter[str] = Counter()
+    whole, run = fast.Bound.__call__, Launch.run
 
     def counted(*args):
-        nonlocal taken
-        taken += 1
+        count["short"] += 1
         return whole(*args)
 
-    for warm in (True, True, False):
-        fast.Bound.__call__ = whole if warm else counted  # type: ignore[method-assign]
-        try:
-            triton_conv.conv2d(xg, wg).sum().backward()
-        finally:
-            fast.Bound.__call__ = whole  # type: ignore[method-assign]
-    return taken
+    def counted_run(*args):
+        count["binder"] += 1
+        return run(*args)
+
+    fast.Bound.__call__, Launch.run = counted, counted_run  # type: ignore[method-assign]
+    try:
+        yield count
+    finally:
+        fast.Bound.__call__, Launch.run = whole, run  # type: ignore[method-assign]
 
 
 def dispatch(x: Tensor, w: Tensor, **how: int) -> list[Cost]:
@@ -279,7 +309,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ.pop("TRITON_INTERPRET", None)
     with nullcontext() if real else stubbed():
         print(table([*compared(x, w, **how), *layers(x, w, **how), *dispatch(x, w, **how)]))
-        print(f"{short_calls(x, w)} of 3 convolutions of a step go the short way")
+        short = short_calls(x, w)
+        print(f"{short.calls} of 3 convolutions of a step go the short way, {short.binder} launches by Triton's binder")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import triton_conv
 from bench.host import stubbed
-from triton_conv import fast
+from triton_conv import causal, execute, fast, ops, plan, separable
+from triton_conv.devices import H200
 from triton_conv.kernels import launch as launches
 
 DENSE = ((2, 64, 16, 16), (64, 64, 3, 3), {"padding": 1})
@@ -50,8 +51,79 @@ def of_kernel(launched):
     return launched[0], launched[1:7], described(launched[10:])
 
 
+def others():
+    """Plans of what is not remembered as a `fast.Bound`, each with words for it."""
+    x, w, b, before = torch.empty(2, 8, 64), torch.empty(8, 4), torch.empty(8), torch.empty(2, 8, 3)
+    for state in (None, before):
+        yield "causal", causal.forward_plan(x, w, b, state, True, H200, torch.empty_like(x))
+        dy, dx = torch.empty_like(x), torch.empty_like(x)
+        yield "causal backward", causal.backward_plan(dy, x, w, b, state, True, H200, dx)
+    one = torch.empty(2, 8, 1)
+    yield "causal update", causal.update_plan(one, before, w, b, True, H200, torch.empty_like(one))
+    x, depthwise, pointwise = torch.empty(2, 8, 9, 9), torch.empty(8, 1, 3, 3), torch.empty(16, 8, 1, 1)
+    first, second = separable._calls(x, depthwise, pointwise, None, None, [1, 1], [0] * 4, [1, 1], "zeros", None)
+    yield "separable", separable.plan_of(first, second, pointwise, None, separable._empty(x, second), H200)
+    x, w = (torch.empty(s).to(torch.float8_e4m3fn) for s in ((2, 64, 9, 9), (64, 64, 3, 3)))
+    one = torch.ones(())
+    scaled = ops._conv_scaled_call(x, w, None, [1, 1], [0] * 4, [1, 1], 1, "zeros", one, one, torch.bfloat16)
+    yield "scaled", plan.make(execute.problem_of(scaled, H200))
+
+
+def short_the_second_time() -> dict:
+    """Whether public calls that are not remembered are launched directly from the second time on."""
+    x, w, b = torch.empty(2, 8, 64), torch.empty(8, 4), torch.empty(8)
+    eights = [torch.empty(s).to(torch.float8_e4m3fn) for s in ((2, 64, 9, 9), (64, 64, 3, 3))]
+    one, state = torch.ones(()), torch.empty(2, 8, 3)
+    image, filters = torch.empty(2, 8, 9, 9), (torch.empty(8, 1, 3, 3), torch.empty(16, 8, 1, 1))
+    leaf = x.clone().requires_grad_()
+    calls = {
+        "causal": lambda: triton_conv.causal_conv1d(x, w, b, "silu"),
+        "causal backward": lambda: torch.autograd.grad(triton_conv.causal_conv1d(leaf, w, b), leaf, x),
+        "causal update": lambda: triton_conv.causal_conv1d_update(x[..., 0], state, w, b),
+        "separable": lambda: triton_conv.separable_conv2d(image, *filters, fused=True),
+        "scaled": lambda: triton_conv.scaled_conv2d(*eights, one, one),
+    }
+    found = {}
+    for name, call in calls.items():
+        with stubbed(listed=True) as launched:
+            call()
+            first = [item[9] is None for item in launched]  # the chain of exit hooks, or else none
+            del launched[:]
+            call()
+            found[name] = not any(first) and bool(launched) and all(item[9] is None for item in launched)
+    return found
+
+
 def differences() -> dict:
     wrong, kinds, boxes = [], set(), 0
+
+    def look(plan, launched, where) -> None:
+        nonlocal boxes
+        tensors = {}
+        for launch in plan.launches:
+            for operand in filter(None, launch.operands):
+                name = operand.operand if isinstance(operand, launches.Box) else operand
+                tensors.setdefault(name, torch.empty(64, dtype=getattr(torch, plan.dtypes[name])))
+            launch.run(tensors)
+            public = launched[-1]
+            direct = launches.Direct(launch)
+            direct.run(tensors)
+            moved = {name: torch.empty_like(t) for name, t in tensors.items()}
+            before = len(launched)
+            direct.run(moved)
+            if len(launched) != min(before + 1, 100) or launched[-1][8:10] != (None, None):
+                wrong.append(f"{launch.name} {where}: not launched directly")
+            if of_kernel(launched[-1]) == of_kernel(public):
+                wrong.append(f"{launch.name} {where}: other tensors, same arguments")
+            direct.run(tensors)
+            if of_kernel(launched[-1]) != of_kernel(public):
+                wrong.append(f"{launch.name} {where}: {of_kernel(launched[-1])} is not {of_kernel(public)}")
+            kinds.add(launch.name)
+            boxes += any(isinstance(o, launches.Box) for o in launch.operands)
+
+    with stubbed(listed=True) as launched:
+        for where, plan in others():
+            look(plan, launched, where)
     for size, filters, options, channels_last in LAYERS:
         for dtype in (torch.bfloat16, torch.float32):
             last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(len(size), torch.contiguous_format)
@@ -63,30 +135,8 @@ def differences() -> dict:
             with stubbed(listed=True) as launched:
                 y = conv(x, w, bias, **options)
                 y.backward(torch.empty_like(y))
-                for bound in fast._bound.values():
-                    tensors = {}
-                    for launch in bound.plan.launches:
-                        for operand in filter(None, launch.operands):
-                            name = operand.operand if isinstance(operand, launches.Box) else operand
-                            kind = getattr(torch, bound.plan.dtypes[name])
-                            tensors.setdefault(name, torch.empty(64, dtype=kind))
-                        where = f"{launch.name} {bound.role.value} {dtype} {list(size)}"
-                        launch.run(tensors)
-                        public = launched[-1]
-                        direct = launches.Direct(launch)
-                        direct.run(tensors)
-                        moved = {name: torch.empty_like(t) for name, t in tensors.items()}
-                        before = len(launched)
-                        direct.run(moved)
-                        if len(launched) != min(before + 1, 100) or launched[-1][8:10] != (None, None):
-                            wrong.append(f"{where}: not launched directly")
-                        if of_kernel(launched[-1]) == of_kernel(public):
-                            wrong.append(f"{where}: other tensors, same arguments")
-                        direct.run(tensors)
-                        if of_kernel(launched[-1]) != of_kernel(public):
-                            wrong.append(f"{where}: {of_kernel(launched[-1])} is not {of_kernel(public)}")
-                        kinds.add(launch.name)
-                        boxes += any(isinstance(o, launches.Box) for o in launch.operands)
+                for bound in list(fast._bound.values()):
+                    look(bound.plan, launched, f"{bound.role.value} {dtype} {list(size)}")
     return {"wrong": wrong, "kinds": sorted(kinds), "boxes": boxes}
 
 
@@ -127,4 +177,13 @@ def public_where_it_must_be() -> dict:
 
 
 if __name__ == "__main__":
-    print(json.dumps({"triton": triton.__version__, **differences(), "public": public_where_it_must_be()}))
+    print(
+        json.dumps(
+            {
+                "triton": triton.__version__,
+                **differences(),
+                "public": public_where_it_must_be(),
+                "short": short_the_second_time(),
+            }
+        )
+    )

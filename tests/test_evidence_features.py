@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import triton_conv
-from bench.evidence import capture, compiled, features, huge, steady
+from bench.evidence import bits, capture, compiled, features, huge, steady
 from bench.evidence.units import Context
 from triton_conv import devices
 
@@ -72,6 +72,9 @@ def test_what_is_not_written_fails(context, kernels, monkeypatch):
         capture.threads,
         capture.two_devices,
         steady.host_cost,
+        steady.host_parts,
+        bits._ahead,
+        bits.switched,
         steady.first_call,
         steady.scaled,
         steady.flat_memory,
@@ -94,6 +97,53 @@ def test_compiled_equals_eager(context):
 def test_compiled_that_differs_fails(context, monkeypatch):
     monkeypatch.setattr(compiled, "_compile", lambda model, context, **how: lambda x: 1.01 * model(x))
     assert not compiled.dynamic(context)["ok"]
+
+
+def test_bits_are_of_every_kernel_that_has_a_plan():
+    kernels = {p.kernel for family in bits.FAMILIES for p in bits.plans(family, devices.H200, (1, 7))}
+    assert kernels == {"gather", "box", "wgrad", "box_wgrad", "depthwise", "depthwise_wgrad", "banded", "banded_wgrad"}
+    assert any(p.fold for family in bits.FAMILIES for p in bits.plans(family, devices.H200, (1, 7)))
+
+
+def same_bits(family, context):
+    facts = bits.same_bits(family, context)
+    assert facts["ok"], facts["words"]
+    assert facts["words"].endswith("the same bits")
+    json.dumps(facts)
+
+
+@pytest.mark.parametrize("family", bits.FAMILIES, ids=lambda family: family.name)
+def test_bits_of_every_family(family, context):
+    same_bits(family, context)
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, id=family.name, marks=() if family.name in bits.SIMULATED else pytest.mark.slow)
+        for family in bits.FAMILIES
+    ],
+)
+def test_bits_of_every_kernel(family, context, kernels):
+    same_bits(family, context)
+
+
+@pytest.mark.parametrize(("when", "where"), [(2, "sample 0"), (6, "run 2"), (7, "a warm run")])
+def test_bits_that_vary_are_found(context, when, where):
+    count = iter(range(100))
+    family = bits.FAMILIES[0]._replace(
+        function=lambda *args, **how: triton_conv.conv2d(*args, **how) * (1 + 1e-1 * (next(count) == when - 1))
+    )
+    facts = bits.same_bits(family, context)
+    assert not facts["ok"]
+    assert where in facts["words"]
+
+
+def test_tf32_that_is_not_switched_fails(context, monkeypatch):
+    real = triton_conv.conv2d
+    named = lambda *args, precision="ieee": real(*args) * (2 if precision == "tf32" else 1)  # noqa: E731
+    monkeypatch.setattr(triton_conv, "conv2d", named)
+    assert not bits.switched(context)["ok"]
 
 
 def test_bits_that_vary_fail(context, monkeypatch):

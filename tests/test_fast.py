@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_autotune import install, problems_of
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import triton_conv
 from triton_conv import backends, config, execute, fast, functional, ops, plan, stored
@@ -100,6 +101,33 @@ def test_a_short_call_has_gradients_of_gradients(kernels, bounds):
     torch.testing.assert_close(found, torch.autograd.grad((dx * dw).sum(), (x, w)))
 
 
+def test_a_short_call_is_a_node_like_others(kernels, bounds):
+    """Memory saved for it is watched, packed by hooks and freed, and a checkpoint may compute it the other way."""
+    x, w, b = operands(kernels)
+    want = torch.autograd.grad(triton_conv.conv2d(x, w, b).square().sum(), (x, w, b))
+    changed = w.detach().clone().requires_grad_()
+    y = triton_conv.conv2d(x, changed, b)
+    assert len(bounds) == 1
+    with torch.no_grad():
+        changed.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    y = triton_conv.conv2d(x, w, b)
+    y.sum().backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        y.sum().backward()
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
+        triton_conv.conv2d(x, w, b)
+    assert [t.data_ptr() for t in packed] == [x.data_ptr(), w.data_ptr()]
+    for cold in (True, False):
+        if cold:
+            fast.forget()
+        y = checkpoint(triton_conv.conv2d, x, w, b, use_reentrant=False)
+        for got, wanted in zip(torch.autograd.grad(y.square().sum(), (x, w, b)), want, strict=True):
+            assert torch.equal(got, wanted)
+
+
 def test_gradients_that_nobody_asked_for_are_not_computed(kernels, bounds):
     x, w, b = operands(kernels)
     x, b = x.detach(), b.detach()
@@ -141,6 +169,30 @@ def test_float32_precision_is_read_at_each_call(kernels, bounds):
     finally:
         conv.fp32_precision = before
     assert [b.plan.numerics.precision for b in bounds] == ["ieee", "tf32", "ieee", "ieee"]
+
+
+def test_a_setting_that_another_thread_changes_meanwhile_is_not_remembered_as_the_old_one(kernels, bounds, monkeypatch):
+    """A first call may compile for seconds between what it reads of settings and what it remembers."""
+    x, w = (t.detach() for t in operands(kernels)[:2])
+    conv, compute = torch.backends.cudnn.conv, execute.execute
+    before = conv.fp32_precision
+
+    def interrupted(call):
+        output = compute(call)
+        conv.fp32_precision = "tf32"
+        return output
+
+    try:
+        conv.fp32_precision = "ieee"
+        with monkeypatch.context() as patch:
+            patch.setattr(execute, "execute", interrupted)
+            triton_conv.conv2d(x, w)
+        conv.fp32_precision = "ieee"
+        for _ in range(2):
+            triton_conv.conv2d(x, w)
+    finally:
+        conv.fp32_precision = before
+    assert [b.plan.numerics.precision for b in bounds] == ["ieee"]
 
 
 def test_explicit_configs_and_what_tuning_installs_are_obeyed_at_once(kernels, bounds):

@@ -31,9 +31,17 @@ def python(*arguments, triton=""):
 def test_direct_launches_have_the_public_ones_arguments(triton):
     found = json.loads(python(str(HERE / "direct_launches.py"), triton=triton))
     assert found["wrong"] == []
-    kinds = ["banded", "banded_wgrad", "box", "box_wgrad", "depthwise", "depthwise_wgrad"]
-    assert found["kinds"] == [*kinds, "fold", "gather", "shift", "sum_slabs", "wgrad"]
+    kinds = ["banded", "banded_wgrad", "box", "box_wgrad", "causal", "causal_backward", "causal_update", "depthwise"]
+    kinds += ["depthwise_wgrad", "fold", "gather", "separable", "shift", "sum_slabs", "wgrad"]
+    assert found["kinds"] == kinds
     assert found["boxes"]
+
+
+@pytest.mark.parametrize("triton", ["", *TRITONS])
+def test_calls_that_are_not_remembered_are_launched_directly_too(triton):
+    short = json.loads(python(str(HERE / "direct_launches.py"), triton=triton))["short"]
+    assert len(short) == 5
+    assert all(short.values()), short
 
 
 @pytest.mark.parametrize("triton", ["", *TRITONS])
@@ -57,3 +65,4 @@ def test_the_benchmark_shows_every_layer():
     assert sum(line.startswith("long: ") for line in lines) == 8
     assert all(float(line[44:53]) > 0 for line in lines[1:-1])
     assert lines[-1].startswith("3 of 3 ")
+    assert lines[-1].endswith(" 0 launches by Triton's binder")

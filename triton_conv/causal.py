@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import causal_plan, invariance
+from . import causal_plan, execute, invariance
 from .causal_config import CausalProblem, CausalRole
 from .causal_plan import CausalPlan
-from .execute import _on_device, device_of
+from .execute import _on_device
 from .ops import _autocast_kernel, _autograd_kernel, _below_autograd, _folded, _SingleLevelFunction, _unfolded
 from .unsupported import check_kind, refuse_script
 
@@ -316,7 +316,7 @@ def _forward(x, weight, bias, initial_state, silu, return_final_state) -> tuple[
     y, final_state = _forward_outputs(x, weight, bias, initial_state, silu, return_final_state)
     if return_final_state:
         final_state = _next_state(x, initial_state, weight.shape[1])
-    device = device_of(x.device)
+    device = execute.device_of(x.device)
     if y.numel() == 0:
         return y, final_state
     if device is None:
@@ -324,7 +324,7 @@ def _forward(x, weight, bias, initial_state, silu, return_final_state) -> tuple[
     x = _laid_out(x, _in_rows(x))
     plan = forward_plan(x, weight, bias, initial_state, silu, device, y)
     with _on_device(x.device):
-        plan.launches[0].run({"x": x, "y": y, **_contiguous(w=weight, bias=bias, state=initial_state)})
+        plan.direct[0].run({"x": x, "y": y, **_contiguous(w=weight, bias=bias, state=initial_state)})
     return y, final_state
 
 
@@ -337,7 +337,7 @@ def _forward_outputs(x, weight, bias, initial_state, silu, return_final_state) -
 def _backward(dy, dfinal_state, x, weight, bias, initial_state, silu) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     outputs = _backward_outputs(dy, dfinal_state, x, weight, bias, initial_state, silu)
     dx, dweight, dbias, dstate = outputs
-    device, L, W = device_of(x.device), x.shape[2], weight.shape[1]
+    device, L, W = execute.device_of(x.device), x.shape[2], weight.shape[1]
     if dx.numel() == 0:
         for output in outputs:
             output.zero_()
@@ -357,7 +357,7 @@ def _backward(dy, dfinal_state, x, weight, bias, initial_state, silu) -> tuple[T
         sums = torch.empty_like(slabs[0])
         tensors = {"x": x, "dy": dy, "dx": dx, "dstate": dstate, "slabs": slabs, "sums": sums}
         with _on_device(x.device):
-            for launch in plan.launches:
+            for launch in plan.direct:
                 launch.run(tensors | _contiguous(w=weight, bias=bias, state=initial_state))
         dweight.copy_(sums[:W].t())
         if bias is not None:
@@ -385,7 +385,7 @@ def _backward_outputs(dy, dfinal_state, x, weight, bias, initial_state, silu) ->
 
 def _update(x, state, weight, bias, silu) -> Tensor:
     y = _update_output(x, state, weight, bias, silu)
-    device = device_of(x.device)
+    device = execute.device_of(x.device)
     if y.numel() == 0:
         return y
     if device is None:
@@ -394,7 +394,7 @@ def _update(x, state, weight, bias, silu) -> Tensor:
         return y
     plan = update_plan(x, state, weight, bias, silu, device, y)
     with _on_device(x.device):
-        plan.launches[0].run({"x": x, "state": state, "y": y, **_contiguous(w=weight, bias=bias)})
+        plan.direct[0].run({"x": x, "state": state, "y": y, **_contiguous(w=weight, bias=bias)})
     return y
 
 

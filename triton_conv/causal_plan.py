@@ -18,7 +18,7 @@ from .cost import Prediction, Roofline
 from .devices import Device
 
 if TYPE_CHECKING:
-    from .kernels.launch import Launch
+    from .kernels.launch import Direct, Launch
 
 _KERNELS = {
     CausalRole.FORWARD: "causal",
@@ -92,6 +92,13 @@ class CausalPlan:
             return causal_backward.launches(self.asked, self.config)
         launch = causal.launch if self.role is CausalRole.FORWARD else causal.update_launch
         return (launch(self.asked, self.config),)
+
+    @cached_property
+    def direct(self) -> tuple[Direct, ...]:
+        """The same, launched without Triton's binder from the second time on."""
+        from .kernels.launch import Direct
+
+        return tuple(map(Direct, self.launches))
 
     @cached_property
     def roofline(self) -> Roofline:

@@ -210,7 +210,7 @@ def run(p: plan.Plan, call: Call, output: Tensor) -> Tensor:
     with _on_device(output.device):
         tensors, finish = prepared(p, call, output)
         tensors |= workspace(p, output.device)
-        for launch in p.launches:
+        for launch in p.direct:
             launch.run(tensors)
         finish()
     return output

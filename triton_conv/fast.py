@@ -15,7 +15,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,9 +24,6 @@ from . import execute, plan
 from .backends import default_precision
 from .devices import Device
 from .execute import Call
-
-if TYPE_CHECKING:
-    from .kernels.launch import Direct
 
 LIMIT = 4096  # remembered calls, and ways to write their parameters
 
@@ -50,22 +47,22 @@ class Bound:
     """A call without its tensors."""
 
     def __init__(self, call: Call, p: plan.Plan, device: Device, output: Tensor):
-        from .kernels.launch import Direct
-
         self.device = device  # held: its identity is part of a key
         self.plan = p
+        self.where = output.device  # with an index, and part of a key too
+        self.on_cuda = self.where.type == "cuda"
         self.role, self.geometry, self.precision = call.role, call.geometry, call.precision
         self.weight_stride, self.out_dtype = call.weight_stride, call.out_dtype
         self.names = execute.NAMES[call.role]
         self.shape, self.strides, self.dtype = output.shape, output.stride(), output.dtype
-        self.launches: tuple[Direct, ...] = tuple(Direct(launch) for launch in p.launches)
+        self.launches = p.direct
         self.as_given = not p.packs and p.bundle == 1
         self.workspace_shape, self.workspace_dtype = p.workspace_shape, getattr(torch, p.workspace_dtype)
 
     def __call__(self, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-        device = a.device
+        device = self.where
         output = torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=device)
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
+        if self.on_cuda and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
                 return self._launched(a, b, bias, output, device)
         return self._launched(a, b, bias, output, device)
@@ -102,7 +99,9 @@ def computed(make: Callable[..., Call], a: Tensor, b: Tensor, third: Any, params
     call = make(a, b, third, *params)
     output = execute.execute(call)
     if not known:
-        _bound.remember(key, _bind(call, output))
+        made = _bind(call, output)
+        if _key(make, a, b, third, params) == key:  # else another thread has changed a setting: whose plan is it?
+            _bound.remember(key, made)
     return output
 
 
@@ -126,15 +125,17 @@ def disappoint(make: Callable[..., Call], a: Tensor, b: Tensor, third: Any, para
 
 def forget() -> None:
     """Forgets every call."""
-    _bound.clear()
-    _missed.clear()
+    with _lock:
+        _bound.clear()
+        _missed.clear()
 
 
 def _key(make: Callable[..., Call], a: Tensor, b: Tensor, third: Any, params: tuple) -> tuple | None:
     """All that decides a call, None if it is not to be remembered."""
     if execute._recorded is not None or execute._seen:
         return None
-    device = execute.device_of(a.device)
+    where = a.device
+    device = execute.device_of(where)
     if device is None:
         return None
     addresses = a.data_ptr() | b.data_ptr()
@@ -143,7 +144,7 @@ def _key(make: Callable[..., Call], a: Tensor, b: Tensor, third: Any, params: tu
         third = (third.shape, third.stride(), third.dtype, third.device)
     if addresses % 16:
         return None
-    of_a, of_b = (a.shape, a.stride(), a.dtype, a.device), (b.shape, b.stride(), b.dtype, b.device)
+    of_a, of_b = (a.shape, a.stride(), a.dtype, where), (b.shape, b.stride(), b.dtype, b.device)
     precision = default_precision() if a.dtype is torch.float32 else None
     return make, params, of_a, of_b, third, id(device), precision, plan.settings()
 
@@ -162,6 +163,8 @@ def _bind(call: Call, output: Tensor) -> Bound | None:
 _states: frozenset[tuple[int, int]] | None = None  # the dispatcher's state in a thread where nothing was turned on
 _plain: dict[torch.device, frozenset[int]] = {}  # the dispatch keys of a tensor that is just memory, by device
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_keys = torch._C._dispatch_keys
+_included, _excluded = torch._C._dispatch_tls_local_include_set, torch._C._dispatch_tls_local_exclude_set
 
 
 def alone(*tensors: Any) -> bool:
@@ -178,14 +181,14 @@ def alone(*tensors: Any) -> bool:
     for t in tensors:
         if type(t) not in PLAIN_TYPES:
             return False
-        if torch._C._dispatch_keys(t).raw_repr() not in (_plain.get(t.device) or _plain_keys(t.device)):
+        if _keys(t).raw_repr() not in (_plain.get(t.device) or _plain_keys(t.device)):
             return False
     return True
 
 
 def _state() -> tuple[int, int]:
     """Dispatch keys that this thread adds to every call, and that it takes away."""
-    return torch._C._dispatch_tls_local_include_set().raw_repr(), torch._C._dispatch_tls_local_exclude_set().raw_repr()
+    return _included().raw_repr(), _excluded().raw_repr()
 
 
 def _usual_states() -> frozenset[tuple[int, int]]:

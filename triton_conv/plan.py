@@ -19,7 +19,7 @@ from .geometry import ConvGeometry, Role, Strides
 from .ways import Layout, Problem, Way, dense_strides
 
 if TYPE_CHECKING:
-    from .kernels.launch import Launch
+    from .kernels.launch import Direct, Launch
 
 # Accumulators by dtype; a dtype that is not here has no kernel. Complex runs as real convolutions.
 ACCUMULATORS = {
@@ -129,6 +129,13 @@ class Plan:
             return (first,)
         f = self.fold
         return first, fold.launch(f.geometry, f.numerics, f.padded_strides, f.dx_strides)
+
+    @cached_property
+    def direct(self) -> tuple[Direct, ...]:
+        """The same, launched without Triton's binder from the second time on."""
+        from .kernels.launch import Direct
+
+        return tuple(map(Direct, self.launches))
 
     @cached_property
     def roofline(self) -> Roofline:

@@ -209,7 +209,7 @@ def _run(input, depthwise, pointwise, depthwise_bias, bias, *params) -> Tensor:
             biases = {"depthwise_bias": depthwise_bias, "bias": bias}
             tensors |= {name: b.contiguous() for name, b in biases.items() if b is not None}
             with execute._on_device(input.device):
-                for launch in made.launches:
+                for launch in made.direct:
                     launch.run(tensors)
             return output
     between = execute.execute(first)

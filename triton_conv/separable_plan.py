@@ -14,7 +14,7 @@ from .devices import Device
 from .geometry import ConvGeometry, Role, Strides
 
 if TYPE_CHECKING:
-    from .kernels.launch import Launch
+    from .kernels.launch import Direct, Launch
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 MOST_COLUMNS = 7  # of a filter: they are unrolled
@@ -82,6 +82,13 @@ class SeparablePlan:
         p = self.problem
         strides = {"x": p.x, "depthwise": p.filters, "pointwise": p.pointwise, "y": p.y}
         return (separable.launch(p.depthwise, self.pointwise, strides, self.config, self.numerics, p.has_bias),)
+
+    @cached_property
+    def direct(self) -> tuple[Direct, ...]:
+        """The same, launched without Triton's binder from the second time on."""
+        from .kernels.launch import Direct
+
+        return tuple(map(Direct, self.launches))
 
     @cached_property
     def roofline(self) -> Roofline:

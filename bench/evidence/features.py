@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from . import capture, compiled, huge, steady
+from . import bits, capture, compiled, huge, steady
 from .units import Context, Unit
 
 NAME = "f"
@@ -13,6 +13,8 @@ LIMIT = 470.0
 
 
 def units(context: Context) -> Iterator[Unit]:
-    """The quick ones first."""
-    for room in (capture, steady, huge, compiled):
-        yield from room.units(context)
+    """Those that say most in the least time first."""
+    host_cost, *others = steady.units(context)
+    yield host_cost
+    for room in (bits.units(context), capture.units(context), others, compiled.units(context), huge.units(context)):
+        yield from room

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from triton_conv import causal_conv1d, conv2d, convert, execute
 
+from .. import host
 from .capture import operands_of, work
 from .networks import Mixed
 from .support import left_out, placed, wait
@@ -59,6 +60,7 @@ print(json.dumps({"import": imported - start, "forward": forward - begin, "backw
 def units(context: Context) -> Iterator[Unit]:
     """One for each."""
     yield Unit("host cost", partial(host_cost, context))
+    yield Unit("host cost, part by part", partial(host_parts, context))
     yield Unit("first call", partial(first_call, context), timeout=300.0)
     yield Unit("float16 with GradScaler", partial(scaled, context))
     yield Unit("memory over 2,000 calls", partial(flat_memory, context))
@@ -112,7 +114,24 @@ def host_cost(context: Context) -> dict[str, Any]:
         f"{what} {medians[f'{what} triton_conv']:.1f} us a call, torch {medians[f'{what} torch']:.1f}"
         for what in ("forward", "step")
     )
-    return {"ok": True, "words": words, "microseconds": medians, "samples": samples}
+    short = host.short_calls(x, w)
+    ok = not cuda or short == host.Short(3, 0)
+    words += "" if ok else f"; NOT SHORT: {short.calls} of 3 calls are, {short.binder} launches go by Triton's binder"
+    facts = {"short_calls": short.calls, "binder_launches": short.binder, "over": medians["forward triton_conv"]}
+    facts["over"] -= medians["forward torch"]
+    return {"ok": ok, "words": words, "microseconds": medians, "samples": samples, **facts}
+
+
+def host_parts(context: Context) -> dict[str, Any]:
+    """Where the microseconds of a call go, and those of other ways to have an operator."""
+    if context.device.type != "cuda":
+        return left_out("needs CUDA: python -m bench.host shows it without one")
+    x, w = host.operands(context.device, torch.bfloat16)
+    rows = [*host.compared(x, w, calls=20, batches=50), *host.layers(x, w, calls=20, batches=50)]
+    rows += host.dispatch(x, w, calls=20, batches=20)
+    short = {row.name: row.least for row in rows if row.name.startswith("short: ")}
+    words = ", ".join(f"{name.removeprefix('short: ')} {least:.1f} us" for name, least in short.items())
+    return {"ok": True, "words": words, "microseconds": {row.name: [row.least, row.median] for row in rows}}
 
 
 def first_call(context: Context) -> dict[str, Any]:
@@ -215,7 +234,7 @@ def _resident() -> int:
 
 
 @contextmanager
-def _deterministic() -> Iterator[None]:
+def deterministic() -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)
     try:
@@ -238,7 +257,7 @@ def repeated(context: Context) -> dict[str, Any]:
         assert isinstance(y, Tensor)
         return [*work(operands), y.detach(), *torch.autograd.grad(y, (x, w), torch.ones_like(y))]
 
-    with _deterministic():
+    with deterministic():
         first = run()
         wrong = sum(not torch.equal(a, b) for _ in range(times - 1) for a, b in zip(run(), first, strict=True))
     words = f"{wrong} of {(times - 1) * len(first)} results differ from those of the first of {times} runs"
