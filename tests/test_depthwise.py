@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from halves import half_of
 from torch.autograd import gradcheck
 
 import triton_conv
@@ -168,8 +169,7 @@ CONFIGS = [
 ]
 
 
-@pytest.mark.parametrize("tiles", CONFIGS, ids=str)
-@pytest.mark.parametrize("case", FEW, ids=lambda case: case.id)
+@pytest.mark.parametrize(("case", "tiles"), half_of(FEW, CONFIGS))
 def test_tiling_does_not_change_the_numbers(case, tiles, kernels):
     with config.explicit(dict.fromkeys(Role, tiles)):
         assert set(kernels_of(case, kernels)) <= set(DIRECT)
