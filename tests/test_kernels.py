@@ -33,7 +33,10 @@ def test_corner_cases(case, kernels):
     assert_right(case, kernels)
 
 
-@pytest.mark.parametrize("seed", first_of(range(60), 36))
+SEEDS = [*(seed for seed in range(60) if seed != 29), 29]  # 29 takes the interpreter a quarter of a minute
+
+
+@pytest.mark.parametrize("seed", first_of(SEEDS, 36))
 def test_random_cases(seed, kernels):
     assert_right(random_case(random.Random(seed)), kernels, seed)
 
