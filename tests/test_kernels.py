@@ -36,7 +36,7 @@ def test_corner_cases(case, kernels):
 SEEDS = [*(seed for seed in range(60) if seed != 29), 29]  # 29 takes the interpreter a quarter of a minute
 
 
-@pytest.mark.parametrize("seed", first_of(SEEDS, 36))
+@pytest.mark.parametrize("seed", first_of(SEEDS, 30))
 def test_random_cases(seed, kernels):
     assert_right(random_case(random.Random(seed)), kernels, seed)
 
