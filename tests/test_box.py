@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from halves import half_of
 
 from triton_conv import config, execute, explain, plan
 from triton_conv.check import Case, check_case
@@ -108,7 +109,7 @@ def test_right_and_picked_where_it_can_be(case, expected, kernels):
     assert kernels_of(case, kernels) == expected
 
 
-@pytest.mark.parametrize("case", [case for case, expected in CASES if expected in (ALL, BOTH)][::4], ids=lambda c: c.id)
+@pytest.mark.parametrize("case", [case for case, expected in CASES if expected in (ALL, BOTH)][::6], ids=lambda c: c.id)
 def test_box_and_gather_agree(case, kernels):
     operands = case.operands(1, kernels)
     runs = {Role.WGRAD: BoxConfig(IN_W, 64, 16, splits=2)} if case.dtype is not torch.float32 else {}
@@ -122,25 +123,25 @@ def test_box_and_gather_agree(case, kernels):
         assert (boxed[name] - gathered[name]).abs().max() <= 4 * eps * depth**0.5
 
 
+TILES = [
+    BoxConfig((1, 1, 4, 8), 64, 16),
+    BoxConfig((2, 1, 1, 16), 32, 16),
+    BoxConfig((1, 1, 8, 2), 16, 16, programs=3),
+    BoxConfig((16, 1, 1, 1), 128, 16),
+]
+
+
 @pytest.mark.parametrize(
-    "tiles",
-    [
-        BoxConfig((1, 1, 4, 8), 64, 16),
-        BoxConfig((2, 1, 1, 16), 32, 16),
-        BoxConfig((1, 1, 8, 2), 16, 16, programs=3),
-        BoxConfig((16, 1, 1, 1), 128, 16),
-    ],
-    ids=str,
+    ("case", "tiles"), half_of([_of((5, 6), 3, C=32, padding=1), CASES[7][0], CASES[21][0]], TILES)
 )
-@pytest.mark.parametrize("case", [_of((5, 6), 3, C=32, padding=1), CASES[7][0], CASES[21][0]], ids=str)
 def test_tiling_does_not_change_the_numbers(case, tiles, kernels):
     with config.explicit(dict.fromkeys(ACTIVATIONS, tiles)):
         assert kernels_of(case, kernels)[:2] == ("box", "box")
 
 
-@pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize(("case", "run"), RUNS, ids=str)
-def test_weight_gradients_are_right_in_runs_along_any_axis(case, run, splits, kernels):
+@pytest.mark.parametrize(("number", "splits"), half_of(range(len(RUNS)), [1, 3]))
+def test_weight_gradients_are_right_in_runs_along_any_axis(number, splits, kernels):
+    case, run = RUNS[number]
     sixteen = BoxConfig(run, 64, 16, splits=splits)
     longer = BoxConfig(tuple(2 * side if side > 1 else 1 for side in run), 16, 64, splits=splits)
     with execute.recording() as calls, config.explicit({Role.WGRAD: longer if splits > 1 else sixteen}):
@@ -190,7 +191,7 @@ def test_contiguous_outputs_are_stored_as_planes_where_their_rows_allow(case, bo
     assert all(p.launches[0].arguments["STORE_PLANES"] for p in plans)
 
 
-@pytest.mark.parametrize("case", [case for case, expected in CASES if expected == BOTH][::3], ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [case for case, expected in CASES if expected == BOTH][::5], ids=lambda case: case.id)
 def test_contiguous_tensors_are_right_once_copied(case, kernels):
     contiguous = replace(case, memory_format="contiguous")
     with config.explicit(dict.fromkeys(ACTIVATIONS, BoxConfig((1, 1, 2, 8), 32, 16))):

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from halves import half_of
 from torch.autograd import gradcheck
 
 import triton_conv
@@ -99,18 +100,17 @@ def test_layers_that_people_train(name, dtype, kernels, poisoned, direct):
     assert picked.isdisjoint(DIRECT) if "RegNet" in name else picked <= set(DIRECT)
 
 
-@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
-@pytest.mark.parametrize(
-    ("rank", "filters", "options"),
-    [
-        (1, 1, {"padding": ((2, 1),), "padding_mode": "circular"}),
-        (2, 1, {"padding": 1, "stride": (2, 1)}),
-        (2, 2, {"padding": (1, 2), "dilation": (1, 2)}),
-        (3, 1, {"padding": ((2, 0), 1, 1)}),
-    ],
-    ids=str,
-)
-def test_gradcheck(rank, filters, options, memory_format, kernels, direct):
+DIFFERENTIATED = {
+    "1-D": (1, 1, {"padding": ((2, 1),), "padding_mode": "circular"}),
+    "strided": (2, 1, {"padding": 1, "stride": (2, 1)}),
+    "dilated": (2, 2, {"padding": (1, 2), "dilation": (1, 2)}),
+    "3-D": (3, 1, {"padding": ((2, 0), 1, 1)}),
+}
+
+
+@pytest.mark.parametrize(("name", "memory_format"), half_of(DIFFERENTIATED, ["contiguous", "channels_last"]))
+def test_gradcheck(name, memory_format, kernels, direct):
+    rank, filters, options = DIFFERENTIATED[name]
     size = {1: (7,), 2: (4, 5), 3: (2, 3, 3)}[rank]
     torch.manual_seed(0)
     x, w, b = (
@@ -168,8 +168,7 @@ CONFIGS = [
 ]
 
 
-@pytest.mark.parametrize("tiles", CONFIGS, ids=str)
-@pytest.mark.parametrize("case", FEW, ids=lambda case: case.id)
+@pytest.mark.parametrize(("case", "tiles"), half_of(FEW, CONFIGS))
 def test_tiling_does_not_change_the_numbers(case, tiles, kernels):
     with config.explicit(dict.fromkeys(Role, tiles)):
         assert set(kernels_of(case, kernels)) <= set(DIRECT)

@@ -78,6 +78,28 @@ def test_the_second_time_is_short_and_equals_the_first(kernels, bounds, name, fo
         assert a.stride() == b.stride()
 
 
+MODULES = {
+    "plain": lambda nn: nn.Conv2d(4, 4, 3, padding=1),
+    "same": lambda nn: nn.Conv2d(4, 4, 3, padding="same", dilation=2),
+    "circular": lambda nn: nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"),
+    "transposed": lambda nn: nn.ConvTranspose2d(4, 4, 3, stride=2),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("convert", [False, True], ids=["ours", "converted"])
+def test_modules_are_short_the_second_time(kernels, bounds, name, convert):
+    module = MODULES[name](torch.nn if convert else triton_conv.nn).to(kernels)
+    triton_conv.convert(module)
+    x, *_ = operands(kernels)
+    first = module(x)
+    assert bounds == []
+    second = module(x)
+    assert len(bounds) == 1
+    assert "Again" in type(second.grad_fn).__name__, "it went by the dispatcher"
+    assert torch.equal(first, second)
+
+
 def test_groups_computed_as_one_and_copies_are_short_too(kernels, bounds):
     x = torch.randn(2, 8, 6, 6, device=kernels, dtype=torch.float16)
     w = torch.randn(8, 2, 3, 3, device=kernels, dtype=torch.float16)

@@ -280,14 +280,20 @@ def test_it_nests_and_ends():
     assert repr(triton_conv.batch_invariant(False)) == "batch_invariant(False)"
 
 
-def test_compiled_code_cannot_change_it_silently():
+@pytest.mark.parametrize(
+    ("switch", "current"),
+    [(triton_conv.batch_invariant, invariance.batch), (lambda: triton_conv.backend("auto"), backends.current)],
+    ids=["batch_invariant", "backend"],
+)
+def test_compiled_code_cannot_change_it_silently(switch, current):
     def function(x):
-        with triton_conv.batch_invariant():
+        with switch():
             return triton_conv.conv2d(x, x)
 
+    before = current()
     with pytest.raises(Exception, match=r"outside of what torch\.compile compiles"):
         torch.compile(function, backend="eager", fullgraph=True)(torch.ones(1, 1, 2, 2))
-    assert invariance.batch() is None
+    assert current() == before
 
 
 def test_wrong_arguments_change_nothing():

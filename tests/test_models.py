@@ -120,6 +120,7 @@ def test_strides_predicted_without_data_are_the_real_ones(name):
         assert all(y.is_contiguous(memory_format=last) for _, y in real.calls)
 
 
+@pytest.mark.slow
 def test_compiles_whole():
     _, ours, _, x = pair("WaveNet")
     torch._dynamo.reset()

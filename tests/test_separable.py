@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from halves import half_of
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -81,13 +82,12 @@ CASES = {
 SHAPES = ("spatial", "taps", "C", "E", "K", "N", "channels_last", "bias")
 
 
-@pytest.mark.parametrize(
-    ("dtype", "fused"),
-    [*((d, True) for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)), (torch.bfloat16, False)],
-    ids=str,
-)
-@pytest.mark.parametrize("name", CASES)
-def test_values(name, dtype, fused, kernels, poisoned, launched):
+WAYS = [(d, True) for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)] + [(torch.bfloat16, False)]
+
+
+@pytest.mark.parametrize(("name", "way"), half_of(CASES, WAYS))
+def test_values(name, way, kernels, poisoned, launched):
+    dtype, fused = way
     case = CASES[name]
     tensors = operands(**{k: v for k, v in case.items() if k in SHAPES}, dtype=dtype)
     options = {k: v for k, v in case.items() if k not in SHAPES}

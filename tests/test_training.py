@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from torch.nn.utils import parametrizations, parametrize, prune
+from torch.optim import swa_utils
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import triton_conv
@@ -384,3 +385,80 @@ def test_whole_models_are_loaded_with_weights_only_once_their_classes_are_allowe
     with torch.serialization.safe_globals([nn.Conv2d]):
         twin = torch.load(tmp_path / "layer.pt", weights_only=True)
     assert type(twin) is nn.Conv2d
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Averages, ensembles, graphs of modules
+
+
+@pytest.mark.parametrize("average", [None, swa_utils.get_ema_multi_avg_fn(0.9)], ids=["mean", "moving"])
+def test_averages_of_weights(average):
+    def averaged(model):
+        kept = swa_utils.AveragedModel(model, multi_avg_fn=average)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for x, target in batches(3):
+            torch.nn.functional.mse_loss(model(x), target).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            kept.update_parameters(model)
+        swa_utils.update_bn([x for x, _ in batches(2)], kept)
+        return kept
+
+    theirs, ours = (averaged(model) for model in pair())
+    assert type(ours.module[0]) is nn.Conv2d
+    assert_same(gradients(ours), gradients(theirs), 1e-4)
+
+
+def test_ensembles_by_vmap_are_models_one_by_one():
+    models = [pair()[1].eval() for _ in range(3)]
+    with torch.no_grad():
+        for n, model in enumerate(models):
+            for p in model.parameters():
+                p.mul_(1 + n / 4)
+    stacked = torch.func.stack_module_state(models)
+    skeleton = copy.deepcopy(models[0]).to("meta")
+    x = batches(1)[0][0]
+    run = torch.func.vmap(lambda state: torch.func.functional_call(skeleton, state, (x,)), (0,))
+    assert_same(run(stacked), [model(x) for model in models])
+
+
+def test_batch_norms_are_folded_into_ours():
+    theirs, ours = pair()
+    x = batches(1)[0][0]
+    for model in (theirs, ours):
+        model(x)
+        model.eval()
+    fused = torch.nn.utils.fuse_conv_bn_eval(ours[0], ours[1])
+    assert type(fused) is nn.Conv2d
+    assert fused.padding_mode == "replicate"
+    torch.testing.assert_close(fused(x), theirs[1](theirs[0](x)))
+
+
+def test_graphs_of_modules_before_and_after_conversion():
+    """What torch.fx traced keeps its modules, and these convert; in a converted model it traces our functions."""
+    theirs, ours = pair()
+    x = batches(1)[0][0]
+    before = torch.fx.symbolic_trace(theirs)
+    assert len(triton_conv.convert(before)) == 3
+    assert [node.op for node in before.graph.nodes].count("call_module") == len(theirs)
+    after = torch.fx.symbolic_trace(ours)
+    called = [node.target for node in after.graph.nodes if node.op == "call_function"]
+    assert called == [triton_conv.conv2d, triton_conv.conv2d, triton_conv.conv_transpose2d]
+    assert_same(gradients(before, x), gradients(network(), x))
+    assert_same(gradients(after, x)[:2], gradients(network(), x)[:2])
+
+
+@pytest.mark.filterwarnings("ignore:.*(quantiz|reduce_range)")
+def test_quantized_activations_are_refused_in_words():
+    """Tools that swap torch's classes for quantized ones do not know ours: they stay, and say what they are given."""
+    quantization = pytest.importorskip("torch.ao.quantization")
+    model = quantization.QuantWrapper(torch.nn.Conv2d(3, 4, 3)).eval()
+    triton_conv.convert(model)
+    engine = next(e for e in torch.backends.quantized.supported_engines if e != "none")
+    model.qconfig = quantization.get_default_qconfig(engine)
+    quantization.prepare(model, inplace=True)
+    x = batches(1)[0][0]
+    model(x)
+    quantization.convert(model, inplace=True)
+    with pytest.raises(NotImplementedError, match=r"conv2d\(\): input is quantized; convert it with \.dequantize\(\)"):
+        model(x)

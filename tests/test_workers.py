@@ -3,6 +3,7 @@
 import os
 import pickle
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import triton_conv
-from triton_conv import explain, plan
+from triton_conv import execute, explain, plan
 from triton_conv.devices import H200
 
 BLUR = torch.full((3, 1, 3, 3), 1 / 9)
@@ -43,6 +44,7 @@ def test_data_loaders_may_convolve_in_their_workers(context):
     def busy():
         while not stop.is_set():
             blurred(1, images.layer)
+            time.sleep(0.001)  # leaves the workers a core to start on
 
     threads = [threading.Thread(target=busy) for _ in range(2)]
     for thread in threads:
@@ -101,3 +103,27 @@ def test_threads_make_the_same_plans():
         together = list(pool.map(made, sizes * 2))
     plan._make.cache_clear()
     assert together == [made(size) for size in sizes * 2]
+
+
+def test_who_listens_in_one_thread_is_told_of_no_other():
+    def convolve(n):
+        triton_conv.conv2d(torch.zeros(n, 3, 6, 6), BLUR, groups=3)
+
+    def batches(calls):
+        return [call.geometry.N for call in calls]
+
+    with ThreadPoolExecutor(1) as pool:
+        with execute.recording() as everywhere:
+            outer = execute.recording(here=True)
+            mine = outer.__enter__()
+            convolve(1)
+            pool.submit(convolve, 2).result()
+            theirs = execute.recording(here=True)
+            other = pool.submit(theirs.__enter__).result()
+            outer.__exit__(None, None, None)  # before the one that began later
+            convolve(3)
+            pool.submit(convolve, 4).result()
+            pool.submit(theirs.__exit__, None, None, None).result()
+        convolve(5)
+    assert (batches(mine), batches(other), batches(everywhere)) == ([1], [4], [2, 3])
+    assert execute._recorded is None

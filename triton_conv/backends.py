@@ -45,12 +45,15 @@ class backend:
     A float32 precision other than PyTorch's own setting, 8-bit floats, integers, complex numbers, padding modes and
     padding that differs between the sides are never cuDNN's.
 
-    Raises ValueError for another name.
+    It is read at each call, also by what torch.compile has compiled. Raises ValueError for another name, and
+    RuntimeError inside of compiled code.
     """
 
     def __init__(self, name: str) -> None:
         global _chosen
         check(name, "name")
+        if torch.compiler.is_compiling():  # the graph would run after what is changed here has been put back
+            raise RuntimeError("backend: call it outside of what torch.compile compiles, which obeys it")
         self._name, self._before = name, _chosen
         _chosen = name
 

@@ -57,6 +57,8 @@ def convert(model: torch.nn.Module) -> Conversion:
     Skipped, each with its reason: subclasses of torch's classes, whose own code may call torch's convolution (derive
     them from `triton_conv.nn` instead, or run them under `triton_conv.override()`), and modules whose forward was
     replaced on the instance. Wrappers that change the class of a module, such as `fully_shard`, come after `convert`.
+    What goes by torch's classes comes before it: quantization, and torch.fx, which sees a convolution of torch's as one
+    module and of ours as a call of a function. A traced `torch.fx.GraphModule` is converted as any module is.
 
     Raises TypeError if `model` is not a `torch.nn.Module`.
     """

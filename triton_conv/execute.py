@@ -6,6 +6,7 @@ torch, unless TRITON_INTERPRET=1 makes Triton interpret its kernels: then they r
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -52,18 +53,25 @@ class Call:
         return [g.N, channels, *extents[3 - spatial :]]
 
 
-_recorded: list[Call] | None = None
+_listening = threading.Lock()  # held while one of the two below changes
+_recorded: tuple[tuple[list[Call], int | None], ...] | None = None  # calls, and the thread whose they are
 
 
 @contextmanager
-def recording() -> Iterator[list[Call]]:
-    """Collects every call, real or fake, made within it by any thread."""
+def recording(*, here: bool = False) -> Iterator[list[Call]]:
+    """Collects every call, real or fake, made within it by any thread; with `here`, by this one alone.
+
+    A call is told to the innermost that collects it.
+    """
     global _recorded
-    before, _recorded = _recorded, []
+    mine: tuple[list[Call], int | None] = ([], threading.get_ident() if here else None)
+    with _listening:
+        _recorded = (mine, *(_recorded or ()))
     try:
-        yield _recorded
+        yield mine[0]
     finally:
-        _recorded = before
+        with _listening:
+            _recorded = tuple(other for other in _recorded or () if other is not mine) or None
 
 
 _seen: tuple[dict[plan.Problem, None], ...] = ()
@@ -74,11 +82,13 @@ def problems() -> Iterator[dict[plan.Problem, None]]:
     """Collects the problems, each once and in order, that kernels compute within it on any thread; holds no tensors."""
     global _seen
     mine: dict[plan.Problem, None] = {}
-    _seen = (*_seen, mine)
+    with _listening:
+        _seen = (*_seen, mine)
     try:
         yield mine
     finally:
-        _seen = tuple(seen for seen in _seen if seen is not mine)
+        with _listening:
+            _seen = tuple(seen for seen in _seen if seen is not mine)
 
 
 def empty_output(call: Call) -> Tensor:
@@ -92,8 +102,10 @@ def empty_output(call: Call) -> Tensor:
 
 def record(call: Call) -> None:
     """Tells whoever is `recording`."""
-    if _recorded is not None:
-        _recorded.append(call)
+    for calls, thread in _recorded or ():
+        if thread is None or thread == threading.get_ident():
+            calls.append(call)
+            return
 
 
 def _empty_like_output(call: Call) -> Tensor:

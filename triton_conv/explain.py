@@ -190,7 +190,7 @@ def _separable_plans(
     mixing = torch.empty([pointwise, weight_shape[0], *(1,) * rank], dtype=dtype, device="meta")
     biases = [torch.empty(n, dtype=dtype, device="meta") if bias else None for n in (weight_shape[0], pointwise)]
     convolve = getattr(separable, f"separable_conv{rank}d")
-    with execute.recording() as calls:
+    with execute.recording(here=True) as calls:
         y = convolve(x, depthwise, mixing, *biases, **parameters)
     fused = separable.plan_of(calls[0], calls[1], mixing, biases[1], y, device)
     if isinstance(fused, str):
@@ -274,7 +274,7 @@ def _traced(
 
     x, w = (empty(shape).requires_grad_(differentiable) for shape in (input_shape, weight_shape))
     channels = weight_shape[1] * parameters.get("groups", 1) if transposed else weight_shape[0]
-    with execute.recording() as calls:
+    with execute.recording(here=True) as calls:
         y = convolve(x, w, bias=empty([channels], out) if bias else None, **parameters)
         if differentiable:
             torch.autograd.grad(y, (x, w), torch.empty_like(y))

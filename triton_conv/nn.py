@@ -54,7 +54,7 @@ def convolved(
     if module.padding_mode != "zeros":
         # What torch hands to F.pad in these modes; code that patches torch's modules sets this one attribute.
         border = module._reversed_padding_repeated_twice
-        padding = [(border[i], border[i + 1]) for i in range(len(border) - 2, -1, -2)]
+        padding = tuple((border[i], border[i + 1]) for i in range(len(border) - 2, -1, -2))  # lists are not remembered
     return function(
         input,
         weight,
@@ -92,7 +92,7 @@ def transposed(
         module.bias,
         module.stride,
         module.padding,
-        [int(p) for p in output_padding],
+        tuple(int(p) for p in output_padding),
         module.groups,
         module.dilation,
         precision=precision,

@@ -120,7 +120,9 @@ def again(op, x: Tensor, w: Tensor, bias: Tensor | None, params: tuple) -> Tenso
 
 def _caller(*tensors: Tensor) -> Callable[..., Tensor]:
     """How a backward pass calls operators on these: not by the dispatcher where nobody would see the difference."""
-    return _dispatched if torch.is_grad_enabled() or not fast.alone(*tensors) else _straight
+    if torch.is_grad_enabled() or tensors[0].is_complex():  # of complex ones a lazy conjugate is taken
+        return _dispatched
+    return _straight if fast.alone(*tensors) else _dispatched
 
 
 def _dispatched(op, *args: Any) -> Tensor:
