@@ -22,7 +22,14 @@ BACKENDS = ("triton", "auto")
 VARIABLE = "TRITON_CONV_BACKEND"
 
 _chosen: str | None = None
-_float32_precision = torch._C._get_fp32_precision_getter
+
+
+def _asked_slowly(*_: str) -> str:
+    return torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+
+
+# What that property calls, in a seventh of its time; private, so that a release may leave it out.
+_float32_precision = getattr(torch._C, "_get_fp32_precision_getter", _asked_slowly)
 
 
 class backend:
@@ -128,8 +135,7 @@ def _flags() -> tuple[bool, bool, bool]:
 
 def default_precision() -> str:
     """How PyTorch is set to multiply float32 in convolutions; covers `cudnn.allow_tf32` and the newer settings."""
-    setting = _float32_precision("cuda", "conv")  # torch.backends.cudnn.conv.fp32_precision, in a seventh of the time
-    return "tf32" if setting == "tf32" else "ieee"
+    return "tf32" if _float32_precision("cuda", "conv") == "tf32" else "ieee"
 
 
 @contextmanager
