@@ -14,7 +14,8 @@ import triton_conv
 from bench.host import stubbed
 from triton_conv import causal, execute, fast, ops, plan, separable
 from triton_conv.devices import H200
-from triton_conv.kernels import launch as launches
+from triton_conv.kernels.direct import Direct
+from triton_conv.kernels.launch import Box
 
 DENSE = ((2, 64, 16, 16), (64, 64, 3, 3), {"padding": 1})
 DEPTHWISE = ((2, 64, 16, 16), (64, 1, 3, 3), {"padding": 1, "groups": 64})
@@ -102,11 +103,11 @@ def differences() -> dict:
         tensors = {}
         for launch in plan.launches:
             for operand in filter(None, launch.operands):
-                name = operand.operand if isinstance(operand, launches.Box) else operand
+                name = operand.operand if isinstance(operand, Box) else operand
                 tensors.setdefault(name, torch.empty(64, dtype=getattr(torch, plan.dtypes[name])))
             launch.run(tensors)
             public = launched[-1]
-            direct = launches.Direct(launch)
+            direct = Direct(launch)
             direct.run(tensors)
             moved = {name: torch.empty_like(t) for name, t in tensors.items()}
             before = len(launched)
@@ -119,7 +120,7 @@ def differences() -> dict:
             if of_kernel(launched[-1]) != of_kernel(public):
                 wrong.append(f"{launch.name} {where}: {of_kernel(launched[-1])} is not {of_kernel(public)}")
             kinds.add(launch.name)
-            boxes += any(isinstance(o, launches.Box) for o in launch.operands)
+            boxes += any(isinstance(o, Box) for o in launch.operands)
 
     with stubbed(listed=True) as launched:
         for where, plan in others():
@@ -170,7 +171,7 @@ def public_where_it_must_be() -> dict:
         found["unaligned"] = public()
         found["compiled for unaligned"] = launched[-1][0] != aligned
         tensors["x"] = x
-        direct = launches.Direct(direct.launch)
+        direct = Direct(direct.launch)
         direct._usable = False
         found["unknown Triton"] = public() and public()
     return found

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 from multiprocessing import forkserver
 
 
@@ -18,3 +19,8 @@ def fresh_processes():
         if before is not None:
             os.environ["TRITON_INTERPRET"] = before
     return context
+
+
+def interruptible() -> None:
+    """What a new process does first to hear of SIGINT, which shells let their background jobs ignore."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

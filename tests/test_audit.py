@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import triton
+from processes import interruptible
 
 from triton_conv import cli, config, explain
 from triton_conv.causal_config import CausalConfig
@@ -328,7 +329,8 @@ def test_the_command_names_the_extra_it_needs(capsys, monkeypatch):
 
 def test_an_interrupted_command_leaves_no_process_behind():
     command = [sys.executable, "-m", "triton_conv", "audit", "--jobs", "2"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, **pipes, process_group=0, preexec_fn=interruptible)  # noqa: PLW1509
     compilers = set()
     while len(compilers) < 2 and process.poll() is None:
         time.sleep(0.1)

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import interruptible
 
 from bench.evidence import __main__ as command
 from bench.evidence import record, supervise
@@ -190,7 +191,8 @@ __main__.STAGES = {{"x": "fake_x"}}
 sys.exit(__main__.main(["--out", {str(bed.out)!r}, "--simulate", "--commit", "c0ffee"]))
 """
     environment = {**os.environ, **bed.environment}
-    with subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True) as process:
+    how = {"env": environment, "stdout": subprocess.PIPE, "text": True, "preexec_fn": interruptible}
+    with subprocess.Popen([sys.executable, "-c", code], **how) as process:
         for line in process.stdout:
             if "first" in line:
                 break

@@ -15,7 +15,7 @@ PACKAGE = Path(triton_conv.__file__).parent
 
 # A module may import those of earlier lines, not of its own: `tuning` and the commands see everything.
 LAYERS = [
-    {"version", "geometry", "devices", "unsupported", "invariance", "later"},
+    {"version", "geometry", "devices", "unsupported", "invariance", "later", "frozen"},
     {"tiles", "reference"},
     {"config"},
     {"causal_config", "key"},

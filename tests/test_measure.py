@@ -128,7 +128,7 @@ def test_operands_are_random_and_never_all_zeros():
 
 def sabotaged(p, *launches):
     broken = plan.replace(p)
-    broken.__dict__["launches"] = launches
+    broken.__dict__["launches"] = broken.__dict__["direct"] = launches
     return broken
 
 

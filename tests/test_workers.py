@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 import triton_conv
 from triton_conv import execute, explain, plan
 from triton_conv.devices import H200
+from triton_conv.tuning.layers import LAYERS
 
 BLUR = torch.full((3, 1, 3, 3), 1 / 9)
 
@@ -127,3 +128,13 @@ def test_who_listens_in_one_thread_is_told_of_no_other():
         convolve(5)
     assert (batches(mine), batches(other), batches(everywhere)) == ([1], [4], [2, 3])
     assert execute._recorded is None
+
+
+@pytest.mark.parametrize("layer", ["3x3", "causal", "separable"])
+def test_plans_travel_without_what_they_have_worked_out(layer):
+    shapes, options = LAYERS[layer][:2], LAYERS[layer].options
+    for p in explain.plans(*shapes, **options).values():
+        assert p.launches
+        twin = pickle.loads(pickle.dumps(p))
+        assert twin == p
+        assert "launches" not in vars(twin)

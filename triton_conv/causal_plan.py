@@ -16,9 +16,11 @@ from . import invariance
 from .causal_config import CausalConfig, CausalProblem, CausalRole
 from .cost import Prediction, Roofline
 from .devices import Device
+from .frozen import Frozen
 
 if TYPE_CHECKING:
-    from .kernels.launch import Direct, Launch
+    from .kernels.direct import Direct
+    from .kernels.launch import Launch
 
 _KERNELS = {
     CausalRole.FORWARD: "causal",
@@ -33,7 +35,7 @@ _REASONS = {
 
 
 @dataclass(frozen=True)
-class CausalPlan:
+class CausalPlan(Frozen):
     """A causal kernel and everything it is launched with, for tensors of any address."""
 
     asked: CausalProblem
@@ -96,7 +98,7 @@ class CausalPlan:
     @cached_property
     def direct(self) -> tuple[Direct, ...]:
         """The same, launched without Triton's binder from the second time on."""
-        from .kernels.launch import Direct
+        from .kernels.direct import Direct
 
         return tuple(map(Direct, self.launches))
 

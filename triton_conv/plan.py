@@ -15,11 +15,13 @@ from . import backends, choose, cost, invariance, stored, tiles, ways
 from . import config as configs
 from .config import ITEM_BYTES, BandedConfig, BoxConfig, Device, KernelConfig, Numerics
 from .cost import Prediction, Roofline
+from .frozen import Frozen
 from .geometry import ConvGeometry, Role, Strides
 from .ways import Layout, Problem, Way, dense_strides
 
 if TYPE_CHECKING:
-    from .kernels.launch import Direct, Launch
+    from .kernels.direct import Direct
+    from .kernels.launch import Launch
 
 # Accumulators by dtype; a dtype that is not here has no kernel. Complex runs as real convolutions.
 ACCUMULATORS = {
@@ -48,7 +50,7 @@ class Fold:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Frozen):
     """A kernel and everything it is launched with, for tensors of any address.
 
     `geometry` and `strides` are canonical: they describe the same memory as the caller's tensors, in fewer axes.
@@ -133,7 +135,7 @@ class Plan:
     @cached_property
     def direct(self) -> tuple[Direct, ...]:
         """The same, launched without Triton's binder from the second time on."""
-        from .kernels.launch import Direct
+        from .kernels.direct import Direct
 
         return tuple(map(Direct, self.launches))
 

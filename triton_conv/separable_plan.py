@@ -11,10 +11,12 @@ from . import choose, config, cost, invariance, plan
 from .config import ITEM_BYTES, Config, Numerics
 from .cost import Prediction, Roofline
 from .devices import Device
+from .frozen import Frozen
 from .geometry import ConvGeometry, Role, Strides
 
 if TYPE_CHECKING:
-    from .kernels.launch import Direct, Launch
+    from .kernels.direct import Direct
+    from .kernels.launch import Launch
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 MOST_COLUMNS = 7  # of a filter: they are unrolled
@@ -39,7 +41,7 @@ class Problem(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SeparablePlan:
+class SeparablePlan(Frozen):
     """The fused kernel and everything it is launched with."""
 
     problem: Problem
@@ -86,7 +88,7 @@ class SeparablePlan:
     @cached_property
     def direct(self) -> tuple[Direct, ...]:
         """The same, launched without Triton's binder from the second time on."""
-        from .kernels.launch import Direct
+        from .kernels.direct import Direct
 
         return tuple(map(Direct, self.launches))
 

@@ -208,11 +208,11 @@ def _different(what: str, found: list[Tensor], wanted: list[Tensor]) -> list[str
 @contextmanager
 def _by_triton() -> Iterator[None]:
     """Within it, every launch goes through Triton's public interface."""
-    from triton_conv.kernels import launch
+    from triton_conv.kernels import direct
 
-    before = launch._unusual
-    launch._unusual = lambda kernel: True
+    before = direct._unusual
+    direct._unusual = lambda kernel: True
     try:
         yield
     finally:
-        launch._unusual = before
+        direct._unusual = before

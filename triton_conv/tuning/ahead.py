@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from types import ModuleType
 
 from ..causal_plan import CausalPlan
@@ -59,11 +58,11 @@ class Ahead:
             self._pool = None
             self.expect(list(self._waiting))  # those that broke with it
             with _without_main():
-                ((_, rows),) = audit.audit([_subject(p)], self.arch, jobs=1)
+                ((_, rows),) = audit.audit([audit.Subject("", p)], self.arch, jobs=1)
             return rows
 
     def _submitted(self, p: AnyPlan) -> Future[list[audit.Row]]:
-        task = audit.Compilation(0, _subject(p), self.arch, (), stubs=True)
+        task = audit.Compilation(0, audit.Subject("", p), self.arch, (), stubs=True)
         for _ in range(2):
             if self._pool is None:
                 context = multiprocessing.get_context("spawn")
@@ -92,7 +91,3 @@ def _without_main() -> Iterator[None]:
         yield
     finally:
         sys.modules["__main__"] = main
-
-
-def _subject(p: AnyPlan) -> audit.Subject:
-    return audit.Subject("", replace(p))  # a copy has no kernels yet, which no other process could be sent

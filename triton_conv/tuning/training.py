@@ -11,7 +11,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 
 import torch
 
@@ -79,7 +79,7 @@ def autotune(
         _tell()
         yield results
         return
-    asked = backends.backend(backend or backends.current())
+    asked = backends.backend(backend) if backend is not None else nullcontext()
     try:
         with execute.problems() as problems:
             yield results
