@@ -383,13 +383,13 @@ def mixed_with_plain_tensors(rank):
     import pytest
     from torch.distributed.tensor import init_device_mesh
 
-    R, *_ = placed()
+    R, S0, *_ = placed()
     x, w, b = operands()
     (part,) = spread([x], [R], init_device_mesh("cpu", (2,)))
     with pytest.raises(RuntimeError, match=r"use distribute_tensor on weight, bias"):
         conv(part, w, b)
-    with pytest.raises(RuntimeError, match=r"\[6, 4, 5, 5\]"):  # errors name whole sizes
-        conv(part, *spread([torch.randn(4, 3, 3, 3)], [R], init_device_mesh("cpu", (2,))))
+    with pytest.raises(RuntimeError, match=r"\[6, 4, 5, 5\]"):  # errors name whole sizes, not those of a rank's part
+        conv(*spread([x, torch.randn(4, 3, 3, 3)], [S0, R], init_device_mesh("cpu", (2,))))
 
 
 @check

@@ -92,8 +92,8 @@ def dispatch(cls: type, func: Any, types: Any, args: tuple[Any, ...] = (), kwarg
             else f"triton_conv::{name} got DTensors of different meshes: {', '.join(map(str, meshes))}"
         )
     (mesh,) = meshes
-    if name in ops._CALLS:
-        ops._CALLS[name](*given)  # for its errors: those of a part would name other sizes
+    if func in ops._CALLS:
+        ops._CALLS[func](*given)  # for its errors: those of a part would name other sizes
 
     shared, factors = _shared(mesh, letters, tensors, groups)
     local = list(given)
