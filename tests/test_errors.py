@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from heard import raised
 from torch.nn import functional
 from torch.testing._internal.common_methods_invocations import op_db
 
@@ -11,14 +12,6 @@ import triton_conv
 RANKS = (1, 2, 3)
 FORWARD = [f"conv{rank}d" for rank in RANKS]
 TRANSPOSED = [f"conv_transpose{rank}d" for rank in RANKS]
-
-
-def raised(function, *args, **kwargs):
-    try:
-        function(*args, **kwargs)
-    except Exception as error:
-        return error
-    return None
 
 
 def check(name, tensors, kwargs, *words):

@@ -5,29 +5,13 @@ import inspect
 
 import pytest
 import torch
+from heard import convolutions
 from torch.nn.utils import parametrizations
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import triton_conv
 from triton_conv import layers
 
 every_layer = pytest.mark.parametrize("name", layers.NAMES)
-
-
-class Operators(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func._schema.name)
-        return func(*args, **(kwargs or {}))
-
-
-def convolutions(function, *args):
-    with Operators() as ran:
-        function(*args)
-    return [name for name in ran.names if "conv" in name]
 
 
 def module_of(name, **options):

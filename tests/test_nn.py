@@ -6,8 +6,8 @@ import pickle
 
 import pytest
 import torch
+from heard import operators
 from torch.nn.utils import parametrizations, parametrize, prune
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import triton_conv
 from triton_conv import execute, nn
@@ -52,24 +52,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-class Operators(TorchDispatchMode):
-    """Names of the operators run inside."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func._schema.name)
-        return func(*args, **(kwargs or {}))
-
-
-def operators(function, *args):
-    with Operators() as ran:
-        function(*args)
-    return ran.names
 
 
 def rank_of(name):

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch.utils._python_dispatch import TorchDispatchMode
+from heard import convolutions
 from torch.utils.checkpoint import checkpoint
 
 import triton_conv
@@ -20,25 +20,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-class Operators(TorchDispatchMode):
-    """Names of the operators run inside."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func._schema.name)
-        return func(*args, **(kwargs or {}))
-
-
-def convolutions(function, *args):
-    """Names of the convolution operators that `function` runs."""
-    with Operators() as ran:
-        function(*args)
-    return [name for name in ran.names if "conv" in name]
 
 
 def tensors(rank, transposed=False, requires_grad=False):

@@ -2,18 +2,11 @@
 
 import pytest
 import torch
+from heard import raised
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 import triton_conv
-
-
-def raised(function, *args, **kwargs):
-    try:
-        function(*args, **kwargs)
-    except Exception as error:
-        return error
-    return None
 
 
 def on(device):
