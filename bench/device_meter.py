@@ -33,7 +33,7 @@ from . import ceilings as ideal
 from . import values
 from .jobs import Job, plans, predicted_row
 from .records import OURS, Measurement, Row
-from .subjects import DEFAULT, RESULTS, Operands, Subject, Work, subjects
+from .subjects import DEFAULT, Operands, Subject, Work, results, subjects
 
 T = TypeVar("T")
 
@@ -158,21 +158,22 @@ class DeviceMeter:
         work = subject.prepared(operands[last])
         # others run the algorithms that they will be timed with, which poisoned memory would forbid
         with check.poisoned() if subject.who == OURS else nullcontext():
-            results = work()
-        error, wrong = values.checked(job, subject, results, self._wants(job, operands[last]))
-        del results
+            found = work()
+        error, wrong = values.checked(job, subject, found, self._wants(job, operands[last]))
+        del found
         if wrong and (subject.who == OURS or not error <= IMPRECISE):
             return Measurement(error=error if math.isfinite(error) else None, note=wrong)
         return _Checked(subject, error, self.probe.peak_bytes(work), host_seconds(self.probe, work), wrong)
 
     def _wants(self, job: Job, t: Operands) -> dict[str, Tensor]:
         """References of the job, of those kept from the job before it of the same layer where these are there."""
-        key = str((job.layer.input, job.layer.weight, job.layer.options))
+        # operands of kinds may differ from one operation to the next
+        key = str((job.layer.input, job.layer.weight, job.layer.options, job.kind and job.op))
         wants = self._known[1] if self._known[0] == key else {}
         self._known = key, wants
-        for name in RESULTS[job.op]:
-            if name not in wants:
-                wants[name] = values.expected(job, t, name)
+        missing = [name for name in results(job) if name not in wants]
+        if missing:
+            wants |= values.wanted(job, t, missing)
         return wants
 
     def _make_room(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import isfinite, prod
 from typing import Any, NamedTuple
 
@@ -11,19 +11,19 @@ import torch
 
 from triton_conv import cost, explain, functional
 from triton_conv.backends import default_precision
-from triton_conv.causal_plan import CausalPlan
 from triton_conv.devices import H200, Device
 from triton_conv.plan import Plan
+from triton_conv.tuning.ahead import AnyPlan
 from triton_conv.tuning.layers import Layer
 
-from . import shapes
+from . import kinds, shapes
+from .kinds import Kind
 from .records import OPS, Row
 
-# What plans are called in `explain.plans`; a causal convolution has all gradients in one.
+# What plans are called in `explain.plans`, of a plain convolution.
 _PLANS: dict[str, tuple[str, ...]]
 _PLANS = {"fprop": ("forward",), "dgrad": ("input gradient",), "wgrad": ("weight gradient",)}
 _PLANS["step"] = ("forward", "input gradient", "weight gradient")
-_CAUSAL: dict[str, tuple[str, ...]] = {"fprop": ("forward",), "step": ("forward", "all gradients")}
 
 LONG_FILTER = 100  # taps of a channel, which take a second to interpret for a few
 QUICK_LAYERS = 3  # of a suite
@@ -40,9 +40,9 @@ class Job(NamedTuple):
     op: str
 
     @property
-    def causal(self) -> bool:
-        """Whether it is one of `causal_conv1d`."""
-        return bool(self.layer.options.get("causal"))
+    def kind(self) -> Kind | None:
+        """What the layer is, None for a plain convolution."""
+        return kinds.of(self.layer)
 
     @property
     def dtype(self) -> str:
@@ -69,11 +69,11 @@ def jobs(
         ['stage 1 expand 64>256 56x56', 'stage 3 3x3 256>256 14x14', 'stem 3>64 224x224']
 
     `batch`, `dtype` and `channels_last` are the suites' own where they are None; 1-D convolutions are contiguous
-    whatever is asked, causal ones excepted, which have no gradients of their own beside the step. float32 is multiplied
-    as PyTorch is set to at the call. With `quick`, only the layers of each suite on which a network spends most
-    predicted time, those of other filters and strides first, and with fewer images or frames where one would not
-    fit beside its rivals, or take them too long. Raises ValueError for a suite or an operation that there is not, and
-    a batch below 1.
+    whatever is asked, causal ones excepted. Layers that are more than a convolution have no gradients of their own
+    beside the step, those of video in chunks no gradients at all. float32 is multiplied as PyTorch is set to at the
+    call. With `quick`, only the layers of each suite on which a network spends most predicted time, those of other
+    filters and strides first, and with fewer images or frames where one would not fit beside its rivals, or take them
+    too long. Raises ValueError for a suite or an operation that there is not, and a batch below 1.
     """
     for op in ops:
         if op not in OPS:
@@ -84,16 +84,20 @@ def jobs(
         if quick:
             layers = {n: _fitting(layers[n]) for n in _heaviest(layers)}
         for name, layer in layers.items():
-            known = _CAUSAL if layer.options.get("causal") else _PLANS
-            found += [Job(suite, name, layer, op) for op in OPS if op in ops and op in known]
+            found += [Job(suite, name, layer, op) for op in OPS if op in ops and op in _titles(layer)]
     return found
 
 
+def _titles(layer: Layer) -> Mapping[str, tuple[str, ...]]:
+    kind = kinds.of(layer)
+    return _PLANS if kind is None else kind.plans
+
+
 def _usual(layer: Layer) -> Layer:
-    options = dict(layer.options)
+    options, kind = dict(layer.options), kinds.of(layer)
     if len(layer.weight) == 3:
         options["channels_last"] = False
-    if options["dtype"] is torch.float32 and not options.get("causal"):
+    if options["dtype"] is torch.float32 and (kind is None or kind.convolution):
         options.setdefault("precision", default_precision())
     return layer._replace(options=options)
 
@@ -103,7 +107,8 @@ def _heaviest(layers: dict[str, Layer]) -> list[str]:
 
     def kind(name: str) -> str:
         layer = layers[name]
-        known = [layer.options.get(option) for option in ("transposed", "stride", "output_padding", "padding_mode")]
+        options = ("transposed", "stride", "output_padding", "padding_mode", "residual")
+        known = [layer.options.get(option) for option in options]
         return f"{layer.weight[2:]} {'groups' in layer.options} {known}"
 
     def seconds(layer: Layer) -> float:
@@ -131,9 +136,11 @@ def _fitting(layer: Layer) -> Layer:
 
 
 def _fits(layer: Layer) -> bool:
-    item = layer.options["dtype"].itemsize
-    if layer.options.get("causal"):
-        return 2 * prod(layer.input) * item <= QUICK_BYTES
+    item, kind = layer.options["dtype"].itemsize, kinds.of(layer)
+    if kind is not None:
+        flops = explain.plans(layer.input, layer.weight, device=H200, **layer.options)["forward"].roofline.flops
+        size = sum(map(prod, (*kind.shapes(layer).values(), kind.output(layer))))
+        return size * item <= QUICK_BYTES and flops <= QUICK_FLOPS
     g = explain.problems(layer.input, layer.weight, **layer.options)["forward"].geometry
     return sum(prod(g.shape(name)) for name in "xwy") * item <= QUICK_BYTES and g.flops <= QUICK_FLOPS
 
@@ -144,11 +151,10 @@ def small(job: Job) -> Job:
     Filter, stride, dilation, groups of one channel or of more, padding and its modes, dtype and memory format are
     kept, and so is what channels and extents leave over vectors and strides.
     """
+    if job.kind is not None and not job.kind.convolution:
+        return job._replace(layer=job.kind.small(job.layer))
     options = dict(job.layer.options)
     N, C, *extents = job.layer.input
-    if job.causal:
-        layer = Layer((min(N, 2), 16, min(extents[0], 20)), (16, job.layer.weight[1]), options)
-        return job._replace(layer=layer)
     first, second, *taps = job.layer.weight
     groups, transposed = options.get("groups", 1), options.get("transposed", False)
     if second == 1 < groups:  # depthwise: filters of a channel stay as many
@@ -179,10 +185,10 @@ def _shorter(extent: int, taps: int, stride: int, dilation: int, padding: tuple[
     return min(extent, least + (extent - least) % (2 * stride))
 
 
-def plans(job: Job, device: Device) -> list[Plan | CausalPlan]:
+def plans(job: Job, device: Device) -> list[AnyPlan]:
     """Ours for what the job computes, in the order in which they run."""
     found: Any = explain.plans(job.layer.input, job.layer.weight, device=device, **job.layer.options)
-    return [found[title] for title in (_CAUSAL if job.causal else _PLANS)[job.op]]
+    return [found[title] for title in _titles(job.layer)[job.op]]
 
 
 def predicted_row(job: Job, device: Device) -> Row:
@@ -211,21 +217,23 @@ def predicted_row(job: Job, device: Device) -> Row:
         config=", ".join(str(plan.config) for plan in found),
         workspace_bytes=max(plan.workspace_bytes for plan in found),
         reason=", ".join(str(getattr(plan, "reason", "")) or "one kernel for all" for plan in found),
+        separate_predicted_seconds=None if job.kind is None else job.kind.separate_seconds(job.layer, job.op, device),
     )
 
 
-def _predicted(plan: Plan | CausalPlan) -> float | None:
-    modelled = isinstance(plan, CausalPlan) or plan.kernel in cost.TILES
+def _predicted(plan: AnyPlan) -> float | None:
+    modelled = not isinstance(plan, Plan) or plan.kernel in cost.TILES
     return plan.seconds if modelled and isfinite(plan.seconds) else None
 
 
 def words(layer: Layer) -> str:
     """A call in one line, without what is usual in it, dtype and memory format."""
-    options, causal = layer.options, layer.options.get("causal")
+    options, kind = layer.options, kinds.of(layer)
     name = f"conv{'_transpose' * bool(options.get('transposed'))}{len(layer.weight) - 2}d"
     usual: dict[str, Any] = {n: p.default for n, p in inspect.signature(functional.conv2d).parameters.items()}
-    usual |= {"transposed": options.get("transposed"), "causal": causal, "activation": None, "output_padding": 0}
-    usual |= {"dtype": options.get("dtype"), "channels_last": options.get("channels_last")}
-    said = [f"{n} {explain.written(v)}" for n, v in options.items() if n not in usual or v != usual[n]]
+    usual |= {"transposed": options.get("transposed"), "causal": options.get("causal"), "activation": None}
+    usual |= {"dtype": options.get("dtype"), "channels_last": options.get("channels_last"), "output_padding": 0}
+    given = options if kind is None else kind.said(layer)
+    said = [f"{n} {explain.written(v)}" for n, v in given.items() if n not in usual or v != usual[n]]
     sizes = ["x".join(map(str, shape)) for shape in (layer.input, layer.weight)]
-    return " ".join(["causal_conv1d" if causal else name, *sizes, *said])
+    return " ".join([name if kind is None else kind.call(layer), *sizes, *said])

@@ -17,7 +17,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 FORMAT = 1
 
-OPS = ("fprop", "dgrad", "wgrad", "step")  # a step is the forward convolution and both gradients
+OPS = ("fprop", "dgrad", "wgrad", "step")  # a step is the forward convolution and all gradients
 SOURCES = ("measured", "simulated", "predicted")
 
 POSITIVE = ("times", "predicted_seconds", ".seconds")  # names of numbers that are never 0
@@ -26,8 +26,20 @@ POSITIVE = ("times", "predicted_seconds", ".seconds")  # names of numbers that a
 OURS = "triton_conv"
 CONTIGUOUS, CHANNELS_LAST = "cudnn contiguous", "cudnn channels_last"
 PADDED_CONTIGUOUS, PADDED_CHANNELS_LAST = "pad + cudnn contiguous", "pad + cudnn channels_last"
+# What our one kernel does beside the convolution, others do before or after it: kernels that add and activate, filters
+# one after the other, frames put together.
+POINTWISE_CONTIGUOUS, POINTWISE_CHANNELS_LAST = "cudnn + pointwise contiguous", "cudnn + pointwise channels_last"
+SEPARATE_CONTIGUOUS, SEPARATE_CHANNELS_LAST = "cudnn one by one contiguous", "cudnn one by one channels_last"
+CAT_CONTIGUOUS, CAT_CHANNELS_LAST = "cat + cudnn contiguous", "cat + cudnn channels_last"
+CUDNN_FUSED = "cudnn fused"  # with a relu, by the calls that PyTorch has for inference
+TORCHVISION, COMPOSED = "torchvision", "gather + matmul"
 COMPILED, LINEAR, FLAG_GEMS = "torch.compile", "F.linear", "flag_gems"
-OTHERS = (CONTIGUOUS, CHANNELS_LAST, PADDED_CONTIGUOUS, PADDED_CHANNELS_LAST, COMPILED, LINEAR, FLAG_GEMS)
+OTHERS = (
+    *(CONTIGUOUS, CHANNELS_LAST, PADDED_CONTIGUOUS, PADDED_CHANNELS_LAST),
+    *(POINTWISE_CONTIGUOUS, POINTWISE_CHANNELS_LAST, SEPARATE_CONTIGUOUS, SEPARATE_CHANNELS_LAST),
+    *(CAT_CONTIGUOUS, CAT_CHANNELS_LAST, CUDNN_FUSED, TORCHVISION, COMPOSED),
+    *(COMPILED, LINEAR, FLAG_GEMS),
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +65,8 @@ class Row:
     """An operation of a layer: what it is, what we plan for it, and what it took whom, by name.
 
     `flops` and `bytes` are the least that it needs, `roofline_seconds` their time by the data sheet and `limit` what
-    that is spent on. `kernel` to `reason` are of our plan; a step's are those of its plans, joined by commas.
+    that is spent on. `kernel` to `reason` are of our plan; a step's are those of its plans, joined by commas. Where one
+    kernel stands for several, `separate_predicted_seconds` is what these would take by the same models.
     """
 
     suite: str
@@ -73,6 +86,7 @@ class Row:
     workspace_bytes: int
     reason: str
     measured: Mapping[str, Measurement] = field(default_factory=dict)
+    separate_predicted_seconds: float | None = None
 
     @property
     def name(self) -> tuple[str, ...]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,8 @@ from triton_conv import explain, ops
 from triton_conv.geometry import ConvGeometry, Role
 
 from .jobs import Job
+from .kinds.kind import Forward as NamedForward
+from .kinds.kind import Kind, Tensors
 from .records import (
     CHANNELS_LAST,
     COMPILED,
@@ -41,17 +44,23 @@ Forward = Callable[[Tensor, Tensor], Tensor]
 
 
 class Operands(NamedTuple):
-    """Input, weight and gradient of the output, in the caller's shapes."""
+    """Input, weight and gradient of the output, in the caller's shapes, and what a kind of layers has `besides`."""
 
     x: Tensor
     w: Tensor
     dy: Tensor
+    besides: Mapping[str, Tensor] = MappingProxyType({})
+
+    @property
+    def named(self) -> dict[str, Tensor]:
+        """What is computed from, by name."""
+        return {"x": self.x, "w": self.w, **self.besides}
 
 
 class Subject(NamedTuple):
     """One way to compute a job.
 
-    `prepared` makes of operands what is timed; its results are those that `RESULTS` names, in that order. `between`
+    `prepared` makes of operands what is timed; its results are those that `results` names, in that order. `between`
     says that it rounds to its dtype before it is done, which no single kernel does.
     """
 
@@ -61,7 +70,14 @@ class Subject(NamedTuple):
     between: bool = False
 
 
-RESULTS = {"fprop": ("y",), "dgrad": ("dx",), "wgrad": ("dw",), "step": ("y", "dx", "dw")}
+_RESULTS = {"fprop": ("y",), "dgrad": ("dx",), "wgrad": ("dw",), "step": ("y", "dx", "dw")}
+
+
+def results(job: Job) -> tuple[str, ...]:
+    """Names of what a job computes; a step has the gradients of everything that a layer is computed from."""
+    if job.kind is None or job.op != "step":
+        return _RESULTS[job.op]
+    return ("y", *(f"d{name}" for name in job.kind.shapes(job.layer)))
 
 
 @dataclass(frozen=True)
@@ -115,7 +131,7 @@ def subjects(job: Job, who: Collection[str] | None = None) -> list[Subject]:
     strange = sorted(set(wanted) - {OURS, *OTHERS})
     if strange:
         raise ValueError(f"who: {strange[0]!r} is not one of {', '.join(OTHERS)}")
-    found = _causal(job) if job.causal else _ours_and_others(job)
+    found = _ours_and_others(job) if job.kind is None else _of_kind(job, job.kind)
     if COMPILED in wanted:
         found += _compiled(job, found)
     return [subject for subject in found if subject.who in (OURS, *wanted)]
@@ -140,14 +156,18 @@ def _ours_and_others(job: Job) -> list[Subject]:
 
 
 def _forward_or_step(op: str, forward: Forward, t: Operands) -> Work:
+    return _named_forward_or_step(op, lambda named: forward(named["x"], named["w"]), t)
+
+
+def _named_forward_or_step(op: str, forward: NamedForward, t: Operands) -> Work:
     if op == "fprop":
-        return lambda: (forward(t.x, t.w),)
-    x, w = t.x.detach().requires_grad_(), t.w.detach().requires_grad_()
+        return lambda: (forward(t.named),)
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in t.named.items()}
 
     def step() -> tuple[Tensor, ...]:
         with torch.enable_grad():
-            y = forward(x, w)
-        return y.detach(), *torch.autograd.grad(y, (x, w), t.dy)
+            y = forward(leaves)
+        return y.detach(), *torch.autograd.grad(y, tuple(leaves.values()), t.dy)
 
     return step
 
@@ -183,7 +203,7 @@ def _cudnn(op: str, conv: Convolution, t: Operands) -> Work:
     modes = [*("zeros" for _ in flat), *conv.axes("modes")]
     walk = ([*one, *conv.axes("stride")], [*flat, *conv.within], [*one, *conv.axes("dilation")])
     how = (*walk, conv.transposed, [*flat, *conv.output_padding], conv.geometry.groups)
-    x, w, dy = (a.unsqueeze(2) if flat else a for a in t)
+    x, w, dy = (a.unsqueeze(2) if flat else a for a in (t.x, t.w, t.dy))
 
     def narrow(results: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return tuple(r.squeeze(2) if flat else r for r in results)
@@ -290,21 +310,23 @@ def _linear(op: str, conv: Convolution, channels_last: bool, t: Operands) -> Wor
 def _compiled(job: Job, found: Sequence[Subject]) -> list[Subject]:
     """Inductor's of the call that users write, in the layer's own memory format; its gradients are part of a step."""
     rivals = [s for s in found if s.who != OURS and s.channels_last == bool(job.layer.options.get("channels_last"))]
+    rivals = rivals or [s for s in found[1:] if job.kind is not None]
     if job.op not in ("fprop", "step") or not rivals:
         return []
-    plain = partial(causal_forward, bool(job.layer.options.get("activation"))) if job.causal else _plain(job)
     torch.compiler.reset()  # or the ninth layer finds that one function has been compiled too often
     # "max-autotune" but for its own CUDA graphs, which cannot be captured: what is timed is a graph of ours
-    fast: Any = torch.compile(plain, mode="max-autotune-no-cudagraphs", dynamic=False)
+    fast: Any = torch.compile(_plain(job), mode="max-autotune-no-cudagraphs", dynamic=False)
     between = any(s.between for s in rivals)
-    return [Subject(COMPILED, rivals[0].channels_last, partial(_forward_or_step, job.op, fast), between)]
+    return [Subject(COMPILED, rivals[0].channels_last, partial(_named_forward_or_step, job.op, fast), between)]
 
 
-def _plain(job: Job) -> Forward:
+def _plain(job: Job) -> NamedForward:
+    if job.kind is not None:
+        return partial(job.kind.plain, job.layer)
     conv = Convolution.of(job)
 
-    def forward(x: Tensor, w: Tensor) -> Tensor:
-        (y,) = _cudnn("fprop", conv, Operands(x, w, x))()
+    def forward(t: Tensors) -> Tensor:
+        (y,) = _cudnn("fprop", conv, Operands(t["x"], t["w"], t["x"]))()
         return y
 
     return forward
@@ -322,27 +344,14 @@ def _flag_gems(conv: Convolution) -> Forward | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Causal convolutions
+# Layers that are more than a convolution
 
 
-def _causal(job: Job) -> list[Subject]:
-    activation = job.layer.options.get("activation")
-
-    def ours(x: Tensor, w: Tensor) -> Tensor:
-        y = triton_conv.causal_conv1d(x, w, None, activation)
-        assert isinstance(y, Tensor)
-        return y
-
-    others = partial(causal_forward, activation is not None)
+def _of_kind(job: Job, kind: Kind) -> list[Subject]:
     last = bool(job.layer.options.get("channels_last"))
-    found = [Subject(OURS, last, partial(_forward_or_step, job.op, ours))]
-    for name, how in ((CONTIGUOUS, False), (CHANNELS_LAST, True)):
-        found.append(Subject(name, how, partial(_forward_or_step, job.op, others), between=True))
+    ours = partial(_named_forward_or_step, job.op, partial(kind.ours, job.layer))
+    found = [Subject(OURS, last, ours, kind.between)]
+    for rival in kind.rivals(job.layer, job.op):
+        prepared = partial(_named_forward_or_step, job.op, rival.forward)
+        found.append(Subject(rival.who, rival.channels_last, prepared, rival.between))
     return found
-
-
-def causal_forward(silu: bool, x: Tensor, w: Tensor) -> Tensor:
-    """As state-space models without kernels of their own do it: padded on both sides, then cut."""
-    (C, W), L = w.shape, x.shape[2]
-    y = functional.conv2d(x.unsqueeze(2), w[:, None, None], None, 1, (0, W - 1), 1, C).squeeze(2)[:, :, :L]
-    return functional.silu(y) if silu else y

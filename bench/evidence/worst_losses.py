@@ -15,6 +15,7 @@ from triton_conv import explain, stored
 from triton_conv.devices import H200
 from triton_conv.tuning.measure import Bench, CudaBench, SimulatedBench
 from triton_conv.tuning.store import Store
+from triton_conv.tuning.suites import fixed
 from triton_conv.tuning.tune import Budget, Task, tune_one
 
 from .. import records
@@ -50,7 +51,7 @@ def worst_of(context: Context) -> list[tuple[Job, Row]]:
     path = context.out / quick_bench.FILE
     rows = {row.name: row for row in records.read(path).rows} if path.exists() else {}
     found = [(job, rows[job.row_name]) for job in quick_bench.wanted(context) if job.row_name in rows]
-    found = [(job, row) for job, row in found if not job.causal and job.op != "step" and row.seconds(OURS)]
+    found = [(job, row) for job, row in found if not fixed(job.layer) and job.op != "step" and row.seconds(OURS)]
     found.sort(key=lambda one: _badness(one[1]), reverse=True)
     return found[: _FEW if context.simulate else _MOST]
 

@@ -4,7 +4,8 @@
     >>> len(suite.layers), sum(layer.times for layer in suite.layers.values())
     (23, 53)
 
-Shapes are those of published networks: `networks` counts the larger ones, the smaller stand here.
+Shapes are those of published networks: `networks` counts the larger ones, `compound` those of layers that are more than
+a convolution; the smaller stand here.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 
 from .. import explain
 from ..devices import Device
-from . import networks
+from . import compound, networks
 from .layers import Layer
 from .networks import Layers
 from .tune import Task
@@ -56,8 +57,8 @@ def tasks(
         >>> len(tasks("resnet50", H200))
         69
 
-    `batch`, `dtype` and `channels_last` are the suite's own where they are None. Layers without configs to choose from,
-    those of `causal_conv1d`, are left out, and a warning says so. Raises ValueError for a suite that there is not and a
+    `batch`, `dtype` and `channels_last` are the suite's own where they are None. Layers without configs to choose from
+    are left out, and a warning says so (see `fixed`). Raises ValueError for a suite that there is not and a
     batch below 1.
     """
     found: list[Task] = []
@@ -97,9 +98,19 @@ def layers(
     return found
 
 
+# By the option that says so, what has no problem that the tuner knows.
+_RULED = {
+    "causal": "causal_conv1d",
+    "branches": "multi_conv2d",
+    "deform": "deform_conv2d",
+    "context": "causal_conv3d with a context",
+}
+
+
 def fixed(layer: Layer) -> str:
     """Why there is nothing to tune in a layer; "" if there is."""
-    return "causal_conv1d has one config for each shape, by rule" if layer.options.get("causal") else ""
+    ruled = [what for option, what in _RULED.items() if layer.options.get(option)]
+    return f"{ruled[0]} has one config for each shape, by rule" if ruled else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -239,5 +250,20 @@ SUITES: dict[str, Suite] = {
         _suite("whisper", "Whisper, before the encoder (Radford et al. 2022)", 8, _whisper()),
         _suite("circular", "circular longitudes: WeatherBench (2021), HorizonNet (2019)", 16, _circular()),
         _suite("mamba", "Mamba's short convolutions (2023, 2024)", 8, _mamba()),
+        _suite(
+            "resnet50_fused",
+            "ResNet-50 for inference, norms folded: bias, relu and shortcut in the kernel",
+            128,
+            compound.fused_bottlenecks([(blocks, width, out, stride) for blocks, width, _, out, stride in _RESNET]),
+        ),
+        _suite(
+            "aspp_branches", "DeepLabV3's pyramids, four filters at once (Chen et al. 2017)", 16, compound.pyramids()
+        ),
+        _suite("inception_v3", "Inception-v3, filters over one input (Szegedy et al. 2015)", 64, compound.inception()),
+        _suite("sknet50", "SKNet-50, selective kernels (Li et al. 2019)", 64, compound.selective_kernels()),
+        _suite("dcnv2_resnet50", "DCNv2 ResNet-50 at 800x1344, deformable (2019)", 2, compound.deformable()),
+        _suite("wan_streaming", "Wan 2.1, video decoder in chunks at 480x832 (2025)", 1, compound.wan_chunks()),
+        _suite("ltx_streaming", "LTX-2, video decoder in chunks at 512x768 (2026)", 1, compound.ltx_chunks()),
+        _suite("qwen_image", "Qwen-Image, decoder at 1024x1024, chunks of one frame (2025)", 1, compound.qwen_image()),
     )
 }
