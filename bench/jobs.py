@@ -90,7 +90,7 @@ def jobs(
 
 def _titles(layer: Layer) -> Mapping[str, tuple[str, ...]]:
     kind = kinds.of(layer)
-    return _PLANS if kind is None else kind.plans
+    return _PLANS if kind is None else kind.titles(layer)
 
 
 def _usual(layer: Layer) -> Layer:

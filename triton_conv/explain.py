@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
-from . import causal, config, cost, execute, functional, plan, separable
+from . import activation, activation_plan, causal, config, cost, execute, functional, plan, separable
+from .activation_plan import ActivationPlan, ActivationProblem
 from .causal_plan import CausalPlan
 from .config import Device
+from .epilogue import Epilogue
 from .separable_plan import SeparablePlan
 
 _NAMES = ("forward", "input gradient", "weight gradient")
@@ -49,14 +51,18 @@ def plans(
     the plan of the four real ones it is made of. With `causal` the plans are those of `causal_conv1d`, of its gradients
     and of `causal_conv1d_update`; the parameters are then `activation` and `initial_state`, whether there is one.
     With `pointwise`, a number of output channels, they are those of a separable convolution for inference: both in one
-    kernel, then one after the other.
+    kernel, then one after the other. `residual` is "before" or "after" the activation, `scale` whether there is one;
+    with an activation there is the plan of its gradient as well.
     """
     if parameters.get("pointwise") is not None:
         return _separable_plans(input_shape, weight_shape, transposed, dtype, channels_last, bias, device, **parameters)
     if parameters.pop("causal", False):
         return _causal_plans(input_shape, weight_shape, transposed, dtype, channels_last, bias, device, **parameters)
-    _, calls = _traced(input_shape, weight_shape, transposed, dtype, channels_last, bias, parameters)
-    return _plans(calls, device)
+    shape, calls = _traced(input_shape, weight_shape, transposed, dtype, channels_last, bias, parameters)
+    found: dict[str, Any] = dict(_plans(calls, device))
+    if parameters.get("activation") and len(calls) > 1:
+        found["activation gradient"] = _activation_plan(shape.numel(), parameters, dtype, device)
+    return found
 
 
 def problems(
@@ -274,11 +280,26 @@ def _traced(
 
     x, w = (empty(shape).requires_grad_(differentiable) for shape in (input_shape, weight_shape))
     channels = weight_shape[1] * parameters.get("groups", 1) if transposed else weight_shape[0]
+    parameters = {**parameters, "bias": empty([channels], out) if bias else None}
+    if parameters.get("scale"):
+        parameters["scale"] = empty([channels])
+    residual = parameters.pop("residual", "")
+    if residual:
+        parameters["residual_after_activation"] = residual == "after"
+        with torch.no_grad():
+            parameters["residual"] = torch.empty_like(convolve(x, w, **parameters))
     with execute.recording(here=True) as calls:
-        y = convolve(x, w, bias=empty([channels], out) if bias else None, **parameters)
+        y = convolve(x, w, **parameters)
         if differentiable:
             torch.autograd.grad(y, (x, w), torch.empty_like(y))
     return y.shape, calls
+
+
+def _activation_plan(total: int, parameters: dict[str, Any], dtype: torch.dtype, device: Device) -> ActivationPlan:
+    """Of the first part of a backward pass, which says by what was saved how its gradient is told."""
+    name, slope = parameters["activation"], parameters.get("negative_slope", Epilogue().slope)
+    of_output = activation.tells_gradient(name, slope) and parameters.get("residual") != "after"
+    return activation_plan.make(ActivationProblem(total, written(dtype), name, slope, of_output, device))
 
 
 def written(value: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any, ClassVar
 
@@ -38,6 +38,12 @@ class Fused(Kind):
 
     plans: ClassVar = {"fprop": ("forward",), "step": ("forward", "input gradient", "weight gradient")}
     convolution = True
+
+    def titles(self, layer: Layer) -> Mapping[str, tuple[str, ...]]:
+        if not layer.options.get("activation"):
+            return self.plans
+        forward, *gradients = self.plans["step"]
+        return {**self.plans, "step": (forward, "activation gradient", *gradients)}
 
     def call(self, layer: Layer) -> str:
         return f"conv{len(layer.weight) - 2}d"

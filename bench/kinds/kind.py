@@ -32,7 +32,7 @@ class Rival(NamedTuple):
 
 
 class Kind:
-    """A kind of layers; `plans` are the titles of `explain.plans` that an operation runs.
+    """A kind of layers; `plans` are the titles of `explain.plans` that each operation runs.
 
     The gradients of a step are those of all operands. `between` says that ours rounds to its dtype before it is done,
     `convolution` that it is one with something after it: it is made small, and multiplied, as a plain one.
@@ -41,6 +41,10 @@ class Kind:
     plans: ClassVar[Mapping[str, tuple[str, ...]]]
     between = False
     convolution = False
+
+    def titles(self, layer: Layer) -> Mapping[str, tuple[str, ...]]:
+        """`plans` of a layer."""
+        return self.plans
 
     def call(self, layer: Layer) -> str:
         """The function that users call."""
