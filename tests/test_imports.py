@@ -17,7 +17,7 @@ PACKAGE = Path(triton_conv.__file__).parent
 LAYERS = [
     {"version", "geometry", "devices", "unsupported", "invariance", "later", "frozen"},
     {"tiles", "reference"},
-    {"config"},
+    {"config", "deform_reference"},
     {"causal_config", "key"},
     {"kernels", "entry"},
     {"cost", "stored"},
@@ -30,7 +30,7 @@ LAYERS = [
     {"fast"},
     {"ops"},
     {"functional", "causal"},
-    {"separable"},
+    {"separable", "deform"},
     {"sharding"},
     {"nn", "override", "explain", "check"},
     {"convert", "layers"},
