@@ -285,7 +285,8 @@ class _Backward(_SingleLevelFunction):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, *tensors, ctx.stride, ctx.padding, ctx.dilation, ctx.precision, ctx.wanted = inputs
+        _, *tensors, ctx.stride, ctx.padding, ctx.dilation, ctx.precision, wanted = inputs
+        ctx.wanted = _possible(wanted, tensors[-1])
         ctx.save_for_backward(*tensors)
 
     @staticmethod
@@ -304,6 +305,12 @@ class _Backward(_SingleLevelFunction):
         given = [c for c, want in zip(cotangents, ctx.wanted, strict=True) if want]
         found = pull(tuple(c.to(o.dtype) for c, o in zip(given, outputs, strict=True)))
         return None, *found, *[None] * (5 - len(present)), *[None] * 5
+
+
+def _possible(wanted, mask: Tensor | None) -> tuple[bool, ...]:
+    """`wanted`, but for the gradient of a mask that is not there."""
+    to_x, to_offset, to_mask, to_w = wanted
+    return to_x, to_offset, to_mask and mask is not None, to_w
 
 
 def _plain(input, offset, weight, mask, bias, *params) -> Tensor:

@@ -18,23 +18,30 @@ from .reference import _wide
 
 
 class _Tap(NamedTuple):
-    """Where one tap samples: for each of N, offset groups and PQ, four corners of a pixel and how far it is between.
+    """Where one tap samples: the four pixels around each position, of which the second and the last lie to the right.
 
-    rows: of the corners (upper left, upper right, lower left, lower right), in the image's rows. fractions: from the
-    upper corners and from the left ones, (N, OG, PQ, 1).
+    rows: those of the pixels in the image, (4, N, OG, PQ). lower, right: how far positions are from the first pixel,
+    (N, OG, PQ, 1).
     """
 
-    rows: tuple[Tensor, Tensor, Tensor, Tensor]
-    fractions: tuple[Tensor, Tensor]
+    rows: Tensor
+    lower: Tensor
+    right: Tensor
 
-    def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        lower, right = self.fractions
-        upper, left = 1 - lower, 1 - right
-        return upper * left, upper * right, lower * left, lower * right
+    def weights(self) -> Tensor:
+        """Of the pixels in a sample, (4, N, OG, PQ, 1)."""
+        upper, left = 1 - self.lower, 1 - self.right
+        return torch.stack((upper * left, upper * self.right, self.lower * left, self.lower * self.right))
 
-    def corners(self, image: Tensor) -> tuple[Tensor, ...]:
-        """(N, OG, PQ, C / OG) each. The gradient of an embedding sums in the same order every time, on a GPU too."""
-        return tuple(functional.embedding(r, image) for r in self.rows)
+    def slopes(self) -> tuple[Tensor, Tensor]:
+        """Of these weights as the position moves down, and to the right."""
+        upper, left = 1 - self.lower, 1 - self.right
+        down = torch.stack((-left, -self.right, left, self.right))
+        return down, torch.stack((-upper, upper, -self.lower, self.lower))
+
+    def pixels(self, image: Tensor) -> Tensor:
+        """(4, N, OG, PQ, C / OG). The gradient of an embedding is summed in the same order every time, on GPUs too."""
+        return functional.embedding(self.rows, image)
 
 
 def forward(
@@ -52,7 +59,7 @@ def forward(
     scales = _scales(mask, geometry, offset_groups, wide)
     sums = None
     for i, tap in enumerate(_taps(offset.to(wide), geometry, offset_groups)):
-        samples = _sum(a * v for a, v in zip(tap.weights(), tap.corners(image), strict=True))
+        samples = (tap.weights() * tap.pixels(image)).sum(0)
         if scales is not None:
             samples = scales[i] * samples
         products = torch.einsum("ngpc,gkc->ngkp", _grouped(samples, geometry), filters[i])
@@ -81,8 +88,8 @@ def gradients(
     to_x, to_offset, to_mask, to_w = wanted
     dimage, moves, dscales, dfilters = None, [], [], []
     for i, tap in enumerate(_taps(offset.to(wide), g, offset_groups)):
-        corners, weights = tap.corners(image), tap.weights()
-        samples = _sum(a * v for a, v in zip(weights, corners, strict=True))
+        pixels, weights = tap.pixels(image), tap.weights()
+        samples = (weights * pixels).sum(0)
         if to_w:
             scaled = samples if scales is None else scales[i] * samples
             dfilters.append(torch.einsum("ngkp,ngpc->gkc", given, _grouped(scaled, g)))
@@ -92,13 +99,10 @@ def gradients(
         if scales is not None:
             dsamples = scales[i] * dsamples
         if to_offset:
-            (a, b, c, d), (lower, right) = corners, tap.fractions
-            down = (1 - right) * (c - a) + right * (d - b)
-            along = (1 - lower) * (b - a) + lower * (d - c)
-            moves += [(dsamples * down).sum(3), (dsamples * along).sum(3)]
+            moves += [(dsamples * (slope * pixels).sum(0)).sum(3) for slope in tap.slopes()]
         if to_x:
-            parts = [_put(r, a * dsamples, image) for r, a in zip(tap.rows, weights, strict=True)]
-            dimage = _sum(parts if dimage is None else [dimage, *parts])
+            part = _put(tap.rows, weights * dsamples, image)
+            dimage = part if dimage is None else dimage + part
     return (
         None if dimage is None else _image(dimage, g, offset_groups),
         _stacked(moves, g) if to_offset else None,
@@ -113,16 +117,14 @@ def _taps(offset: Tensor, g: ConvGeometry, offset_groups: int) -> Iterator[_Tap]
     images = torch.arange(g.N * offset_groups, device=offset.device).view(g.N, offset_groups, 1, 1) * (H * W)
     for r in range(R):
         for s in range(S):
-            y, below = _between(moves[:, :, r * S + s, 0], g, 1, r)
-            x, beside = _between(moves[:, :, r * S + s, 1], g, 2, s)
+            y, lower = _between(moves[:, :, r * S + s, 0], g, 1, r)
+            x, right = _between(moves[:, :, r * S + s, 1], g, 2, s)
             rows = []
-            for dy in (0, 1):
-                for dx in (0, 1):
-                    inside = (y >= -dy) & (y < H - dy) & (x >= -dx) & (x < W - dx)
-                    there = torch.where(inside, (y + dy) * W + x + dx, 0).long()
-                    rows.append(torch.where(inside, images + there, g.N * offset_groups * H * W).flatten(2))
-            a, b, c, d = rows
-            yield _Tap((a, b, c, d), (below.flatten(2).unsqueeze(3), beside.flatten(2).unsqueeze(3)))
+            for dy, dx in ((0, 0), (0, 1), (1, 0), (1, 1)):
+                inside = (y >= -dy) & (y < H - dy) & (x >= -dx) & (x < W - dx)
+                there = torch.where(inside, (y + dy) * W + x + dx, 0).long()
+                rows.append(torch.where(inside, images + there, g.N * offset_groups * H * W))
+            yield _Tap(torch.stack(rows).flatten(3), *(t.flatten(2).unsqueeze(3) for t in (lower, right)))
 
 
 def _between(move: Tensor, g: ConvGeometry, axis: int, tap: int) -> tuple[Tensor, Tensor]:
@@ -177,10 +179,3 @@ def _by_offset_group(samples: Tensor, g: ConvGeometry, offset_groups: int) -> Te
 def _stacked(values: Sequence[Tensor], g: ConvGeometry) -> Tensor:
     """(N, OG, PQ) of each channel of an offset group, as (N, channels, P, Q)."""
     return torch.stack(tuple(values), 2).flatten(1, 2).unflatten(2, g.output[1:])
-
-
-def _sum(parts) -> Tensor:
-    first, *rest = parts
-    for p in rest:
-        first = first + p
-    return first
