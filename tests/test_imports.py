@@ -18,16 +18,16 @@ LAYERS = [
     {"version", "geometry", "devices", "unsupported", "invariance", "later", "frozen"},
     {"tiles", "reference"},
     {"config", "deform_reference"},
-    {"causal_config", "key"},
+    {"causal_config", "deform_config", "key"},
     {"kernels", "entry"},
     {"cost", "stored"},
-    {"choose", "causal_cost"},
+    {"choose", "causal_cost", "deform_cost"},
     {"ways"},
     {"backends"},
     {"plan", "causal_plan"},
-    {"separable_plan"},
+    {"separable_plan", "deform_plan"},
     {"execute"},
-    {"fast"},
+    {"fast", "deform_run"},
     {"ops"},
     {"functional", "causal"},
     {"separable", "deform"},
@@ -41,7 +41,7 @@ LAYERS = [
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 NARROW = {
-    "kernels": {"geometry", "tiles", "causal_config", "kernels"},
+    "kernels": {"geometry", "tiles", "causal_config", "deform_config", "kernels"},
     "causal_config": {"config", "tiles", "devices"},
     "reference": {"geometry"},
     "config": {"geometry", "tiles", "devices"},
@@ -95,7 +95,14 @@ def test_imports_point_one_way(path):
         assert RANK[name] < RANK[mine] or name == mine, where
         assert mine not in NARROW or name in NARROW[mine], where
         assert name != "tuning" or mine in ("tuning", "commands"), where
-        assert name != "kernels" or mine in ("kernels", "plan", "causal_plan", "separable_plan", "fast"), where
+        assert name != "kernels" or mine in (
+            "kernels",
+            "plan",
+            "causal_plan",
+            "separable_plan",
+            "deform_plan",
+            "fast",
+        ), where
 
 
 def test_the_parser_sees_every_form_of_import(tmp_path, monkeypatch):

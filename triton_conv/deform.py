@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import deform_reference, execute, functional, invariance, ops
+from . import deform_reference, deform_run, execute, functional, invariance, ops
+from .devices import Device
 from .functional import Ints, Padding
 from .geometry import ConvGeometry
 from .later import when_imported
@@ -177,16 +178,6 @@ def _allowed(input: Tensor) -> str:
     return " or ".join(dict.fromkeys(map(str, (input.dtype, torch.float32))))
 
 
-def _check_gradient(dy: Tensor, checked: _Checked) -> None:
-    expected, x = checked.call.output_shape, checked.call.a
-    if list(dy.shape) != list(expected) or dy.dtype != x.dtype:
-        raise RuntimeError(
-            f"expected grad_output {list(expected)} of {x.dtype}, but got {list(dy.shape)} of {dy.dtype} "
-            f"(input {list(x.shape)})"
-        )
-    ops._check_device("input", x, "grad_output", dy)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The operators
 
@@ -200,6 +191,10 @@ def _forward(input, offset, weight, mask, bias, *params) -> Tensor:
     y = execute._empty_like_output(checked.call)
     if y.numel() == 0:
         return y
+    device = execute.device_of(input.device)
+    if device is not None:
+        how = (checked.geometry, checked.offset_groups, params[-1], device)
+        return deform_run.forward(input, offset, weight, mask, bias, *how, y)
     for y_of, g, x, o, m in _samples(checked, y, input, offset, mask):
         y_of.copy_(deform_reference.forward(x, o, weight, m, bias, g, checked.offset_groups))
     return y
@@ -214,37 +209,64 @@ def _samples(checked: _Checked, *tensors: Tensor | None) -> list[tuple[Any, ...]
     return list(zip(columns[0], [replace(g, N=1)] * g.N, *columns[1:], strict=True))
 
 
-def _gradients_like(dy, input, offset, weight, mask, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Uninitialised gradients; empty where there is nothing to differentiate, or nobody asks."""
+def _backward_checked(dy, input, offset, weight, mask, *rest) -> tuple[_Checked, tuple[bool, ...]]:
+    """What is computed, and which gradients of input, offset, mask and weight are wanted and possible."""
     *params, wanted = rest
     checked = _checked(input, offset, weight, mask, None, *params)
-    _check_gradient(dy, checked)
+    expected = checked.call.output_shape
+    if list(dy.shape) != expected or dy.dtype != input.dtype:
+        raise RuntimeError(
+            f"expected grad_output {expected} of {input.dtype}, but got {list(dy.shape)} of {dy.dtype} "
+            f"(input {list(input.shape)})"
+        )
+    ops._check_device("input", input, "grad_output", dy)
     if len(wanted) != 4:
-        raise RuntimeError(f"expected wanted to say which of 4 gradients are to be computed, but got {list(wanted)}")
+        raise RuntimeError(f"expected wanted to have 4 entries, but got {list(wanted)}")
+    to_x, to_offset, to_mask, to_w = wanted
+    return checked, (to_x, to_offset, to_mask and mask is not None, to_w)
+
+
+def _gradients_like(dy, input, offset, weight, mask, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised gradients; empty where there is nothing to differentiate, or nobody asks."""
+    _, wanted = _backward_checked(dy, input, offset, weight, mask, *rest)
     tensors = (input, offset, mask, weight)
     dx, doffset, dmask, dw = (
-        torch.empty_like(t) if t is not None and want else input.new_empty(0)
-        for t, want in zip(tensors, wanted, strict=True)
+        torch.empty_like(t) if want else input.new_empty(0) for t, want in zip(tensors, wanted, strict=True)
     )
     return dx, doffset, dmask, dw
 
 
-def _backward(dy, input, offset, weight, mask, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _backward(dy, input, offset, weight, mask, *rest) -> tuple[Tensor, ...]:
+    device = execute.device_of(input.device)
+    if device is not None and dy.numel():
+        return _launched(device, dy, input, offset, weight, mask, *rest)
     outputs = _gradients_like(dy, input, offset, weight, mask, *rest)
-    *params, wanted = rest
-    checked = _checked(input, offset, weight, mask, None, *params)
     if dy.numel() == 0:
-        for output in outputs:
-            output.zero_()
-        return outputs
+        return tuple(output.zero_() for output in outputs)
+    checked, wanted = _backward_checked(dy, input, offset, weight, mask, *rest)
     found = [
         deform_reference.gradients(dy_of, x, o, weight, m, g, checked.offset_groups, wanted)
         for dy_of, g, x, o, m in _samples(checked, dy, input, offset, mask)
     ]
-    for output, parts, of_samples in zip(outputs, zip(*found, strict=True), (True, True, True, False), strict=True):
-        if parts[0] is not None:
+    for output, parts, want, of_samples in zip(
+        outputs, zip(*found, strict=True), wanted, (True, True, True, False), strict=True
+    ):
+        if want:
             output.copy_(torch.cat(parts) if of_samples else sum(parts[1:], parts[0]))
     return outputs
+
+
+def _launched(device: Device, dy, input, offset, weight, mask, *rest) -> tuple[Tensor, ...]:
+    checked, (to_x, to_offset, to_mask, to_w) = _backward_checked(dy, input, offset, weight, mask, *rest)
+    how = (checked.geometry, checked.offset_groups, rest[-2], device)
+    dx = dw = doffset = dmask = nothing = input.new_empty(0)
+    if to_x:
+        dx = deform_run.input_gradient(dy, offset, weight, mask, *how, torch.empty_like(input))
+    if to_offset or to_mask:  # one kernel for both
+        doffset, dmask = deform_run.offset_gradients(dy, input, offset, weight, mask, *how)
+    if to_w:
+        dw = deform_run.weight_gradient(dy, input, offset, mask, *how, torch.empty_like(weight))
+    return dx, doffset if to_offset else nothing, dmask if to_mask else nothing, dw
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -285,32 +307,25 @@ class _Backward(_SingleLevelFunction):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, *tensors, ctx.stride, ctx.padding, ctx.dilation, ctx.precision, wanted = inputs
-        ctx.wanted = _possible(wanted, tensors[-1])
+        _, *tensors, ctx.stride, ctx.padding, ctx.dilation, ctx.precision, ctx.wanted = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx, *cotangents):
-        _, x, offset, weight, mask = ctx.saved_tensors
-        checked = _checked(x, offset, weight, mask, None, ctx.stride, ctx.padding, ctx.dilation, ctx.precision)
+        params = (ctx.stride, ctx.padding, ctx.dilation, ctx.precision, ctx.wanted)
+        checked, wanted = _backward_checked(*ctx.saved_tensors, *params)
 
         def gradients(dy, x, offset, weight, mask=None):
             found = deform_reference.gradients(
-                dy, x, offset, weight, mask, checked.geometry, checked.offset_groups, ctx.wanted
+                dy, x, offset, weight, mask, checked.geometry, checked.offset_groups, wanted
             )
             return tuple(g for g in found if g is not None)
 
         present = [t for t in ctx.saved_tensors if t is not None]
         outputs, pull = torch.func.vjp(gradients, *present)  # type: ignore[misc]
-        given = [c for c, want in zip(cotangents, ctx.wanted, strict=True) if want]
+        given = [c for c, want in zip(cotangents, wanted, strict=True) if want]
         found = pull(tuple(c.to(o.dtype) for c, o in zip(given, outputs, strict=True)))
         return None, *found, *[None] * (5 - len(present)), *[None] * 5
-
-
-def _possible(wanted, mask: Tensor | None) -> tuple[bool, ...]:
-    """`wanted`, but for the gradient of a mask that is not there."""
-    to_x, to_offset, to_mask, to_w = wanted
-    return to_x, to_offset, to_mask and mask is not None, to_w
 
 
 def _plain(input, offset, weight, mask, bias, *params) -> Tensor:
@@ -321,9 +336,7 @@ def _plain(input, offset, weight, mask, bias, *params) -> Tensor:
 
 
 def _plain_backward(dy, input, offset, weight, mask, *rest) -> tuple[Tensor, ...]:
-    *params, wanted = rest
-    checked = _checked(input, offset, weight, mask, None, *params)
-    _check_gradient(dy, checked)
+    checked, wanted = _backward_checked(dy, input, offset, weight, mask, *rest)
     found = deform_reference.gradients(dy, input, offset, weight, mask, checked.geometry, checked.offset_groups, wanted)
     tensors = (input, offset, mask, weight)
     return tuple(input.new_empty(0) if g is None else g.to(t.dtype) for g, t in zip(found, tensors, strict=True))
@@ -368,14 +381,13 @@ def _forward_vmap(info, in_dims, *args):
 
 
 def _backward_vmap(info, in_dims, *args):
-    wanted = args[-1]
-    found = _backward_op(*_all_folded(args[:5], in_dims, info.batch_size, (1, 1, 1, 0, 1)), *args[5:])
-    there = [want and t is not None for t, want in zip((args[1], args[2], args[4], args[3]), wanted, strict=True)]
+    folded = _all_folded(args[:5], in_dims, info.batch_size, (1, 1, 1, 0, 1))
+    _, wanted = _backward_checked(*folded, *args[5:])
     outputs = [
-        _unfolded(g, info.batch_size, axis) if is_there else g
-        for g, axis, is_there in zip(found, (1, 1, 1, 0), there, strict=True)
+        _unfolded(g, info.batch_size, axis) if want else g
+        for g, axis, want in zip(_backward_op(*folded, *args[5:]), (1, 1, 1, 0), wanted, strict=True)
     ]
-    return tuple(outputs), tuple(0 if is_there else None for is_there in there)
+    return tuple(outputs), tuple(0 if want else None for want in wanted)
 
 
 def _all_folded(tensors, in_dims, size: int, axes) -> list[Tensor | None]:
@@ -416,10 +428,9 @@ def _register_flop_formulas() -> None:
         return _checked(*args, **kwargs).geometry.flops
 
     def backward(dy, input, offset, weight, mask, *rest, out_val=None) -> int:
-        """Two products with the filters' size: that of images and offsets is one, that of filters the other."""
-        *params, (to_x, to_offset, to_mask, to_w) = rest
-        products = (to_x or to_offset or to_mask) + to_w
-        return products * _checked(input, offset, weight, mask, None, *params).geometry.flops
+        """What is least: gradients of images and of offsets come of one product, those of filters of another."""
+        checked, (to_x, to_offset, to_mask, to_w) = _backward_checked(dy, input, offset, weight, mask, *rest)
+        return ((to_x or to_offset or to_mask) + to_w) * checked.geometry.flops
 
     register_flop_formula(_forward_op.overloadpacket, get_raw=True)(forward)
     register_flop_formula(_backward_op.overloadpacket, get_raw=True)(backward)
