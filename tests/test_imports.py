@@ -17,22 +17,22 @@ PACKAGE = Path(triton_conv.__file__).parent
 LAYERS = [
     {"version", "geometry", "devices", "unsupported", "invariance", "later", "frozen", "epilogue"},
     {"tiles", "reference"},
-    {"config"},
-    {"causal_config", "key"},
+    {"config", "deform_reference"},
+    {"causal_config", "deform_config", "key"},
     {"kernels", "entry"},
     {"cost", "stored"},
-    {"choose", "causal_cost"},
+    {"choose", "causal_cost", "deform_cost"},
     {"ways"},
     {"backends"},
     {"plan", "causal_plan", "activation_plan"},
-    {"separable_plan"},
+    {"separable_plan", "deform_plan"},
     {"execute"},
-    {"fast"},
+    {"fast", "deform_run"},
     {"ops"},
     {"activation"},
     {"fused"},
     {"functional", "causal"},
-    {"separable"},
+    {"separable", "deform"},
     {"sharding"},
     {"nn", "override", "explain", "check"},
     {"convert", "layers"},
@@ -43,7 +43,7 @@ LAYERS = [
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 NARROW = {
-    "kernels": {"geometry", "tiles", "causal_config", "kernels"},
+    "kernels": {"geometry", "tiles", "causal_config", "deform_config", "kernels"},
     "causal_config": {"config", "tiles", "devices"},
     "reference": {"geometry", "epilogue"},
     "config": {"geometry", "tiles", "devices"},
@@ -103,6 +103,7 @@ def test_imports_point_one_way(path):
             "causal_plan",
             "separable_plan",
             "activation_plan",
+            "deform_plan",
             "fast",
         ), where
 

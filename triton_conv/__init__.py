@@ -7,6 +7,7 @@ from . import sharding as _sharding  # noqa: F401
 from .backends import backend
 from .causal import causal_conv1d, causal_conv1d_update
 from .convert import convert
+from .deform import deform_conv2d
 from .functional import (
     conv1d,
     conv2d,
@@ -42,6 +43,7 @@ __all__ = [
     "conv_transpose2d",
     "conv_transpose3d",
     "convert",
+    "deform_conv2d",
     "int_conv1d",
     "int_conv2d",
     "int_conv3d",

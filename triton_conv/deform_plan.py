@@ -1,0 +1,208 @@
+"""What a deformable convolution launches, as a pure function of numbers: shapes, dtypes, strides and device in, plan out.
+
+A plan prints itself (`str(plan)`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from math import prod
+from typing import TYPE_CHECKING
+
+from . import deform_config as configs
+from . import deform_cost as cost
+from . import invariance
+from .config import Config, Numerics
+from .cost import Prediction, Roofline
+from .deform_config import DeformProblem, DeformRole
+from .devices import Device
+from .frozen import Frozen
+from .plan import ACCUMULATORS, span
+from .tiles import Tiles
+
+if TYPE_CHECKING:
+    from .kernels.direct import Direct
+    from .kernels.launch import Launch
+
+__all__ = ["DTYPES", "DeformPlan", "DeformProblem", "DeformRole", "make"]
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+_KERNELS = {
+    DeformRole.FORWARD: "deform",
+    DeformRole.INPUT: "deform_dgrad",
+    DeformRole.OFFSET: "deform_offset",
+    DeformRole.WEIGHT: "deform_wgrad",
+}
+_REASONS = {
+    DeformRole.FORWARD: "samples are interpolated on their way to the dot: no columns are stored",
+    DeformRole.INPUT: "what every pixel gave is found by sorting: no atomics, weights computed anew",
+    DeformRole.OFFSET: "columns of gradients meet the corners of x in registers: none are stored",
+    DeformRole.WEIGHT: "samples are interpolated on their way to the dot: no columns are stored",
+}
+
+
+@dataclass(frozen=True)
+class DeformPlan(Frozen):
+    """A kernel and everything it is launched with, for tensors of any address."""
+
+    asked: DeformProblem
+    config: Config
+    numerics: Numerics
+
+    @property
+    def kernel(self) -> str:
+        return _KERNELS[self.role]
+
+    @property
+    def role(self) -> DeformRole:
+        return self.asked.role
+
+    @property
+    def dtype(self) -> str:
+        return self.asked.dtype
+
+    @property
+    def N(self) -> int:
+        return self.asked.geometry.N
+
+    @property
+    def device(self) -> Device:
+        return self.asked.device
+
+    @property
+    def tiles(self) -> Tiles:
+        return configs.tiles(self.asked, self.config)
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """The dtype of every operand that a launch may name; x, w and y are gradients where they are written."""
+        operands = dict.fromkeys(("x", "w", "y", "bias"), self.dtype)
+        operands |= dict.fromkeys(("offset", "mask", "doffset", "dmask"), self.asked.offset_dtype)
+        operands |= {"cells": "int32", "order": "int64", "first": "int32"}
+        return operands | {"workspace": self.numerics.accumulator}
+
+    @property
+    def slabs_shape(self) -> tuple[int, ...]:
+        """The workspace of a weight gradient: copies of dw; () where there are none."""
+        g = self.asked.geometry
+        return (self.config.splits, *g.shape("w")) if self.config.splits > 1 else ()
+
+    @property
+    def lists_shape(self) -> tuple[int, int, int]:
+        """(lists, output pixels that each one sorts, cells + 1) of an input gradient."""
+        return configs.lists_shape(self.asked)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Device memory beyond inputs and outputs, in bytes, without what sorting takes for itself."""
+        if self.role is DeformRole.INPUT:
+            lists, pixels, cells = self.lists_shape
+            return lists * (pixels * (4 + 4 + 8) + cells * (4 + 4))
+        return prod(self.slabs_shape) * max(self.asked.item_bytes, 4) if self.slabs_shape else 0
+
+    @cached_property
+    def launches(self) -> tuple[Launch, ...]:
+        """What runs, in order, and for an input gradient a sort after the first one.
+
+        Needs Triton, and is first asked for when TRITON_INTERPRET can no longer be set.
+        """
+        from .kernels import deform, deform_dgrad, deform_offset, deform_wgrad
+
+        rooms = {
+            DeformRole.FORWARD: deform,
+            DeformRole.INPUT: deform_dgrad,
+            DeformRole.OFFSET: deform_offset,
+            DeformRole.WEIGHT: deform_wgrad,
+        }
+        return tuple(rooms[self.role].launches(self.asked, self.config, self.numerics, self.tiles))
+
+    @cached_property
+    def direct(self) -> tuple[Direct, ...]:
+        """The same, launched without Triton's binder from the second time on."""
+        from .kernels.direct import Direct
+
+        return tuple(map(Direct, self.launches))
+
+    @cached_property
+    def roofline(self) -> Roofline:
+        """The least time of what the plan computes, by whatever kernel."""
+        return cost.roofline(self.asked)
+
+    @cached_property
+    def prediction(self) -> Prediction:
+        """The predicted time of the kernels."""
+        return cost.predict(self.asked, self.config)
+
+    @property
+    def limit(self) -> str:
+        """What the predicted time is spent on."""
+        return self.prediction.limit
+
+    @property
+    def seconds(self) -> float:
+        """The predicted time of everything."""
+        return self.prediction.seconds
+
+    def __str__(self) -> str:
+        numerics, channels_last = self.numerics, self.asked.strides.x[1] == self.asked.strides.y[1] == 1
+        products = f"float32 products as {numerics.precision}" if self.dtype == "float32" else f"{self.dtype} products"
+        layout = "channels_last" if channels_last else "channels apart in memory: gathered one by one"
+        lines = [
+            f"kernel     {self.kernel} ({self.role.value})",
+            f"geometry   {self.asked}",
+            f"config     {self.config}",
+            f"numbers    {products}, {numerics.accumulator} accumulator, {numerics.index_bits}-bit offsets",
+            f"layout     {layout}",
+            f"workspace  {self.workspace_bytes} bytes{self._workspace_use()}",
+            f"reason     {_REASONS[self.role]}",
+        ]
+        return "\n".join(lines)
+
+    def _workspace_use(self) -> str:
+        if self.role is DeformRole.INPUT:
+            return " (output pixels sorted by where they sample)"
+        return f" ({self.config.splits} slabs of dw, summed in order)" if self.slabs_shape else ""
+
+
+def make(problem: DeformProblem) -> DeformPlan:
+    """The plan of a problem; the second time it is a look-up. Raises NotImplementedError for a dtype without kernels."""
+    return _make(problem, None if problem.role is DeformRole.WEIGHT else invariance.batch())
+
+
+@lru_cache(maxsize=4096)
+def _make(problem: DeformProblem, batch: int | None) -> DeformPlan:
+    if problem.dtype not in DTYPES or problem.offset_dtype not in DTYPES:
+        raise NotImplementedError(
+            f"deformable convolutions have no kernel for x of {problem.dtype} with offset of {problem.offset_dtype}"
+        )
+    g = problem.geometry
+    config = configs.default(problem if batch is None else problem._replace(geometry=replace(g, N=batch)))
+    return with_config(problem, config)
+
+
+def with_config(problem: DeformProblem, config: Config) -> DeformPlan:
+    """The plan of a problem with this config."""
+    bits = 64 if _reach(problem, config) >= 2**31 else 32
+    numerics = Numerics(bits, ACCUMULATORS[problem.dtype], problem.precision, problem.has_bias)
+    return DeformPlan(problem, config, numerics)
+
+
+def _reach(p: DeformProblem, config: Config) -> int:
+    """The largest offset or index that a launch computes, tails of tiles included."""
+    g = p.geometry
+    (lists, pixels, cells), (_, H, W), output = configs.lists_shape(p), g.input, g.output
+    positions = g.N * max(prod(g.input), prod(output)) + config.BLOCK_M * config.splits + 256
+    spans = [
+        span((g.N, g.C, 1, H + 1, W + 1), p.strides.x),
+        span((g.N, g.K, *output), p.strides.y),
+        span(g.shape("w"), p.strides.w) * config.splits,
+        span((g.N, 2 * p.offset_groups * g.taps, *output), p.offset),
+        positions,
+    ]
+    if p.has_mask:
+        spans.append(span((g.N, p.offset_groups * g.taps, *output), p.mask))
+    if p.role is DeformRole.INPUT:
+        spans += [lists * pixels, lists * cells]
+    return max(spans)
