@@ -247,6 +247,8 @@ def _print_totals(run: Run) -> None:
             f"{prefix}{geometric_mean(speedups):.2f} times as quick as channels-last cuDNN (geometric mean of "
             f"{len(speedups)}), quicker on {wins}, slower on {losses}"
         )
+        for words in summary.goal_words(run):
+            print(f"{prefix}{words}")
 
 
 def _print_comparison(comparison: Comparison) -> bool:

@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from statistics import geometric_mean
 
 from triton_conv import stored
 from triton_conv.devices import H200
@@ -86,7 +87,8 @@ def _measured(path: Path, run: Run) -> Iterator[str]:
     where = path.parent.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.parent.as_posix()
     made = ", ".join(f"{name} {run.versions[name]}" for name in ("torch", "triton", "cudnn") if name in run.versions)
     ops = summary.whole(run)
-    what = "of a training step" if ops == ("step",) else f"of {' + '.join(ops)}"
+    kinds = {"a training step" if names == ("step",) else " + ".join(names) for names in ops.values()}
+    what = f"of {' or '.join(sorted(kinds))}"
     yield f"Measured on {_plain(run.device)}, {_plain(run.time[:10])}, commit {_plain(run.commit)}, {_plain(made)}, by"
     yield f"`{run.command.replace('`', '')}`."
     yield f"Milliseconds {what}, of the layers of each suite that were measured, each as often as it stands in its"
@@ -95,7 +97,14 @@ def _measured(path: Path, run: Run) -> Iterator[str]:
     yield f"The worst layer has its speed-up and the likely reason. All rows, plots and losses: [{where}]({where})."
     yield ""
     headings = ["suite", "op", "layers", "triton_conv", "cuDNN channels-last", "speed-up", "cuDNN contiguous"]
-    yield from _table([*headings, "wins", "losses", "worst layer"], [_cells(run, t) for t in summary.totals(run, ops)])
+    totals = [total for total in summary.totals(run) if total.op in ops[total.suite]]
+    yield from _table([*headings, "wins", "losses", "worst layer"], [_cells(run, total) for total in totals])
+    lines = summary.goal_words(run)
+    if lines:
+        yield ""
+        yield "Of what one kernel does in place of several:"
+        yield ""
+        yield from (f"- {_plain(line)}" for line in lines)
 
 
 def _cells(run: Run, total: Total) -> list[str]:
@@ -113,20 +122,37 @@ def _cells(run: Run, total: Total) -> list[str]:
 
 
 def _predicted() -> Iterator[str]:
+    wanted = jobs(ops=("fprop", "step"))
+    trained = {job.suite for job in wanted if job.op == "step"}
+    goals = {goal.suite for goal in summary.GOALS}
     with stored.hidden("installed", "user store"):
-        rows = tuple(predicted_row(job, H200) for job in jobs(ops=("step",)))
+        rows = [predicted_row(j, H200) for j in wanted if j.op == "step" or j.suite not in trained or j.suite in goals]
+    run = Run(H200.name, "predicted", "", "", "", rows=tuple(rows))
+    ops = summary.whole(run)
     yield "**No GPU has run this version: what stands here are predictions, nothing is measured.** They are for an"
-    yield f"{H200.name}, of the convolutions of a training step, forward and gradients, of each suite's network, beside"
-    yield "the least time that the data sheet allows. Both gradients of every layer count, also that of images, which"
-    yield "no training needs. `triton-conv bench` shows every layer, and measures on a GPU."
+    yield f"{H200.name}, of the convolutions of a training step, forward and gradients, of each suite's network, or of"
+    yield "the forward pass alone, beside the least time that the data sheet allows. Both gradients of every layer count,"
+    yield "also that of images, which no training needs. `triton-conv bench` shows every layer, and measures on a GPU."
     yield ""
     cells = []
-    for total in summary.totals(Run(H200.name, "predicted", "", "", "", rows=rows)):
+    for total in summary.totals(run):
+        if total.op not in ops[total.suite]:
+            continue
         suite = SUITES[total.suite]
         share = percent(total.roofline / total.predicted) if total.predicted else ""
         times = [ms(total.predicted), ms(total.roofline), share]
-        cells.append([total.suite, suite.about, str(suite.batch), str(total.rows), *times])
-    yield from _table(["suite", "about", "batch", "layers", "predicted ms", "roofline ms", "share"], cells)
+        cells.append([total.suite, suite.about, total.op, str(suite.batch), str(total.rows), *times])
+    yield from _table(["suite", "about", "op", "batch", "layers", "predicted ms", "roofline ms", "share"], cells)
+    yield ""
+    yield "What one kernel is to win over several in the forward pass, by the same models: these are our own convolutions"
+    yield "and copies between them, and of torchvision the columns that it writes and reads, and nothing else."
+    yield ""
+    cells = []
+    for goal in summary.GOALS:
+        found = [one.predicted for one in summary.goals(run) if one.goal == goal and one.predicted]
+        numbers = [ratio(min(found)), ratio(geometric_mean(found)), ratio(max(found))] if found else [""] * 3
+        cells.append([goal.words, f"{goal.factor:g}", str(len(found)), *numbers])
+    yield from _table(["one kernel", "wanted", "layers", "predicted least", "mean", "most"], cells)
 
 
 def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:

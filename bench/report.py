@@ -94,6 +94,8 @@ def html(run: Run, comparison: Comparison | None = None, before: Run | None = No
         suites=_suites(run),
         suites_note=_suites_note(run),
         losses=None if run.source == "predicted" else _losses(run, audit),
+        goals=_goals(run),
+        goals_note=_goals_note(run),
         pictures={"extremes": _picture(plots.extremes(run)), "roofline": _picture(plots.roofline(run))},
         panels=panels,
         meaning=plots.meaning(run),
@@ -148,7 +150,8 @@ def _suites_note(run: Run) -> str:
         return f"Predicted totals beside the least that the device's data sheet allows. {each}"
     return (
         f"Totals in milliseconds. {each} A speed-up is the total of cuDNN over ours, of the layers that both computed; "
-        "where cuDNN has no such border it pads first. Wins and losses differ by more than 2 % and noise."
+        "where cuDNN has no such border it pads first, and where one kernel of ours does more it is several of theirs. "
+        "Wins and losses differ by more than 2 % and noise, also from torchvision, where cuDNN has nothing."
     )
 
 
@@ -189,6 +192,37 @@ def _losses(run: Run, audit: bool) -> Table:
         why = f"{loss.words}. Compiled: {loss.code}." if loss.code else f"{loss.words}."
         rows.append(Line([*cells, _ratio(speedup), Cell(why)], "lost"))
     return Table(headings, rows)
+
+
+def _goals_note(run: Run) -> str:
+    note = (
+        "What one kernel is to win over several, in the forward pass. The predicted ratio is that of models, of what "
+    )
+    note += "separate kernels and ours take: our own convolutions in cuDNN's place and copies between them, for "
+    note += "torchvision's the columns it writes and reads, and nothing else."
+    lines = summary.goal_words(run)
+    made_up = "Made up: " if run.source == "simulated" else ""
+    return f"{made_up}{'; '.join(lines)}. {note}" if lines else f"Nothing was measured. {note}"
+
+
+def _goals(run: Run) -> Table:
+    predicted = run.source == "predicted"
+    headings = [
+        "goal",
+        ">wanted",
+        "layer",
+        "call",
+        *([] if predicted else [">ours, us", "rival", ">its us", ">speed-up"]),
+    ]
+    rows = []
+    for goal, row, rival, reached, model in summary.goals(run):
+        cells = [Cell(goal.words), Cell(f"{goal.factor:g}", goal.factor), Cell(row.layer), Cell(row.call)]
+        if not predicted:
+            cells += [_time(row.seconds(OURS)), Cell(rival or ""), _time(row.seconds(rival) if rival else None)]
+            cells.append(_ratio(reached))
+        mark = "" if reached is None else "won" if reached >= goal.factor else "lost"
+        rows.append(Line([*cells, _time(row.predicted_seconds), _ratio(model)], mark))
+    return Table([*headings, ">predicted, us", ">predicted ratio"], rows)
 
 
 def _rows_note(run: Run) -> str:

@@ -4,26 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import fsum
+from statistics import geometric_mean
+from typing import NamedTuple
 
 from triton_conv import devices
 
 from .compare import slower
 from .records import (
+    CAT_CHANNELS_LAST,
+    CAT_CONTIGUOUS,
     CHANNELS_LAST,
+    COMPOSED,
     CONTIGUOUS,
     OPS,
     OTHERS,
     OURS,
     PADDED_CHANNELS_LAST,
     PADDED_CONTIGUOUS,
+    POINTWISE_CHANNELS_LAST,
+    POINTWISE_CONTIGUOUS,
+    SEPARATE_CHANNELS_LAST,
+    SEPARATE_CONTIGUOUS,
+    TORCHVISION,
     Measurement,
     Row,
     Run,
 )
 
-# Where a border is not cuDNN's, what pads first stands in its place.
-LAYOUTS = {CHANNELS_LAST: (CHANNELS_LAST, PADDED_CHANNELS_LAST), CONTIGUOUS: (CONTIGUOUS, PADDED_CONTIGUOUS)}
+# Where a border is not cuDNN's, what pads first stands in its place, and so do several kernels where one is ours.
+LAYOUTS = {
+    CHANNELS_LAST: (
+        CHANNELS_LAST,
+        PADDED_CHANNELS_LAST,
+        POINTWISE_CHANNELS_LAST,
+        SEPARATE_CHANNELS_LAST,
+        CAT_CHANNELS_LAST,
+    ),
+    CONTIGUOUS: (CONTIGUOUS, PADDED_CONTIGUOUS, POINTWISE_CONTIGUOUS, SEPARATE_CONTIGUOUS, CAT_CONTIGUOUS),
+}
 
 
 def seconds(row: Row) -> float | None:
@@ -37,8 +57,12 @@ def cudnn(row: Row, layout: str = CHANNELS_LAST) -> str | None:
 
 
 def rival(row: Row) -> str | None:
-    """The cuDNN that we are compared with: channels-last, or contiguous where there is no other."""
-    return cudnn(row) or cudnn(row, CONTIGUOUS)
+    """Whom we are compared with: cuDNN channels-last, or contiguous where there is no other.
+
+    Where cuDNN has nothing at all it is torchvision, or else plain PyTorch.
+    """
+    others = (who for who in (TORCHVISION, COMPOSED) if row.seconds(who) is not None)
+    return cudnn(row) or cudnn(row, CONTIGUOUS) or next(others, None)
 
 
 def best_rival(row: Row) -> str | None:
@@ -198,7 +222,88 @@ def _pair(rows: Iterable[Row], layout: str) -> Pair | None:
     return Pair(fsum(a for a, _ in times), fsum(b for _, b in times), len(times)) if times else None
 
 
-def whole(run: Run) -> tuple[str, ...]:
-    """The operations that make up a training step without counting any twice."""
-    there = {row.op for row in run.rows}
-    return ("step",) if "step" in there else tuple(op for op in OPS if op in there)
+def whole(run: Run) -> dict[str, tuple[str, ...]]:
+    """By suite the operations that make up a training step, or inference, without counting any twice."""
+    there: dict[str, set[str]] = {}
+    for row in run.rows:
+        there.setdefault(row.suite, set()).add(row.op)
+    return {suite: ("step",) if "step" in ops else tuple(op for op in OPS if op in ops) for suite, ops in there.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Goals: what one kernel is to win over several
+
+
+class Goal(NamedTuple):
+    """`words`, and by how much rows of a suite's forward are to be quicker than the best of `rivals`.
+
+    `calls` is what the call of a row must say, "" for all.
+    """
+
+    words: str
+    suite: str
+    calls: str
+    rivals: tuple[str, ...]
+    factor: float
+
+
+GOALS = (
+    Goal("deformable convolution, over torchvision", "dcnv2_resnet50", "", (TORCHVISION,), 3.0),
+    Goal(
+        "four filters in one launch, over four calls of cuDNN",
+        "aspp_branches",
+        "",
+        (SEPARATE_CHANNELS_LAST, SEPARATE_CONTIGUOUS),
+        1.5,
+    ),
+    Goal(
+        "bias, shortcut and relu in the kernel, over cuDNN and pointwise kernels",
+        "resnet50_fused",
+        "residual",
+        (POINTWISE_CHANNELS_LAST, POINTWISE_CONTIGUOUS),
+        1.2,
+    ),
+)
+
+
+class Reached(NamedTuple):
+    """A row that a goal is about; `rival` is the best of the goal's that has a time, and `ratio` its time over ours.
+
+    `predicted` is the ratio of our models' times for separate kernels and for ours.
+    """
+
+    goal: Goal
+    row: Row
+    rival: str | None
+    ratio: float | None
+    predicted: float | None
+
+
+def goals(run: Run) -> list[Reached]:
+    """The rows of every goal, as far as the run has them."""
+    found = []
+    for goal in GOALS:
+        for row in run.rows:
+            if row.suite == goal.suite and row.op == "fprop" and goal.calls in row.call:
+                timed = [who for who in goal.rivals if row.seconds(who) is not None]
+                best = min(timed, key=partial(_seconds, row), default=None)
+                apart, ours = row.separate_predicted_seconds, row.predicted_seconds
+                predicted = apart / ours if apart and ours else None
+                found.append(Reached(goal, row, best, speedup(row, best) if best else None, predicted))
+    return found
+
+
+def _seconds(row: Row, who: str) -> float:
+    return row.seconds(who) or 0.0
+
+
+def goal_words(run: Run) -> list[str]:
+    """A line for each goal of which something was measured, or made up to try it."""
+    lines = []
+    for goal in GOALS:
+        ratios = [r.ratio for r in goals(run) if r.goal == goal and r.ratio]
+        if ratios:
+            met = sum(ratio >= goal.factor for ratio in ratios)
+            mean = f"{geometric_mean(ratios):.2f} times as quick (geometric mean of {len(ratios)})"
+            lines.append(f"{goal.words}: {mean}, {met} of {len(ratios)} reach {goal.factor:g}")
+    return lines

@@ -128,7 +128,9 @@ def _said(row: Row) -> str:
     ours, speedup = row.seconds(OURS), summary.speedup(row)
     if ours is None:
         return "-"
-    return f"{ours * 1e6:.3g} us" if speedup is None else f"{ours * 1e6:.3g} us, {speedup:.2f}x cuDNN"
+    who = summary.rival(row) or ""
+    name = "cuDNN" if "cudnn" in who else who
+    return f"{ours * 1e6:.3g} us" if speedup is None else f"{ours * 1e6:.3g} us, {speedup:.2f}x {name}"
 
 
 def counts(rows: Sequence[Row]) -> dict[str, Any]:
@@ -153,6 +155,8 @@ def _summary(context: Context) -> Facts:
     total = counts(rows)
     mean = f", {total['mean_speedup']:.2f}x on the mean" if total["mean_speedup"] else ""
     words = f"{total['rows']} rows: {total['wins']} quicker than cuDNN, {total['losses']} slower{mean}"
-    facts: Facts = {"ok": True, "words": words, "suites": suites, **total}
+    goals = summary.goal_words(found)
+    words = "; ".join([words, *goals])
+    facts: Facts = {"ok": True, "words": words, "suites": suites, "goals": goals, **total}
     missing = set(places) - {row.name for row in rows}
     return {**facts, "unfinished": True} if missing else facts

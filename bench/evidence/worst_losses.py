@@ -18,9 +18,9 @@ from triton_conv.tuning.store import Store
 from triton_conv.tuning.suites import fixed
 from triton_conv.tuning.tune import Budget, Task, tune_one
 
-from .. import records
+from .. import records, summary
 from ..jobs import Job
-from ..records import CHANNELS_LAST, CONTIGUOUS, OPS, OURS, PADDED_CHANNELS_LAST, PADDED_CONTIGUOUS, Row
+from ..records import OPS, OURS, Row
 from ..runner import CudaMeter, Meter
 from . import meters, quick_bench
 from .record import Facts
@@ -31,7 +31,7 @@ ABOUT = "the worst losses tuned"
 LIMIT = 470.0
 
 PACKED = "store.tgz"
-_CUDNN = (CONTIGUOUS, CHANNELS_LAST, PADDED_CONTIGUOUS, PADDED_CHANNELS_LAST)
+_CUDNN = tuple(who for names in summary.LAYOUTS.values() for who in names)
 _MOST, _SECONDS = 16, 60.0  # problems, and what one may take
 _FEW, _CANDIDATES = 2, 6  # in a simulation
 

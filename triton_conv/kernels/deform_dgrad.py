@@ -189,7 +189,9 @@ def launches(problem: DeformProblem, config, numerics, tiles) -> list[Launch]:
     g = problem.geometry
     known = arguments(deform_cells, problem, 1, 1)
     known |= {name: value for name, value in options(config, numerics).items() if name in ("INDEX", "ACC", "num_warps")}
-    programs = launchable(triton.cdiv(g.N * g.output[1] * g.output[2], CELLS_BLOCK) * known["taps"] * known["offset_groups"], g)
+    programs = launchable(
+        triton.cdiv(g.N * g.output[1] * g.output[2], CELLS_BLOCK) * known["taps"] * known["offset_groups"], g
+    )
     cells = Launch("deform_cells", deform_cells, programs, ("offset", "cells"), {**known, "BLOCK": CELLS_BLOCK})
     known = {**arguments(deform_dgrad_kernel, problem, config.BLOCK_N, config.BLOCK_K), **options(config, numerics)}
     operands = ("offset", "mask" if problem.has_mask else None, "w", "y", "order", "first", "x")
