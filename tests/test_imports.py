@@ -34,6 +34,7 @@ LAYERS = [
     {"functional", "causal"},
     {"separable"},
     {"sharding"},
+    {"fused_nn"},
     {"nn", "override", "explain", "check"},
     {"convert", "layers"},
     {"demo", "tuning"},
