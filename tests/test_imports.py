@@ -15,7 +15,7 @@ PACKAGE = Path(triton_conv.__file__).parent
 
 # A module may import those of earlier lines, not of its own: `tuning` and the commands see everything.
 LAYERS = [
-    {"version", "geometry", "devices", "unsupported", "invariance", "later", "frozen"},
+    {"version", "geometry", "devices", "epilogue", "unsupported", "invariance", "later", "frozen"},
     {"tiles", "reference"},
     {"config"},
     {"causal_config", "key"},
@@ -44,7 +44,7 @@ NARROW = {
     "kernels": {"geometry", "tiles", "causal_config", "kernels"},
     "causal_config": {"config", "tiles", "devices"},
     "reference": {"geometry"},
-    "config": {"geometry", "tiles", "devices"},
+    "config": {"geometry", "tiles", "devices", "epilogue"},
     "tiles": {"geometry"},
     "geometry": set(),
     "devices": set(),
