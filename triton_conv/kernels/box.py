@@ -267,6 +267,7 @@ def launch(
         "DST_ROWS": axes[1].phases > 1,
         "STORE_BOX": stores_box(role, g, strides, config.BLOCK_N),
         "STORE_PLANES": stores_planes(role, g, strides, config, vector),
+        "HAS_SCALE": numerics.has_scale,
         **epilogue_constants(numerics),
         "INDEX": getattr(tl, f"int{numerics.index_bits}"),
         "ACC": getattr(tl, numerics.accumulator),

@@ -263,6 +263,7 @@ def launch(role: Role, geometry: ConvGeometry, strides: Strides, config, numeric
         tiles_m=counted.tiles_m,
         tiles_n=counted.tiles_n,
         FORWARD=forward,
+        HAS_SCALE=numerics.has_scale,
         **epilogue_constants(numerics),
         SRC_VEC=src_vec,
         DST_VEC=dst_vec,
