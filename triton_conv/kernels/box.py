@@ -176,7 +176,8 @@ def box_kernel(
                 filters = flt.load([filter_tap, group * SRC_C + c0, channel0]).reshape(BLOCK_K, BLOCK_N).trans()
             acc = matrix_product(filters, pixels.trans(), acc, PRECISION)
 
-        at, valid = (), None
+        at: tl.tuple = ()
+        valid = None
         channels = channel0 + tl.arange(0, BLOCK_N)
         channel_valid = channels < DST_C
         if STORE_BOX:

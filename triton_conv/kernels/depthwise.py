@@ -265,11 +265,11 @@ def depthwise_kernel(
                     offset = ((image_at + channel * dst_sc) * DST_VEC)[:, :, None] + at
                     # so that the mask is seen to change at whole vectors only
                     inside = stored[:, :, None] & (at < dst_w // DST_W_VEC * DST_W_VEC)
-                    sums: tl.tuple = ()
+                    row: tl.tuple = ()
                     for i in tl.static_range(DST_VECTOR):
-                        sums += (scaled(acc[p * COLUMNS + q + i], factor, shift, SCALED, HAS_BIAS),)
-                    row = together(sums, DST_VECTOR)
-                    store(row, offset, inside, residual, kept, dst, RESIDUAL, ACTIVATION, SLOPE, KEEPS)
+                        row += (scaled(acc[p * COLUMNS + q + i], factor, shift, SCALED, HAS_BIAS),)
+                    sums = together(row, DST_VECTOR)
+                    store(sums, offset, inside, residual, kept, dst, RESIDUAL, ACTIVATION, SLOPE, KEEPS)
         uh += ROWS * spread
         base_h += ROWS * spread * axis_h.src_step
 
