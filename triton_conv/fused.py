@@ -225,15 +225,14 @@ def _composed(
     *conv, activation, slope, after = params
     op = ops.conv_transpose if kind.transposed else ops._fprop_op(conv)
     z = ops.recordable(op)(x, w, bias if scale is None else None, *conv)
-    late = None if scale is None else bias
-    return _finished(z, _along(scale, z, 1), _along(late, z, 1), residual, activation, slope, after)
+    channels = [None if scale is None or t is None else _along(t, z, 1) for t in (scale, bias)]
+    return _finished(z, channels[0], channels[1], residual, activation, slope, after)
 
 
-def _along(values: Tensor | None, like: Tensor, axis: int) -> Tensor | None:
+def _along(values: Tensor, like: Tensor, axis: int) -> Tensor:
     """One value a channel, or a batch of them in front, to be combined with `like`, whose channels are on `axis`."""
-    if values is None:
-        return None
-    return values.reshape(*values.shape[:-1], *(1,) * (axis + 1 - values.dim()), -1, *(1,) * (like.dim() - axis - 1))
+    between = (1,) * (axis + 1 - values.dim())
+    return values.reshape(*values.shape[:-1], *between, -1, *(1,) * (like.dim() - axis - 1))
 
 
 def _finished(
@@ -246,13 +245,15 @@ def _finished(
     after: bool,
 ) -> tuple[Tensor, Tensor]:
     """(output, what the activation is applied to), where everything broadcasts."""
-    dtype, wide = sums.dtype, activations.wide(sums.dtype)
+    dtype = sums.dtype
+    wide = reference.wide_of(dtype) if dtype.is_floating_point else dtype  # integers wrap at each step, as PyTorch's do
+    wide = torch.complex64 if dtype is torch.complex32 else wide
     scale, bias, residual = (None if t is None else t.to(wide) for t in (scale, bias, residual))
     z = sums.to(wide)
     z = z if scale is None else z * scale
     z = z if bias is None else z + bias
     z = z if residual is None or after else z + residual
-    y = reference.activate(z, activation, slope)
+    y = reference.activated(z, activation, slope)
     y = y + residual if residual is not None and after else y
     return y.to(dtype), z.to(dtype)
 
@@ -296,7 +297,7 @@ class _Fused(ops._SingleLevelFunction):
         dx, dw = gradients(dz, x, filters, ctx.params, of_x, of_w or of_scale)
         dscale = None
         if of_scale:
-            dscale = _sum_of_channels(w * dw.to(activations.wide(w.dtype)), ctx).to(scale.dtype)
+            dscale = _sum_of_channels(w * dw.to(reference.wide_of(w.dtype)), ctx).to(scale.dtype)
         if of_w and scales is not None:
             dw = (dw * scales).to(w.dtype)
         dbias = ops._bias_gradient(dz) if of_bias else None
@@ -367,7 +368,7 @@ def _vmap(kind: Kind, keeping: bool):
         else:
             z, _ = ops._activation_vmap(op, axis)(info, (*in_dims[:2], None), x, w, None, *conv)
         channels = [
-            _along(t if t is None or dim is None else t.movedim(dim, 0), z, 2)
+            None if t is None else _along(t if dim is None else t.movedim(dim, 0), z, 2)
             for t, dim in ((scale, in_dims[3]), (bias, in_dims[2]))
         ]
         residual = None if residual is None else ops._front(residual, in_dims[4], size)
