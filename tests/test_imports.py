@@ -29,7 +29,7 @@ LAYERS = [
     {"execute"},
     {"fast", "deform_run"},
     {"ops"},
-    {"functional", "causal"},
+    {"functional", "causal", "deform_ops"},
     {"separable", "deform"},
     {"sharding"},
     {"nn", "override", "explain", "check"},
