@@ -31,7 +31,7 @@ LAYERS = [
     {"ops"},
     {"activation"},
     {"fused"},
-    {"functional", "causal"},
+    {"functional", "causal", "deform_ops"},
     {"separable", "deform"},
     {"sharding"},
     {"fused_nn"},
