@@ -131,8 +131,8 @@ def _predicted() -> Iterator[str]:
     ops = summary.whole(run)
     yield "**No GPU has run this version: what stands here are predictions, nothing is measured.** They are for an"
     yield f"{H200.name}, of the convolutions of a training step, forward and gradients, of each suite's network, or of"
-    yield "the forward pass alone, beside the least time that the data sheet allows. Both gradients of every layer count,"
-    yield "also that of images, which no training needs. `triton-conv bench` shows every layer, and measures on a GPU."
+    yield "inference alone, beside the least time that the data sheet allows. All gradients of every layer count, also"
+    yield "that of images, which no training needs. `triton-conv bench` shows every layer, and measures on a GPU."
     yield ""
     cells = []
     for total in summary.totals(run):
@@ -144,8 +144,8 @@ def _predicted() -> Iterator[str]:
         cells.append([total.suite, suite.about, total.op, str(suite.batch), str(total.rows), *times])
     yield from _table(["suite", "about", "op", "batch", "layers", "predicted ms", "roofline ms", "share"], cells)
     yield ""
-    yield "What one kernel is to win over several in the forward pass, by the same models: these are our own convolutions"
-    yield "and copies between them, and of torchvision the columns that it writes and reads, and nothing else."
+    yield "What one kernel is to win over several in inference, by the same models: over our own convolutions, with copies"
+    yield "between them. There is no model of torchvision's kernels."
     yield ""
     cells = []
     for goal in summary.GOALS:

@@ -195,11 +195,8 @@ def _losses(run: Run, audit: bool) -> Table:
 
 
 def _goals_note(run: Run) -> str:
-    note = (
-        "What one kernel is to win over several, in the forward pass. The predicted ratio is that of models, of what "
-    )
-    note += "separate kernels and ours take: our own convolutions in cuDNN's place and copies between them, for "
-    note += "torchvision's the columns it writes and reads, and nothing else."
+    note = "What one kernel is to win over several, in the forward pass. The predicted ratio is that of models: of our own "
+    note += "convolutions in cuDNN's place with copies between them, and of the one kernel."
     lines = summary.goal_words(run)
     made_up = "Made up: " if run.source == "simulated" else ""
     return f"{made_up}{'; '.join(lines)}. {note}" if lines else f"Nothing was measured. {note}"

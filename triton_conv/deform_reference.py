@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .geometry import ConvGeometry
-from .reference import _wide
+from .reference import wide_of as _wide
 
 
 class _Tap(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import activation, activation_plan, causal, config, cost, execute, functional, plan, separable
+from . import activation, activation_plan, causal, config, cost, deform, execute, functional, plan, separable
 from .activation_plan import ActivationPlan, ActivationProblem
 from .causal_plan import CausalPlan
 from .config import Device
@@ -52,12 +52,15 @@ def plans(
     and of `causal_conv1d_update`; the parameters are then `activation` and `initial_state`, whether there is one.
     With `pointwise`, a number of output channels, they are those of a separable convolution for inference: both in one
     kernel, then one after the other. `residual` is "before" or "after" the activation, `scale` whether there is one;
-    with an activation there is the plan of its gradient as well.
+    with an activation there is the plan of its gradient as well. With `deform` they are those of `deform_conv2d`.
     """
     if parameters.get("pointwise") is not None:
         return _separable_plans(input_shape, weight_shape, transposed, dtype, channels_last, bias, device, **parameters)
     if parameters.pop("causal", False):
         return _causal_plans(input_shape, weight_shape, transposed, dtype, channels_last, bias, device, **parameters)
+    how: dict[str, Any] = {"dtype": dtype, "channels_last": channels_last, "bias": bias, "device": device}
+    if parameters.pop("deform", False):
+        return deform.plans(input_shape, weight_shape, **how, **parameters)
     shape, calls = _traced(input_shape, weight_shape, transposed, dtype, channels_last, bias, parameters)
     found: dict[str, Any] = dict(_plans(calls, device))
     if parameters.get("activation") and len(calls) > 1:

@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 
 import triton_conv
-from triton_conv import cost
-from triton_conv.devices import Device
 from triton_conv.tuning.layers import Layer
 
 from ..records import COMPOSED, TORCHVISION
@@ -29,7 +27,7 @@ class Deformable(Kind):
 
     plans: ClassVar = {
         "fprop": ("forward",),
-        "step": ("forward", "input gradient", "offset gradient", "weight gradient"),
+        "step": ("forward", "input gradient", "offset and mask gradient", "weight gradient"),
     }
     between = True  # samples are rounded before they are multiplied, column gradients before they are spread
 
@@ -95,7 +93,7 @@ class Deformable(Kind):
                 taken = image.gather(2, index.view(shape).expand(-1, C // parts, -1))
                 columns = columns + taken * weight.reshape(shape)
         columns = columns.view(N, groups, of_group * R * S, P * Q)
-        return (w.view(groups, K // groups, -1) @ columns).view(N, K, P, Q)
+        return (w.reshape(groups, K // groups, -1) @ columns).view(N, K, P, Q)
 
     def ours(self, layer: Layer, t: Tensors) -> Tensor:
         how = {name: layer.options[name] for name in ("stride", "padding", "dilation") if name in layer.options}
@@ -120,12 +118,6 @@ class Deformable(Kind):
         if name in ("doffset", "dmask"):  # sums over channels of sums over filters
             return 2 * K // groups * C // layer.options.get("offset_groups", 1)
         return {"y": C // groups * taps, "dx": 4 * K // groups * taps}.get(name, N * P * Q)
-
-    def separate_seconds(self, layer: Layer, op: str, device: Device) -> float | None:
-        """Columns written and read at the rate of a copy, and nothing else: less than anybody needs who has them."""
-        N, _, P, Q = self.output(layer)
-        size = N * P * Q * layer.input[1] * prod(layer.weight[2:]) * layer.options["dtype"].itemsize
-        return cost.copy_seconds(size, device) if op == "fprop" else None
 
 
 @cache
