@@ -16,21 +16,24 @@ PACKAGE = Path(triton_conv.__file__).parent
 # A module may import those of earlier lines, not of its own: `tuning` and the commands see everything.
 LAYERS = [
     {"version", "geometry", "devices", "unsupported", "invariance", "later", "frozen"},
-    {"tiles", "reference"},
+    {"tiles", "reference", "branches_problem"},
     {"config"},
     {"causal_config", "key"},
     {"kernels", "entry"},
     {"cost", "stored"},
-    {"choose", "causal_cost"},
+    {"choose", "causal_cost", "branches_cost"},
     {"ways"},
     {"backends"},
     {"plan", "causal_plan"},
-    {"separable_plan"},
+    {"separable_plan", "branches_plan"},
     {"execute"},
     {"fast"},
     {"ops"},
     {"functional", "causal"},
-    {"separable"},
+    {"branches_run"},
+    {"branches_ops"},
+    {"separable", "branches"},
+    {"branch_modules"},
     {"sharding"},
     {"nn", "override", "explain", "check"},
     {"convert", "layers"},
@@ -41,11 +44,12 @@ LAYERS = [
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 NARROW = {
-    "kernels": {"geometry", "tiles", "causal_config", "kernels"},
+    "kernels": {"geometry", "tiles", "causal_config", "branches_problem", "kernels"},
     "causal_config": {"config", "tiles", "devices"},
     "reference": {"geometry"},
     "config": {"geometry", "tiles", "devices"},
     "tiles": {"geometry"},
+    "branches_problem": {"geometry", "devices"},
     "geometry": set(),
     "devices": set(),
 }
@@ -95,7 +99,14 @@ def test_imports_point_one_way(path):
         assert RANK[name] < RANK[mine] or name == mine, where
         assert mine not in NARROW or name in NARROW[mine], where
         assert name != "tuning" or mine in ("tuning", "commands"), where
-        assert name != "kernels" or mine in ("kernels", "plan", "causal_plan", "separable_plan", "fast"), where
+        assert name != "kernels" or mine in (
+            "kernels",
+            "plan",
+            "causal_plan",
+            "separable_plan",
+            "branches_plan",
+            "fast",
+        ), where
 
 
 def test_the_parser_sees_every_form_of_import(tmp_path, monkeypatch):
