@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from . import nn
 from . import sharding as _sharding  # noqa: F401
 from .backends import backend
+from .branches import Branch, multi_conv2d
 from .causal import causal_conv1d, causal_conv1d_update
 from .convert import convert
 from .deform import deform_conv2d
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from .tuning.training import autotune
 
 __all__ = [
+    "Branch",
     "autotune",
     "backend",
     "batch_invariant",
@@ -47,6 +49,7 @@ __all__ = [
     "int_conv1d",
     "int_conv2d",
     "int_conv3d",
+    "multi_conv2d",
     "nn",
     "override",
     "scaled_conv1d",

@@ -179,12 +179,7 @@ def predict(
     else:
         step = _step(role, g, config, item, out_item, channels_last, epilogue)
     resident, registers = _residents(config, step, dtype, device)
-    matrix = step.dot and _matrix_rate(dtype, precision, device)
-    share = MATRIX_SHARE * (FEW_ROWS if step.rows < 64 and device.capability in (90, 100) else 1)
-    rate = matrix * share if matrix else _vector_rate(dtype, device) * VECTOR_SHARE
-    multiplying, issuing = step.flops / rate, step.issued / (LANES * device.clock * device.multiprocessors)
-    busy = (max(multiplying, issuing) if matrix else multiplying + issuing) * device.multiprocessors
-    busy = max(busy, step.bytes / (LINK * device.clock)) * (SPILLED if registers > MOST_REGISTERS else 1)
+    multiplying, busy = _busy(step, registers, dtype, precision, device)
     waves, loop = _waves(tiles, busy, step, resident, device) if resident else (0, inf)
     loop += _finishing(g, role, dtype, device, epilogue)
     fetching = tiles.steps * step.bytes / device.l2_bandwidth
@@ -407,6 +402,17 @@ def _step(
     joined = persistent and all(axis.phases == 1 for axis in g.axes(role))
     flops, ahead = 2 * rows * columns * depth, max(stages - 1, 1)
     return _Step(rows, columns, flops, fetched * item, loads * ADDRESS, ahead, shared, dot, programs, joined, waste)
+
+
+def _busy(step: _Step, registers: int, dtype: str, precision: str, device: Device) -> tuple[float, float]:
+    """Seconds of a step: of its products, were they spread over the device; that it keeps a multiprocessor busy."""
+    matrix = step.dot and _matrix_rate(dtype, precision, device)
+    share = MATRIX_SHARE * (FEW_ROWS if step.rows < 64 and device.capability in (90, 100) else 1)
+    rate = matrix * share if matrix else _vector_rate(dtype, device) * VECTOR_SHARE
+    multiplying, issuing = step.flops / rate, step.issued / (LANES * device.clock * device.multiprocessors)
+    busy = (max(multiplying, issuing) if matrix else multiplying + issuing) * device.multiprocessors
+    busy = max(busy, step.bytes / (LINK * device.clock)) * (SPILLED if registers > MOST_REGISTERS else 1)
+    return multiplying, busy
 
 
 def _residents(config: Any, step: _Step, dtype: str, device: Device) -> tuple[int, int]:

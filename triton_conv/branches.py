@@ -1,0 +1,186 @@
+"""Several convolutions over one input, side by side in the output or summed, in one launch.
+
+    >>> import torch, triton_conv
+    >>> from triton_conv import Branch
+    >>> x, one, three = torch.randn(1, 8, 16, 16), torch.randn(4, 8, 1, 1), torch.randn(6, 8, 3, 3)
+    >>> triton_conv.multi_conv2d(x, [Branch(one), Branch(three, padding=6, dilation=6)]).shape
+    torch.Size([1, 10, 16, 16])
+
+That is DeepLab's atrous pyramid (Chen et al. 2017); slices of the input's channels make it an Inception block (Szegedy
+et al. 2014) or MixConv (Tan and Le 2019).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from . import branches_ops, branches_run, config, execute, functional, plan
+from .branches_ops import COMBINE, Params
+from .branches_plan import BranchesPlan
+from .branches_plan import make as _make
+from .devices import Device
+from .functional import Ints, Padding
+from .geometry import Role
+from .unsupported import refuse_script
+
+__all__ = ["Branch", "multi_conv2d", "plans"]
+
+
+class Branch(NamedTuple):
+    """One convolution of several: the arguments of `triton_conv.conv2d`, and the channels it reads.
+
+        >>> weight = torch.randn(6, 4, 5, 5)
+        >>> Branch(weight, padding="same", channels=(8, 4)).channels
+        (8, 4)
+
+    weight (K, count / groups, R, S), bias (K) or None; stride, padding (an int, one for each axis, (lower, upper)
+    pairs, "same" or "valid"), dilation and groups as there. `channels` are (first, count) of the input's channels; None
+    are all. Zeros lie outside of the input.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    stride: Ints = 1
+    padding: Padding = 0
+    dilation: Ints = 1
+    groups: int = 1
+    channels: tuple[int, int] | None = None
+
+
+def multi_conv2d(
+    input: Tensor,
+    branches: Sequence[Branch],
+    *,
+    combine: str = "concatenate",
+    precision: str | None = None,
+    one_launch: bool | None = None,
+) -> Tensor:
+    """Convolutions of one input with several filters, side by side in the output's channels or summed.
+
+        >>> x, three, five = torch.randn(2, 12, 9, 9), torch.randn(6, 8, 3, 3), torch.randn(2, 4, 5, 5)
+        >>> reads = [Branch(three, padding=1, channels=(0, 8)), Branch(five, padding=2, channels=(8, 4))]
+        >>> triton_conv.multi_conv2d(x, reads).shape
+        torch.Size([2, 8, 9, 9])
+
+    Shapes: input (N, C, H, W) or (C, H, W); each branch's weight (K_i, C_i / groups_i, R_i, S_i), with C_i the channels
+    it reads. Returns (N, K_0 + K_1 + ..., P, Q) for combine="concatenate", in the branches' order, and (N, K, P, Q) for
+    combine="sum"; unbatched without N. Channels-last where the input or a weight is.
+
+    Dtypes are those of `conv2d`, one for all operands. All gradients exist, of any order: that of the input is one
+    launch too, those of weights one for each branch. It works under autocast, `torch.compile` and `torch.func`.
+
+    one_launch: True computes all branches in one kernel, False each in its own, None what is predicted to be quicker;
+    more than eight branches side by side are several launches. A sum is rounded once in one launch, and after each
+    branch otherwise. Taps that meet only the zeros around the input from anywhere in a tile are left out of one launch:
+    an infinite or NaN weight there makes no NaN. On a CPU it makes no difference.
+
+    Raises RuntimeError, naming shapes, for branches whose output extents differ (for a sum, or channels), channels
+    that the input has not, no branches, everything that `conv2d` raises for, and with one_launch=True for what one
+    launch cannot do: other dtypes than floats, depthwise branches only, sums of branches with different groups or of
+    more than eight; TypeError for a branch that is no Branch; ValueError for another `combine`.
+    """
+    name = "multi_conv2d"
+    if not isinstance(branches, Sequence) or not all(isinstance(b, Branch) for b in branches):
+        kinds = [type(b).__name__ for b in branches] if isinstance(branches, Sequence) else type(branches).__name__
+        raise TypeError(f"{name}(): argument 'branches' must be a sequence of Branch, not {kinds}")
+    tensors = (input, *(b.weight for b in branches), *(b.bias for b in branches))
+    if has_torch_function(tensors):
+        keywords: dict[str, Any] = {"combine": combine, "precision": precision, "one_launch": one_launch}
+        return handle_torch_function(multi_conv2d, tensors, input, branches, **keywords)
+    if one_launch is not None and not isinstance(one_launch, bool):
+        raise TypeError(f"{name}(): argument 'one_launch' must be bool or None, not {type(one_launch).__name__}")
+    if combine not in COMBINE:
+        raise ValueError(f"{name}(): combine must be one of {COMBINE}, but got combine={combine!r}")
+    if not branches:
+        raise RuntimeError(f"{name}(): expected at least one branch, but got none (input {list(input.shape)})")
+    batched = True
+    for b in branches:
+        operands: dict[str, Any] = {"weight": b.weight, "bias": b.bias}
+        batched = functional._check_tensors(name, 2, functional._DTYPES, input=input, **operands)
+    x = input if batched else input.unsqueeze(0)
+    params = _params(name, x.shape[1], branches, combine, functional._precision(name, precision), one_launch)
+    y = branches_ops.multi_conv(x, [b.weight for b in branches], [b.bias for b in branches], *params)
+    return y if batched else y.squeeze(0)
+
+
+def _params(name: str, C: int, branches: Sequence[Branch], combine, precision, one_launch) -> Params:
+    """The operator's parameters."""
+    flat: dict[str, list] = {"stride": [], "padding": [], "dilation": [], "groups": [], "channels": []}
+    for b in branches:
+        how = functional._parameters(name, 2, b.weight, b.stride, b.padding, b.dilation, b.groups, "zeros")
+        stride, padding, dilation, groups, _ = how
+        channels = (0, C) if b.channels is None else tuple(b.channels)
+        if len(channels) != 2:
+            raise RuntimeError(f"{name}(): expected channels to be (first, count), but got channels={b.channels}")
+        flat["stride"] += stride
+        flat["padding"] += padding
+        flat["dilation"] += dilation
+        flat["groups"].append(groups)
+        flat["channels"] += [functional._index(name, "channels", c) for c in channels]
+    return Params(**flat, combine=combine, precision=precision, one_launch=one_launch)
+
+
+def plans(
+    input_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    *,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+    bias: bool = False,
+    device: Device = config.DEVICES["H200"],
+    branches: Sequence[tuple[Sequence[int], Mapping[str, Any]]] = (),
+    combine: str = "concatenate",
+    precision: str | None = None,
+) -> dict[str, BranchesPlan | plan.Plan]:
+    """The plans of `multi_conv2d` and of its gradients; needs no GPU.
+
+        >>> pyramid = (((8, 16, 1, 1), {}), ((8, 16, 3, 3), {"padding": 6, "dilation": 6}))
+        >>> list(plans((2, 16, 33, 33), (8, 16, 1, 1), branches=pyramid))
+        ['forward', 'input gradient', 'weight gradient of branch 0', 'weight gradient of branch 1']
+
+    `branches` are the weight's shape of each and its arguments as in `Branch`, `weight_shape` is the first's. Forward
+    and input gradient are plans of one launch, or what cannot be one, a plan for each branch.
+    """
+    given = branches or ((weight_shape, {}),)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+
+    def empty(shape: Sequence[int]) -> Tensor:
+        return torch.empty(list(shape), dtype=dtype, device="meta")
+
+    made = [
+        Branch(empty(shape).contiguous(memory_format=layout), empty(shape[:1]) if bias else None, **dict(how))
+        for shape, how in given
+    ]
+    x = empty(input_shape).contiguous(memory_format=layout)
+    params = _params("multi_conv2d", x.shape[1], made, combine, precision, None)
+    weights = [b.weight for b in made]
+    forward = branches_ops._forward(x, weights, [b.bias for b in made], params)
+    y = branches_run.empty_output(forward)
+    found = _of(forward, y, device)
+    if dtype.is_floating_point:
+        found |= _of(branches_ops._backward(y, weights, x.shape, params), x, device)
+        slices = params.written(weights)
+        for i, w in enumerate(weights):
+            operands = (branches_ops._slice(y, slices[i]), branches_ops._slice(x, params.read(i)))
+            call = branches_ops.ops._conv_wgrad_call(*operands, w.shape, w.stride(), *params.of(i))
+            found[f"weight gradient of branch {i}"] = plan.make(execute.problem_of(call, device))
+    return found
+
+
+def _of(calls: branches_run.Calls, output: Tensor, device: Device) -> dict[str, BranchesPlan | plan.Plan]:
+    title = "forward" if calls.role is Role.FPROP else "input gradient"
+    problems = branches_run.problems(calls, output, device)
+    if isinstance(problems, str):
+        return {
+            f"{title} of branch {i}": plan.make(execute.problem_of(call, device)) for i, call in enumerate(calls.each)
+        }
+    names = [title] if len(problems) == 1 else [f"{title}, launch {i}" for i in range(len(problems))]
+    return {name: _make(problem) for name, problem in zip(names, problems, strict=True)}
+
+
+refuse_script(multi_conv2d)

@@ -1,0 +1,335 @@
+"""The registered operators of several convolutions over one input.
+
+    triton_conv::multi_conv        branches side by side in the output's channels, or summed
+    triton_conv::multi_conv_dgrad  its input gradient
+
+Their other gradients are `triton_conv::conv_wgrad` of slices. Each is linear in the input and in all weights together,
+and the derivatives of each are made of the other and of weight gradients, so gradients of any order exist. Arguments:
+of each branch in turn two strides, four paddings ((lower, upper) of H, then of W), two dilations, groups, and the first
+and the number of the channels that it reads; `combine` is "concatenate" or "sum". Forward-mode derivatives, functional
+transforms and complex numbers go by one `triton_conv::conv` for each branch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+
+from . import branches_run, ops
+from .branches_run import Calls, Slice
+from .execute import Call
+from .later import when_imported
+
+COMBINE = ("concatenate", "sum")
+
+_PARAMS = (
+    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt[] groups, SymInt[] channels, str combine, "
+    "str? precision, bool? one_launch"
+)
+_lib = torch.library.Library("triton_conv", "FRAGMENT")
+_lib.define(
+    f"multi_conv(Tensor input, Tensor[] weights, Tensor?[] biases, {_PARAMS}) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_lib.define(
+    f"multi_conv_dgrad(Tensor grad_output, Tensor[] weights, SymInt[] input_size, {_PARAMS}) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+multi_conv = torch.ops.triton_conv.multi_conv.default
+multi_conv_dgrad = torch.ops.triton_conv.multi_conv_dgrad.default
+
+
+class Params(NamedTuple):
+    """What all branches are, as the operators take it."""
+
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    groups: Sequence[int]
+    channels: Sequence[int]
+    combine: str
+    precision: str | None
+    one_launch: bool | None
+
+    def of(self, i: int) -> tuple:
+        """The parameters of one branch, as `triton_conv::conv` takes them."""
+        stride, padding, dilation = self.stride[2 * i : 2 * i + 2], self.padding[4 * i : 4 * i + 4], self.dilation
+        return list(stride), list(padding), list(dilation[2 * i : 2 * i + 2]), self.groups[i], "zeros", self.precision
+
+    def read(self, i: int) -> Slice:
+        """The input channels that a branch reads."""
+        return self.channels[2 * i], self.channels[2 * i + 1]
+
+    def written(self, weights: Sequence[Tensor]) -> list[Slice]:
+        """The output channels that each branch writes."""
+        counts = [w.shape[0] for w in weights]
+        if self.combine == "sum":
+            return [(0, counts[0])] * len(counts)
+        return list(zip(accumulate(counts[:-1], initial=0), counts, strict=True))
+
+
+def _checked(what: str, first: Tensor, weights: Sequence[Tensor], params: Params, channels: int) -> None:
+    n = len(weights)
+    if n == 0:
+        raise RuntimeError("expected at least one branch, but got none")
+    if params.combine not in COMBINE:
+        raise ValueError(f"combine must be one of {COMBINE}, but got combine={params.combine!r}")
+    sizes = {"stride": 2, "padding": 4, "dilation": 2, "groups": 1, "channels": 2}
+    for name, each in sizes.items():
+        if len(getattr(params, name)) != each * n:
+            raise RuntimeError(f"expected {each} numbers of {name} for each of {n} branches, but got {params}")
+    if first.dim() != 4:
+        raise RuntimeError(f"expected a 4-dimensional {what}, but got {what} of size {list(first.shape)}")
+    for i in range(n):
+        start, count = params.read(i)
+        if start < 0 or count < 1 or start + count > channels:
+            raise RuntimeError(
+                f"branch {i} reads {count} channels from {start} on, but the input has {channels} "
+                f"({what} {list(first.shape)}, weight {list(weights[i].shape)})"
+            )
+
+
+def _slice(t: Tensor, channels: Slice) -> Tensor:
+    start, count = channels
+    return t if count == t.shape[1] else t.narrow(1, start, count)
+
+
+def _forward(input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], params: Params) -> Calls:
+    _checked("input", input, weights, params, input.shape[1])
+    if len(biases) != len(weights):
+        raise RuntimeError(f"expected a bias or None for each of {len(weights)} weights, but got {len(biases)}")
+    each: list[Call] = []
+    for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
+        each.append(ops._conv_call(_slice(input, params.read(i)), w, b, *params.of(i)))
+    outputs = [call.output_shape for call in each]
+    alike = 1 if params.combine == "sum" else 2
+    if any(shape[alike:] != outputs[0][alike:] for shape in outputs):
+        what = "channels and extents" if params.combine == "sum" else "extents"
+        shapes = ", ".join(f"branch {i} {shape}" for i, shape in enumerate(outputs))
+        raise RuntimeError(
+            f"expected all branches to have the same output {what}, but got {shapes} (input {list(input.shape)})"
+        )
+    slices = params.written(weights)
+    return Calls(input, tuple(weights), tuple(each), tuple(slices), sum(slices[-1]))
+
+
+def _backward(grad_output: Tensor, weights: Sequence[Tensor], input_size: Sequence[int], params: Params) -> Calls:
+    _checked("grad_output", grad_output, weights, params, input_size[1])
+    slices = params.written(weights)
+    if grad_output.shape[1] != sum(slices[-1]):
+        raise RuntimeError(
+            f"grad_output of size {list(grad_output.shape)} does not belong to branches with {sum(slices[-1])} channels"
+        )
+    each: list[Call] = []
+    for i, (w, mine) in enumerate(zip(weights, slices, strict=True)):
+        size = [input_size[0], params.read(i)[1], *input_size[2:]]
+        each.append(ops._conv_dgrad_call(_slice(grad_output, mine), w, size, *params.of(i)))
+    read = tuple(params.read(i) for i in range(len(weights)))
+    return Calls(grad_output, tuple(weights), tuple(each), read, input_size[1])
+
+
+def _run(input, weights, biases, *params) -> Tensor:
+    return branches_run.run(_forward(input, weights, biases, Params(*params)), params[-1])
+
+
+def _fake(input, weights, biases, *params) -> Tensor:
+    return branches_run.empty_output(_forward(input, weights, biases, Params(*params)))
+
+
+def _run_dgrad(grad_output, weights, input_size, *params) -> Tensor:
+    return branches_run.run(_backward(grad_output, weights, input_size, Params(*params)), params[-1])
+
+
+def _fake_dgrad(grad_output, weights, input_size, *params) -> Tensor:
+    return branches_run.empty_output(_backward(grad_output, weights, input_size, Params(*params)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same by one operator for each branch, which has every derivative
+
+
+def composed(input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], params: Params) -> Tensor:
+    """One `triton_conv::conv` for each branch, then `torch.cat` or sums."""
+    _forward(input, weights, biases, params)
+    parts = [
+        ops.fprop(_slice(input, params.read(i)), w, b, params.of(i))
+        for i, (w, b) in enumerate(zip(weights, biases, strict=True))
+    ]
+    return torch.cat(parts, 1) if params.combine == "concatenate" else sum(parts[1:], parts[0])
+
+
+def _composed_dgrad(
+    grad_output: Tensor, weights: Sequence[Tensor], input_size: Sequence[int], params: Params
+) -> Tensor:
+    _backward(grad_output, weights, input_size, params)
+    total = grad_output.new_zeros(list(input_size))
+    for i, (w, mine) in enumerate(zip(weights, params.written(weights), strict=True)):
+        start, count = params.read(i)
+        size = [input_size[0], count, *input_size[2:]]
+        dx = ops.conv_dgrad(_slice(grad_output, mine), w, size, *params.of(i))
+        rest = input_size[1] - start - count
+        total = total + torch.nn.functional.pad(dx, (0, 0, 0, 0, start, rest))
+    return total
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Autograd, vmap and autocast
+
+
+def _weight_gradients(dy: Tensor, x: Tensor, weights: Sequence[Tensor], params: Params, needs) -> list[Tensor | None]:
+    found: list[Tensor | None] = []
+    for i, (w, mine) in enumerate(zip(weights, params.written(weights), strict=True)):
+        if not needs[i]:
+            found.append(None)
+            continue
+        how = (w.shape, ops._gradient_strides(w), *params.of(i))
+        found.append(ops.conv_wgrad(_slice(dy, mine), _slice(x, params.read(i)), *how))
+    return found
+
+
+class _Multi(ops._SingleLevelFunction):
+    @staticmethod
+    def forward(params, count, x, *tensors):
+        return ops._below_autograd(multi_conv, x, list(tensors[:count]), list(tensors[count:]), *params)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.params, count, x, *tensors = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, *tensors[:count])
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, *weights = ctx.saved_tensors
+        n, needs, params = len(weights), ctx.needs_input_grad, ctx.params
+        if dy is None:
+            return (None,) * len(needs)
+        dx = multi_conv_dgrad(dy, weights, x.shape, *params) if needs[2] else None
+        dw = _weight_gradients(dy, x, weights, params, needs[3 : 3 + n])
+        dbias: list[Tensor | None] = [None] * n
+        if any(needs[3 + n :]):
+            every = ops._bias_gradient(dy)
+            for i, (start, count) in enumerate(params.written(weights)):
+                if needs[3 + n + i]:
+                    dbias[i] = every.narrow(0, start, count).clone()
+        return None, None, dx, *dw, *dbias
+
+
+class _MultiDgrad(ops._SingleLevelFunction):
+    @staticmethod
+    def forward(params, input_size, dy, *weights):
+        return ops._below_autograd(multi_conv_dgrad, dy, list(weights), input_size, *params)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.params, _, dy, *weights = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(dy, *weights)
+
+    @staticmethod
+    def backward(ctx, g):
+        dy, *weights = ctx.saved_tensors
+        needs, params = ctx.needs_input_grad, ctx.params
+        if g is None:
+            return (None,) * len(needs)
+        ddy = None
+        if needs[2]:
+            with ops._without_autocast(dy.device.type):
+                ddy = multi_conv(g, weights, [None] * len(weights), *params)
+        return None, None, ddy, *_weight_gradients(dy, g, weights, params, needs[3:])
+
+
+def _plainly(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether these are best left to one operator for each branch."""
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    derived = torch.autograd.forward_ad._current_level >= 0
+    return transformed or derived or any(t is not None and t.is_complex() for t in tensors)
+
+
+def _asked(tensors: Sequence[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _autograd(input, weights, biases, *params):
+    function: Any = _Multi
+    tensors = (input, *weights, *biases)
+    if _plainly(tensors):
+        return composed(input, weights, biases, Params(*params))
+    if not _asked(tensors):
+        return ops._below_autograd(multi_conv, input, weights, biases, *params)
+    with enable_single_level_autograd_function():
+        return function.apply(Params(*params), len(weights), *tensors)
+
+
+def _autograd_dgrad(grad_output, weights, input_size, *params):
+    function: Any = _MultiDgrad
+    tensors = (grad_output, *weights)
+    if _plainly(tensors):
+        return _composed_dgrad(grad_output, weights, input_size, Params(*params))
+    if not _asked(tensors):
+        return ops._below_autograd(multi_conv_dgrad, grad_output, weights, input_size, *params)
+    with enable_single_level_autograd_function():
+        return function.apply(Params(*params), tuple(input_size), *tensors)
+
+
+def _vmap(info, in_dims, input, weights, biases, *params):
+    """By the rules of the operators of the branches."""
+
+    def one(x, ws, bs):
+        return composed(x, ws, bs, Params(*params))
+
+    return torch.vmap(one, (in_dims[0], in_dims[1], in_dims[2]))(input, weights, biases), 0
+
+
+def _vmap_dgrad(info, in_dims, grad_output, weights, input_size, *params):
+    def one(dy, ws):
+        return _composed_dgrad(dy, ws, input_size, Params(*params))
+
+    return torch.vmap(one, (in_dims[0], in_dims[1]))(grad_output, weights), 0
+
+
+def _autocast(device_type: str):
+    key = getattr(torch._C.DispatchKey, {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}[device_type])
+    keys = torch._C.DispatchKeySet(key)
+
+    def kernel(input, weights, biases, *params):
+        dtype = torch.get_autocast_dtype(device_type)
+        cast = [[ops._autocast(t, dtype, device_type) for t in given] for given in ((input,), weights, biases)]
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return multi_conv(cast[0][0], cast[1], cast[2], *params)
+
+    return kernel
+
+
+for _key in ("CPU", "CUDA"):
+    _lib.impl("multi_conv", _run, _key)
+    _lib.impl("multi_conv_dgrad", _run_dgrad, _key)
+_lib.impl("multi_conv", _autograd, "Autograd")
+_lib.impl("multi_conv_dgrad", _autograd_dgrad, "Autograd")
+torch.library.register_fake("triton_conv::multi_conv", _fake, lib=_lib)
+torch.library.register_fake("triton_conv::multi_conv_dgrad", _fake_dgrad, lib=_lib)
+torch.library.register_vmap("triton_conv::multi_conv", _vmap, lib=_lib)
+torch.library.register_vmap("triton_conv::multi_conv_dgrad", _vmap_dgrad, lib=_lib)
+for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+    _lib.impl("multi_conv", _autocast(_device), _key)
+
+
+def _register_flop_formulas() -> None:
+    from torch.utils.flop_counter import register_flop_formula
+
+    def formula(calls):
+        def flops(a, weights, third, *params, out_val=None, **_) -> int:
+            return sum(call.geometry.flops for call in calls(a, weights, third, Params(*params)).each)
+
+        return flops
+
+    register_flop_formula(torch.ops.triton_conv.multi_conv, get_raw=True)(formula(_forward))
+    register_flop_formula(torch.ops.triton_conv.multi_conv_dgrad, get_raw=True)(formula(_backward))
+
+
+when_imported("torch.utils.flop_counter", _register_flop_formulas)

@@ -1,0 +1,323 @@
+"""The plan of several convolutions in one launch: numbers in, plan out, as in `plan`.
+
+Words are those of `kernels.branches`: a term is a convolution of a slice of channels, a part is a sum over terms.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from math import prod
+from typing import TYPE_CHECKING
+
+from . import branches_cost, choose, config, cost, invariance, plan, tiles, ways
+from .branches_problem import MOST_TERMS, Problem, Term, channels_of, fitted
+from .config import ITEM_BYTES, BoxConfig, Config, Numerics
+from .cost import Prediction, Roofline
+from .devices import Device
+from .frozen import Frozen
+from .geometry import Role, Strides
+
+if TYPE_CHECKING:
+    from .kernels.direct import Direct
+    from .kernels.launch import Launch
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+def alone(problem: Problem, term: Term) -> plan.Problem:
+    """The problem of one term by itself."""
+    strides = Strides(problem.x, term.filters, problem.y)
+    what = (problem.role, term.geometry, problem.dtype, problem.dtype, strides, problem.precision, term.has_bias)
+    return plan.Problem(*what, has_scale=False, aligned=problem.aligned, device=problem.device)
+
+
+@dataclass(frozen=True)
+class BranchesPlan(Frozen):
+    """One kernel for all terms, and everything it is launched with.
+
+    `order` are the problem's terms as the kernel gets them, those of the longest tiles first; `packs` the numbers of
+    the filters that are copied to channels-last.
+    """
+
+    problem: Problem
+    kernel: str
+    config: Config | BoxConfig
+    numerics: Numerics
+    order: tuple[Term, ...]
+    packs: tuple[int, ...]
+    why: str
+
+    @property
+    def role(self) -> Role:
+        return self.problem.role
+
+    @property
+    def dtype(self) -> str:
+        return self.problem.dtype
+
+    @property
+    def device(self) -> Device:
+        return self.problem.device
+
+    @property
+    def N(self) -> int:
+        return self.order[0].geometry.N
+
+    @property
+    def strides(self) -> Strides:
+        """Those of x and y, and of the first term's filters."""
+        return Strides(self.problem.x, self.order[0].filters, self.problem.y)
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """The dtype of every operand that a launch may name."""
+        numbers = {number for term in self.order for number in (term.number, term.part)}
+        return dict.fromkeys((f"{name}{i}" for i in sorted(numbers) for name in ("x", "w", "bias", "y")), self.dtype)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Device memory beyond inputs and output, in bytes."""
+        copied = (term.geometry for term in self.order if term.number in self.packs)
+        return sum(prod(g.shape("w")) for g in copied) * ITEM_BYTES[self.dtype]
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """What is done to operands before they are launched with."""
+        numbers = ", ".join(map(str, sorted(self.packs)))
+        return (f"copy the filters of branches {numbers} to channels-last",) if self.packs else ()
+
+    @cached_property
+    def launches(self) -> tuple[Launch, ...]:
+        from .kernels import branches, branches_box
+
+        room = branches_box if self.kernel == "branches_box" else branches
+        p = self.problem
+        strides = (p.x, p.y) if self.role is Role.FPROP else (p.y, p.x)
+        prediction = self.prediction
+        programs = min(prediction.tiles, max(prediction.resident, 1) * self.device.multiprocessors)
+        return (room.launch(self.role, self.order, strides, self.config, self.numerics, programs),)
+
+    @cached_property
+    def direct(self) -> tuple[Direct, ...]:
+        """The same, launched without Triton's binder from the second time on."""
+        from .kernels.direct import Direct
+
+        return tuple(map(Direct, self.launches))
+
+    @cached_property
+    def roofline(self) -> Roofline:
+        """The least time of all terms, where the tensor that slices are of is moved once."""
+        return branches_cost.roofline(self.problem)
+
+    @cached_property
+    def prediction(self) -> Prediction:
+        """The predicted time of the kernel."""
+        return branches_cost.predict(self.problem, self.kernel, self.config)
+
+    @cached_property
+    def seconds(self) -> float:
+        """The predicted time of everything: copies of filters and kernel."""
+        copied = (term.geometry for term in self.order if term.number in self.packs)
+        sizes = (prod(g.shape("w")) * ITEM_BYTES[self.dtype] for g in copied)
+        return self.prediction.seconds + sum(cost.copy_seconds(size, self.device) for size in sizes)
+
+    @cached_property
+    def apart(self) -> tuple[plan.Plan, ...]:
+        """The plans of the same convolutions one after the other, into slices; sums of several come on top."""
+        return tuple(plan.make(alone(self.problem, term)) for term in self.problem.terms)
+
+    @cached_property
+    def apart_seconds(self) -> float:
+        """The predicted time of `apart`, and of adding up what belongs to one part."""
+        p = self.problem
+        parts = {term.part: term.geometry for term in p.terms}
+        more = len(p.terms) - len(parts)
+        written = "y" if self.role is Role.FPROP else "x"
+        size = max(prod(g.shape(written)) for g in parts.values()) * ITEM_BYTES[p.dtype]
+        adding = 1.5 * cost.copy_seconds(size, p.device)  # two are read, one is written
+        return sum(part.seconds for part in self.apart) + more * adding
+
+    @property
+    def worth_it(self) -> bool:
+        """Whether one launch is predicted to take no longer than one for each term."""
+        return self.seconds <= self.apart_seconds
+
+    @property
+    def reason(self) -> str:
+        times = f"{1e6 * self.seconds:.3g} us predicted, against {1e6 * self.apart_seconds:.3g} us of {len(self.order)}"
+        return f"{self.why}; {times} launches, one for each branch"
+
+    def __str__(self) -> str:
+        p, numerics = self.problem, self.numerics
+        copied = f" (copies of {len(self.packs)} filters)" if self.packs else ""
+        parts = len({term.part for term in p.terms})
+        lines = [
+            f"kernel     {self.kernel} ({self.role.value} of {len(p.terms)} branches, {parts} sums)",
+            *(f"geometry   {term.geometry}" for term in self.order),
+            f"config     {self.config}",
+            f"numbers    {p.dtype} products, {numerics.accumulator} accumulator, {numerics.index_bits}-bit offsets",
+            f"layout     {'; '.join(self.steps) if self.steps else 'as given, no copies'}",
+            f"workspace  {self.workspace_bytes} bytes{copied}",
+            f"reason     {self.reason}",
+        ]
+        return "\n".join(lines)
+
+
+def obstacle(problem: Problem) -> str | None:
+    """What keeps terms from one launch, in words; None if nothing does."""
+    if problem.dtype not in DTYPES:
+        return f"it has no sums of {problem.dtype}"
+    if len(problem.terms) > MOST_TERMS:
+        return f"it takes at most {MOST_TERMS} branches"
+    parts: dict[int, tuple] = {}
+    for term in problem.terms:
+        g = term.geometry
+        alike = (g.groups, g.stride if problem.role is Role.DGRAD else None)
+        if parts.setdefault(term.part, alike) != alike:
+            return "branches of one sum have other groups or strides"
+        if any(mode != "zeros" for mode in g.modes):
+            return "it pads with zeros only"
+    if problem.role is Role.DGRAD and len({term.geometry.stride for term in problem.terms}) > 1:
+        return "branches have other strides"
+    if all(min(g.C, g.K) < 4 * g.groups for g in (term.geometry for term in problem.terms)):
+        return "groups are too narrow for a dot"
+    return None
+
+
+def make(problem: Problem) -> BranchesPlan:
+    """The plan of a problem without an obstacle; the second time it is a look-up."""
+    batch = invariance.batch()
+    if batch is None:
+        return _make(problem)
+    terms = tuple(t._replace(geometry=replace(t.geometry, N=batch)) for t in problem.terms)
+    model = _make(problem._replace(terms=terms))
+    return _assembled(problem, model.kernel, model.config, f"{model.why}; chosen for a batch of {batch}")
+
+
+@lru_cache(maxsize=4096)
+def _make(problem: Problem) -> BranchesPlan:
+    why = box_obstacle(problem)
+    if why is None:
+        rule = _box_rule(problem)
+        why = misfit(problem, rule)
+    if why is None:
+        return _assembled(problem, "branches_box", _box_config(problem, rule), "boxes of the bulk tensor copy engine")
+    return _assembled(problem, "branches", _config(problem), f"pointer gather, since {why}")
+
+
+@lru_cache(maxsize=4096)
+def _assembled(problem: Problem, kernel: str, made: Config | BoxConfig, why: str) -> BranchesPlan:
+    boxed = isinstance(made, BoxConfig)
+    terms = tuple(_packed(term) for term in problem.terms) if boxed else problem.terms
+    packs = tuple(new.number for new, old in zip(terms, problem.terms, strict=True) if new != old)
+    packed = problem._replace(terms=terms)
+    longest: dict[int, float] = {}
+    for term in terms:
+        counted = branches_cost.steps(packed, term, made)
+        longest[term.part] = longest.get(term.part, 0) + counted.steps / max(counted.total, 1)
+    order = tuple(sorted(terms, key=lambda term: (-longest[term.part], term.part, term.number)))
+    bits = 64 if _reach(packed, made) >= 2**31 else 32
+    has_bias = any(term.has_bias for term in terms)
+    numerics = Numerics(bits, plan.ACCUMULATORS[problem.dtype], problem.precision, has_bias)
+    return BranchesPlan(problem, kernel, made, numerics, order, packs, why)
+
+
+def _reach(problem: Problem, made: Config | BoxConfig) -> int:
+    what = [(t.geometry, Strides(problem.x, t.filters, problem.y)) for t in problem.terms]
+    return max(plan._reach(g, strides, problem.role, made) for g, strides in what)
+
+
+def _packed(term: Term) -> Term:
+    """A term whose filters lie as boxes want them: channels side by side, taps evenly spaced."""
+    shape = term.geometry.shape("w")
+    if term.filters[1] == 1 or shape[1] == 1:
+        return term
+    return term._replace(filters=ways.dense_strides(shape, channels_last=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Boxes
+
+
+def box_obstacle(problem: Problem) -> str | None:
+    """What keeps terms from the box kernel, in words; None if nothing does."""
+    for term in map(_packed, problem.terms):
+        g, strides = term.geometry, Strides(problem.x, term.filters, problem.y)
+        if problem.x[1] != 1 or problem.y[1] != 1:
+            return "activations are not channels-last"
+        what = alone(problem, term)
+        why = ways._box_obstacle(what, ways.Layout((), True, 1, g, strides, ()))
+        if why:
+            return why
+        written = "y" if problem.role is Role.FPROP else "x"
+        if ways._uneven_rows(g, strides, written, 16 // ITEM_BYTES[problem.dtype]):
+            return "rows are not multiples of 16 bytes apart"
+        if problem.role is Role.DGRAD and max(g.stride) > 1:
+            return "input gradients of strides are not boxes"
+    return None
+
+
+def misfit(problem: Problem, made: BoxConfig) -> str | None:
+    """What is wrong with a box config for terms that the box kernel can run, in words."""
+    if made.box[1] > 1:
+        return "its box must have a depth of 1"
+    for term in problem.terms:
+        g, fit = term.geometry, fitted(problem.role, term.geometry, made)
+        _, dst = channels_of(problem.role, g)
+        why = ways._box_misfit(fit, problem.dtype, problem.role, g)
+        if why:
+            return why
+        if g.groups > 1 and dst % fit.BLOCK_N:
+            return f"blocks of {fit.BLOCK_N} channels do not divide the {dst} of a group"
+    return None
+
+
+def _box_rule(problem: Problem) -> BoxConfig:
+    """That of ordinary convolutions, for the widest term, with a reduction that divides what has to be divided."""
+    role, geometries = problem.role, [term.geometry for term in problem.terms]
+    channels = [channels_of(role, g) for g in geometries]
+    counts = tiles.positions(role, geometries[0])
+    src, dst = (max(side) for side in zip(*channels, strict=True))
+    rule = config.default_box(counts, src, dst, False, problem.dtype, problem.device)
+    block_n, block_k = rule.BLOCK_N, rule.BLOCK_K
+    for g, (src, dst) in zip(geometries, channels, strict=True):
+        while ways._needs_whole_blocks(role, g) and block_k > 16 and src % block_k:
+            block_k //= 2
+        while g.groups > 1 and block_n > 16 and dst % block_n:
+            block_n //= 2
+    return replace(rule, BLOCK_N=block_n, BLOCK_K=block_k)
+
+
+def _box_config(problem: Problem, rule: BoxConfig) -> BoxConfig:
+    """The rule's, or another box, half as many channels or pixels, where that promises a good deal of the time."""
+    counts = tiles.positions(problem.role, problem.terms[0].geometry)
+    boxes = [*config.boxes_of_little_waste(counts, rule.BLOCK_M), config.little_waste(counts, rule.BLOCK_M // 2)]
+    narrow = sorted({rule.BLOCK_N, min(rule.BLOCK_N, 64)}, reverse=True)
+    others = [replace(rule, box=box, BLOCK_N=n) for n in narrow for box in boxes if box[1] == 1]
+    return _quickest(problem, "branches_box", rule, [c for c in others if misfit(problem, c) is None])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gathering
+
+
+def _config(problem: Problem) -> Config:
+    """That of the widest term by itself; sums of several terms hold more in registers and get smaller tiles."""
+    role = problem.role
+    widest = max(problem.terms, key=lambda term: term.geometry.flops // term.geometry.groups)
+    source = problem.x if role is Role.FPROP else problem.y
+    vectorised = source[1] == 1 and all(tiles.whole_vectors(term.geometry) for term in problem.terms)
+    rule = config.default(widest.geometry, role, problem.dtype, problem.precision, vectorised, problem.device)
+    least = config.least_reduction(problem.dtype)
+    if not rule.dot or rule.flatten:
+        rule = replace(rule, BLOCK_N=max(rule.BLOCK_N, 16), BLOCK_K=least, dot=True, flatten=False, filters_first=False)
+    return rule
+
+
+def _quickest(problem: Problem, kernel: str, rule: BoxConfig, others: list[BoxConfig]) -> BoxConfig:
+    def seconds(c: BoxConfig) -> float:
+        return branches_cost.predict(problem, kernel, c).seconds
+
+    best = min(others, key=seconds, default=rule)
+    return best if seconds(best) < choose.WORTH_LEAVING * seconds(rule) else rule

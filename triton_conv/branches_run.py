@@ -1,0 +1,201 @@
+"""From the operands of several convolutions to numbers: in one launch, one after the other, or in plain torch.
+
+As `execute` is for one: output strides come from `empty_output`, for real and fake tensors alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+from . import branches_plan, execute, invariance, plan, reference
+from .branches_plan import BranchesPlan
+from .branches_problem import MOST_TERMS, Problem, Term
+from .devices import Device
+from .execute import Call
+from .geometry import Role
+
+Slice = tuple[int, int]  # (first channel, how many)
+
+
+class Calls(NamedTuple):
+    """Convolutions of one role that read slices of `source` and add to slices of an output with `channels` channels.
+
+    Where several write a slice, it is the same one, and the output is zero where none writes. Outputs are channels-last
+    where the source or one of `filters` is.
+    """
+
+    source: Tensor
+    filters: tuple[Tensor, ...]
+    each: tuple[Call, ...]
+    slices: tuple[Slice, ...]
+    channels: int
+
+    @property
+    def role(self) -> Role:
+        return self.each[0].role
+
+
+def empty_output(calls: Calls) -> Tensor:
+    """An uninitialised output."""
+    for call in calls.each:
+        execute.record(call)
+    wanted = (suggest_memory_format(t) == torch.channels_last for t in (calls.source, *calls.filters))
+    memory_format = torch.channels_last if any(wanted) else torch.contiguous_format
+    shape = [calls.each[0].geometry.N, calls.channels, *calls.each[0].output_shape[2:]]
+    source = calls.source
+    return torch.empty(shape, dtype=source.dtype, device=source.device, memory_format=memory_format)
+
+
+def run(calls: Calls, one_launch: bool | None) -> Tensor:
+    """The output of several convolutions.
+
+    Raises RuntimeError where one launch is asked for and cannot be had, but for input gradients, which nobody calls.
+    """
+    output = empty_output(calls)
+    if output.numel() == 0:
+        return output
+    device = execute.device_of(calls.source.device)
+    if device is None:
+        return _plain(calls, output)
+    if one_launch is not False:
+        plans = _plans(calls, output, device)
+        if not isinstance(plans, str) and (one_launch or all(p.worth_it for p in plans)):
+            return _launched(calls, plans, output)
+        if isinstance(plans, str) and one_launch and calls.role is Role.FPROP:
+            raise RuntimeError(f"one launch cannot compute these branches: {plans} ({_sizes(calls)})")
+    return _one_by_one(calls, output)
+
+
+def _sizes(calls: Calls) -> str:
+    filters = ", ".join(str(list(w.shape)) for w in calls.filters)
+    return f"input {list(calls.source.shape)} of {calls.source.dtype}, weights {filters}"
+
+
+def _bunches(calls: Calls) -> list[tuple[Call, ...]]:
+    """At most as many together as a launch takes, those of one slice side by side."""
+    order = sorted(range(len(calls.each)), key=lambda i: calls.slices[i])
+    return [tuple(calls.each[i] for i in order[k : k + MOST_TERMS]) for k in range(0, len(order), MOST_TERMS)]
+
+
+def problems(calls: Calls, output: Tensor, device: Device) -> list[Problem] | str:
+    """The problems of all launches, or what keeps the convolutions from any, in words."""
+    call = calls.each[0]
+    dtype = str(call.a.dtype).removeprefix("torch.")
+    if call.a.is_complex() or any(0 in (c.a.numel(), c.b.numel()) for c in calls.each):
+        return f"there are no sums of {dtype}" if call.a.is_complex() else "an operand is empty"
+    slices = sorted(set(calls.slices))
+    if any(a + n > b for (a, n), (b, _) in pairwise(slices)):
+        return "slices overlap"
+    if len(slices) < len(calls.each) and len(calls.each) > MOST_TERMS:
+        return f"a sum has more than {MOST_TERMS} branches"
+    precision = (call.precision or execute.default_precision()) if dtype == "float32" else "ieee"
+    source, written = execute._strides(calls.source), execute._strides(output)
+    x, y = (source, written) if call.role is Role.FPROP else (written, source)
+    places = {id(c): i for i, c in enumerate(calls.each)}
+    found = []
+    for bunch in _bunches(calls):
+        numbers = [places[id(c)] for c in bunch]
+        terms = tuple(
+            Term(i, slices.index(calls.slices[i]), c.geometry, execute._strides(c.b), c.bias is not None)
+            for i, c in zip(numbers, bunch, strict=True)
+        )
+        views = (t for i in numbers for t in (calls.each[i].a, calls.each[i].b, _slice(output, calls.slices[i])))
+        aligned = all(t.device.type == "meta" or t.data_ptr() % 16 == 0 for t in views)
+        problem = Problem(call.role, terms, dtype, precision, x, y, aligned, device)
+        why = branches_plan.obstacle(problem)
+        if why:
+            return why
+        found.append(problem)
+    return found
+
+
+def _plans(calls: Calls, output: Tensor, device: Device) -> list[BranchesPlan] | str:
+    found = problems(calls, output, device)
+    return found if isinstance(found, str) else [branches_plan.make(problem) for problem in found]
+
+
+def _slice(t: Tensor, channels: Slice) -> Tensor:
+    return t if channels == (0, t.shape[1]) else t.narrow(1, *channels)
+
+
+def _covered(calls: Calls) -> bool:
+    return sum(count for _, count in set(calls.slices)) == calls.channels
+
+
+def _launched(calls: Calls, plans: Sequence[BranchesPlan], output: Tensor) -> Tensor:
+    """All of them by the plans' kernels."""
+    if not _covered(calls):
+        output.zero_()
+    parts = sorted(set(calls.slices))
+    source, written = ("x", "y") if calls.role is Role.FPROP else ("y", "x")
+    tensors = {f"{written}{number}": _slice(output, channels) for number, channels in enumerate(parts)}
+    for number, call in enumerate(calls.each):
+        tensors |= {f"{source}{number}": call.a, f"w{number}": call.b}
+        if call.bias is not None:
+            tensors[f"bias{number}"] = call.bias.contiguous()
+    with execute._on_device(output.device):
+        for p in plans:
+            for number in p.packs:
+                tensors[f"w{number}"] = tensors[f"w{number}"].permute(0, 2, 3, 1).contiguous()
+            for launch in p.direct:
+                launch.run(tensors)
+    return output
+
+
+def _one_by_one(calls: Calls, output: Tensor) -> Tensor:
+    """Each by its own kernel, into its slice where the kernel can write there; what belongs together is added up."""
+    apart = [_apart(channels, calls.slices) for channels in calls.slices]
+    if not all(apart) or not _covered(calls):
+        output.zero_()
+    written: set[Slice] = set()
+    for call, channels, alone in zip(calls.each, calls.slices, apart, strict=True):
+        y = _slice(output, channels)
+        if alone and channels not in written:
+            _write(call, y)
+        else:
+            y += execute.execute(call)
+        written.add(channels)
+    return output
+
+
+def _apart(mine: Slice, slices: Sequence[Slice]) -> bool:
+    """Whether every slice is this one or has no channel in common with it."""
+    return all(s == mine or s[0] >= sum(mine) or mine[0] >= sum(s) for s in slices)
+
+
+def _write(call: Call, y: Tensor) -> None:
+    """The output of one call, into a slice."""
+    device = execute.device_of(y.device)
+    direct = device is not None and not call.a.is_complex() and invariance.batch() is None
+    if not direct or 0 in (call.a.numel(), call.b.numel()):
+        y.copy_(execute.execute(call))
+        return
+    assert device is not None
+    p = plan.make(execute.problem_of(call, device, y))
+    rows = 16 // y.element_size()
+    if p.rival_runs or any(stride % rows for stride in (y.stride(0), *y.stride()[2:]) if y.stride(1) == 1):
+        y.copy_(execute.execute(call))
+        return
+    execute.run(p, call, y)
+
+
+def _plain(calls: Calls, output: Tensor) -> Tensor:
+    """In plain torch, sums in the type that sums have and rounded once."""
+    wide = reference._wide(output.dtype)
+    if len(set(calls.slices)) == len(calls.slices) and _covered(calls):
+        for call, channels in zip(calls.each, calls.slices, strict=True):
+            _slice(output, channels).copy_(execute.execute(call))
+        return output
+    total = torch.zeros_like(output, dtype=wide)
+    for call, channels in zip(calls.each, calls.slices, strict=True):
+        bias = None if call.bias is None else call.bias.to(wide)
+        y = _slice(total, channels)
+        y += execute.execute(replace(call, a=call.a.to(wide), b=call.b.to(wide), bias=bias))
+    return output.copy_(total)
