@@ -24,8 +24,9 @@ from torch import Tensor
 
 from triton_conv import backends, check, execute
 from triton_conv.devices import Device
+from triton_conv.explain import AnyPlan
 from triton_conv.tuning import audit, on_device
-from triton_conv.tuning.ahead import Ahead, AnyPlan
+from triton_conv.tuning.ahead import Ahead
 from triton_conv.tuning.code import TARGETS
 from triton_conv.tuning.rounds import Timing, all_rounds
 

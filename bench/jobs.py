@@ -12,8 +12,8 @@ import torch
 from triton_conv import cost, explain, functional
 from triton_conv.backends import default_precision
 from triton_conv.devices import H200, Device
+from triton_conv.explain import AnyPlan
 from triton_conv.plan import Plan
-from triton_conv.tuning.ahead import AnyPlan
 from triton_conv.tuning.layers import Layer
 
 from . import kinds, shapes
@@ -138,7 +138,7 @@ def _fitting(layer: Layer) -> Layer:
 def _fits(layer: Layer) -> bool:
     item, kind = layer.options["dtype"].itemsize, kinds.of(layer)
     if kind is not None:
-        flops = explain.plans(layer.input, layer.weight, device=H200, **layer.options)["forward"].roofline.flops
+        flops = sum(p.roofline.flops for p in plans(Job("", "", layer, "fprop"), H200))
         size = sum(map(prod, (*kind.shapes(layer).values(), kind.output(layer))))
         return size * item <= QUICK_BYTES and flops <= QUICK_FLOPS
     g = explain.problems(layer.input, layer.weight, **layer.options)["forward"].geometry
@@ -185,10 +185,15 @@ def _shorter(extent: int, taps: int, stride: int, dilation: int, padding: tuple[
     return min(extent, least + (extent - least) % (2 * stride))
 
 
+def _is(name: str, title: str) -> bool:
+    """Whether a plan's name is a title, or one of its parts: of a branch, or a launch."""
+    return name == title or name.startswith((f"{title} of branch", f"{title}, launch"))
+
+
 def plans(job: Job, device: Device) -> list[AnyPlan]:
     """Ours for what the job computes, in the order in which they run."""
-    found: Any = explain.plans(job.layer.input, job.layer.weight, device=device, **job.layer.options)
-    return [found[title] for title in _titles(job.layer)[job.op]]
+    found = explain.plans(job.layer.input, job.layer.weight, device=device, **job.layer.options)
+    return [p for title in _titles(job.layer)[job.op] for name, p in found.items() if _is(name, title)]
 
 
 def predicted_row(job: Job, device: Device) -> Row:

@@ -144,8 +144,8 @@ def _predicted() -> Iterator[str]:
         cells.append([total.suite, suite.about, total.op, str(suite.batch), str(total.rows), *times])
     yield from _table(["suite", "about", "op", "batch", "layers", "predicted ms", "roofline ms", "share"], cells)
     yield ""
-    yield "What one kernel is to win over several in inference, by the same models: over our own convolutions, with copies"
-    yield "between them. There is no model of torchvision's kernels."
+    yield "What one kernel is to win over several in inference, by the same models: over our own convolutions and"
+    yield "copies between them. There is no model of torchvision's kernels."
     yield ""
     cells = []
     for goal in summary.GOALS:

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 
 from triton_conv import stored
-from triton_conv.causal_plan import CausalPlan
 from triton_conv.devices import Device
-from triton_conv.plan import Plan
+from triton_conv.explain import AnyPlan
 from triton_conv.tuning import audit as auditing
 from triton_conv.tuning import suites
 from triton_conv.tuning.code import TARGETS
@@ -97,7 +96,7 @@ def reason(run: Run, row: Row) -> str:
 # From numbers
 
 
-def _reasons(run: Run, row: Row, ours: float, theirs: float, plans: list[Plan | CausalPlan]) -> Iterator[str]:
+def _reasons(run: Run, row: Row, ours: float, theirs: float, plans: list[AnyPlan]) -> Iterator[str]:
     predicted, host = row.predicted_seconds, row.measured[OURS].host_seconds
     if theirs < row.roofline_seconds:
         yield (
@@ -127,7 +126,7 @@ def _plain_kernel(row: Row) -> str:
     return f"the gather kernel ran, since {' and '.join(whys)}" if whys else ""
 
 
-def _of_plans(plans: list[Plan | CausalPlan]) -> Iterator[str]:
+def _of_plans(plans: list[AnyPlan]) -> Iterator[str]:
     for p in plans:
         prediction = p.prediction
         name = p.kernel if len(plans) == 1 else f"{p.role.value}'s {p.kernel}"
@@ -149,7 +148,7 @@ def _copy(run: Run, row: Row) -> float:
 # From plans
 
 
-def plans_of(row: Row, device: Device) -> list[Plan | CausalPlan]:
+def plans_of(row: Row, device: Device) -> list[AnyPlan]:
     """The plans that ran a row, made again; none where they would not be those."""
     suite = suites.SUITES.get(row.suite)
     layer = suite.layers.get(row.layer) if suite else None
@@ -171,7 +170,7 @@ def plans_of(row: Row, device: Device) -> list[Plan | CausalPlan]:
     return found if same and all(str(p.config).strip() in row.config for p in found) else []
 
 
-def _codes(planned: list[list[Plan | CausalPlan]], device: Device) -> list[str]:
+def _codes(planned: list[list[AnyPlan]], device: Device) -> list[str]:
     """What the compiler makes of some plans each; "" where it cannot be asked."""
     arch = next((arch for arch, target in TARGETS.items() if target.capability == device.capability), None)
     if arch is None:

@@ -195,7 +195,9 @@ def _losses(run: Run, audit: bool) -> Table:
 
 
 def _goals_note(run: Run) -> str:
-    note = "What one kernel is to win over several, in the forward pass. The predicted ratio is that of models: of our own "
+    note = (
+        "What one kernel is to win over several, in the forward pass. The predicted ratio is that of models: our own "
+    )
     note += "convolutions in cuDNN's place with copies between them, and of the one kernel."
     lines = summary.goal_words(run)
     made_up = "Made up: " if run.source == "simulated" else ""

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
-from . import activation, activation_plan, causal, config, cost, deform, execute, functional, plan, separable
+from . import activation, activation_plan, branches, causal, config, cost, deform, execute, functional, plan, separable
 from .activation_plan import ActivationPlan, ActivationProblem
+from .branches_plan import BranchesPlan
 from .causal_plan import CausalPlan
 from .config import Device
+from .deform_plan import DeformPlan
 from .epilogue import Epilogue
 from .separable_plan import SeparablePlan
+
+AnyPlan = plan.Plan | CausalPlan | SeparablePlan | ActivationPlan | BranchesPlan | DeformPlan
 
 _NAMES = ("forward", "input gradient", "weight gradient")
 # What those of a transposed convolution are of the convolution whose input gradient it is.
@@ -37,7 +41,7 @@ def plans(
     bias: bool = False,
     device: Device = config.DEVICES["H200"],
     **parameters: Any,
-) -> dict[str, plan.Plan] | dict[str, CausalPlan] | dict[str, plan.Plan | SeparablePlan]:
+) -> Mapping[str, AnyPlan]:
     """The plans of a convolution and, for dtypes that have them, of its two gradients; needs no GPU.
 
         >>> p = plans((8, 64, 56, 56), (128, 64, 3, 3), padding=1, dtype=torch.bfloat16)
@@ -52,7 +56,8 @@ def plans(
     and of `causal_conv1d_update`; the parameters are then `activation` and `initial_state`, whether there is one.
     With `pointwise`, a number of output channels, they are those of a separable convolution for inference: both in one
     kernel, then one after the other. `residual` is "before" or "after" the activation, `scale` whether there is one;
-    with an activation there is the plan of its gradient as well. With `deform` they are those of `deform_conv2d`.
+    with an activation there is the plan of its gradient as well. With `deform` they are those of `deform_conv2d`,
+    with `branches` those of `multi_conv2d`.
     """
     if parameters.get("pointwise") is not None:
         return _separable_plans(input_shape, weight_shape, transposed, dtype, channels_last, bias, device, **parameters)
@@ -61,6 +66,8 @@ def plans(
     how: dict[str, Any] = {"dtype": dtype, "channels_last": channels_last, "bias": bias, "device": device}
     if parameters.pop("deform", False):
         return deform.plans(input_shape, weight_shape, **how, **parameters)
+    if parameters.get("branches"):
+        return branches.plans(input_shape, weight_shape, **how, **parameters)
     shape, calls = _traced(input_shape, weight_shape, transposed, dtype, channels_last, bias, parameters)
     found: dict[str, Any] = dict(_plans(calls, device))
     if parameters.get("activation") and len(calls) > 1:

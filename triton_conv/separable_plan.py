@@ -50,6 +50,7 @@ class SeparablePlan(Frozen):
 
     role = Role.FPROP
     kernel = "separable"
+    workspace_bytes = 0
 
     @property
     def dtype(self) -> str:

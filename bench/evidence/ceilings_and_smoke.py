@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 
 from triton_conv import explain, plan
 from triton_conv.devices import Device
+from triton_conv.explain import AnyPlan
 from triton_conv.plan import Plan
 from triton_conv.tuning.layers import LAYERS, Layer
 from triton_conv.ways import Problem
 
 from . import checking, meters, references
-from .checking import AnyPlan, Compiler
+from .checking import Compiler
 from .record import Facts
 from .units import Context, Unit
 

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from triton_conv import backends, check, devices, execute, plan, ways
-from triton_conv.causal_plan import CausalPlan
 from triton_conv.devices import Device
+from triton_conv.explain import AnyPlan
 from triton_conv.geometry import ConvGeometry, Strides
 from triton_conv.plan import Plan
-from triton_conv.separable_plan import SeparablePlan
 from triton_conv.tuning import audit, on_device, operands
 from triton_conv.tuning.ahead import Ahead
 from triton_conv.tuning.code import TARGETS
@@ -26,8 +25,6 @@ from triton_conv.ways import Problem
 
 from .record import Facts
 from .units import Context
-
-AnyPlan = Plan | CausalPlan | SeparablePlan
 
 _WINDOW = 64  # units whose plans are compiled ahead of the one that runs
 HANG = 45.0  # seconds that compiled kernels and their references are far from taking, cuDNN's choice included

@@ -17,8 +17,6 @@ from triton_conv.tuning.layers import Layer
 from ..records import SEPARATE_CHANNELS_LAST, SEPARATE_CONTIGUOUS
 from .kind import Kind, Rival, Tensors, convolve, fewer, nearer, pair
 
-_SHARED = ("stride", "groups", "padding_mode")  # options of the layer that are those of every branch
-
 
 class Branches(Kind):
     """`multi_conv2d`."""
@@ -38,18 +36,19 @@ class Branches(Kind):
         return {**said, "branches": f"{first} + {' + '.join(rest)}", "combine": self._combine(layer)}
 
     def small(self, layer: Layer) -> Layer:
-        options = dict(layer.options)
-        groups, branches = options.get("groups", 1), options["branches"]
+        options, branches = dict(layer.options), layer.options["branches"]
         by = nearer([max(pair(how.get("dilation", 1))) for _, how in branches])
-        C, few = fewer(layer.input[1], groups), min(groups, 2)
+        few = min(2, *(how.get("groups", 1) for _, how in branches))
+        C = max(fewer(layer.input[1], how.get("groups", 1)) for _, how in branches)
         less = []
         for (K, _, *taps), how in branches:
             wide = ("padding", "dilation") if max(pair(how.get("dilation", 1))) > 1 else ()
             closer = {name: tuple(n // by for n in pair(how.get(name, 0))) for name in wide}
-            less.append(((fewer(K, groups), C // few, *taps), {**how, **closer}))
+            groups = {"groups": few} if few > 1 else {}
+            less.append(((fewer(K, how.get("groups", 1)), C // few, *taps), {**how, **closer, **groups}))
         reach = max(max(pair(how.get("dilation", 1))) * (max(weight[2:]) - 1) for weight, how in less)
-        sizes = [min(extent, reach + 3 + extent % 2) for extent in layer.input[2:]]
-        options |= {"branches": tuple(less)} | ({"groups": few} if groups > 1 else {})
+        sizes = [min(extent, reach + 1 + extent % 2) for extent in layer.input[2:]]
+        options |= {"branches": tuple(less)}
         return Layer((min(layer.input[0], 2), C, *sizes), less[0][0], options)
 
     def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
@@ -70,12 +69,11 @@ class Branches(Kind):
 
     def depth(self, layer: Layer, name: str) -> int:
         weights = [weight for weight, _ in layer.options["branches"]]
-        groups = layer.options.get("groups", 1)
         if name == "y":
             of_each = [prod(weight[1:]) for weight in weights]
             return sum(of_each) if self._combine(layer) == "sum" else max(of_each)
         if name == "dx":
-            return sum(weight[0] // groups * prod(weight[2:]) for weight in weights)
+            return sum(weight[0] * weight[1] * prod(weight[2:]) for weight in weights) // layer.input[1]
         N, _, *extents = self.output(layer)
         return N * prod(extents)
 
@@ -83,18 +81,16 @@ class Branches(Kind):
         """Our own convolutions one after the other, and the output put together from theirs."""
         if op != "fprop":
             return None
-        whole = {n: v for n, v in layer.options.items() if n in ("dtype", "channels_last", *_SHARED)}
+        whole = {n: v for n, v in layer.options.items() if n in ("dtype", "channels_last")}
         total = 0.0
         for weight, how in layer.options["branches"]:
-            found: Any = explain.plans(layer.input, weight, device=device, **{**whole, **how})
+            found: Any = explain.plans(layer.input, weight, device=device, **whole, **how)
             total += found["forward"].seconds
         return total + cost.copy_seconds(prod(self.output(layer)) * whole["dtype"].itemsize, device)
 
     def _each(self, layer: Layer, t: Tensors) -> list[tuple[Tensor, dict[str, Any]]]:
         """Filters with what is theirs to know."""
-        shared = {name: layer.options[name] for name in _SHARED if name in layer.options}
-        branches = enumerate(layer.options["branches"])
-        return [(t[f"w{number or ''}"], {**shared, **how}) for number, (_, how) in branches]
+        return [(t[f"w{number or ''}"], how) for number, (_, how) in enumerate(layer.options["branches"])]
 
     def _combine(self, layer: Layer) -> str:
         return layer.options.get("combine", "concatenate")

@@ -11,11 +11,8 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from types import ModuleType
 
-from ..causal_plan import CausalPlan
-from ..plan import Plan
+from ..explain import AnyPlan
 from . import audit
-
-AnyPlan = Plan | CausalPlan
 
 _NICENESS = 10
 

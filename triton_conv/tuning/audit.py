@@ -18,9 +18,11 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from .. import causal_cost, explain, stored, tiles
+from ..activation_plan import ActivationConfig
 from ..causal_config import CausalConfig
 from ..causal_plan import CausalPlan
 from ..config import ITEM_BYTES, BandedConfig, DepthwiseConfig, Device, KernelConfig
+from ..explain import AnyPlan
 from ..plan import Plan
 from ..separable_plan import SeparablePlan
 from .code import TARGETS, TENSOR_MEMORY, Code, compiled_kernels, compiling_for, read, stub
@@ -62,7 +64,7 @@ class Subject(NamedTuple):
     """A plan to audit, and the layer it is for."""
 
     layer: str
-    plan: Plan | CausalPlan | SeparablePlan
+    plan: AnyPlan
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Row:
     role: str
     kernel: str
     dtype: str
-    config: KernelConfig | CausalConfig | None
+    config: KernelConfig | CausalConfig | ActivationConfig | None
     wanted: Wanted
     code: Code | None = None
     error: str = ""
@@ -245,12 +247,12 @@ def _row(task: Compilation, launch: Any) -> Row:
     main = launch.name == plan.kernel
     wanted = _wanted(plan, launch, task.arch) if main else Wanted()
     config = plan.config if main else None
-    return Row(task.arch, layer, plan.N, plan.role.value, launch.name, plan.dtype, config, wanted)
+    return Row(task.arch, layer, getattr(plan, "N", 1), plan.role.value, launch.name, plan.dtype, config, wanted)
 
 
 def _failed(task: Compilation, error: str) -> Row:
     layer, plan = task.subject
-    what = (plan.N, plan.role.value, plan.kernel, plan.dtype, plan.config)
+    what = (getattr(plan, "N", 1), plan.role.value, plan.kernel, plan.dtype, plan.config)
     return Row(task.arch, layer, *what, Wanted(), error=error)
 
 
@@ -258,7 +260,7 @@ def _kind(dtype: str, precision: str) -> str:
     return "ieee" if (dtype, precision) == ("float32", "ieee") else _KINDS[dtype]
 
 
-def _wanted(plan: Plan | CausalPlan | SeparablePlan, launch: Any, arch: int) -> Wanted:
+def _wanted(plan: AnyPlan, launch: Any, arch: int) -> Wanted:
     """What the main kernel of a plan is chosen for; sums of products without a dot have little to lose."""
     config: Any = plan.config
     if isinstance(plan, CausalPlan):
@@ -269,6 +271,8 @@ def _wanted(plan: Plan | CausalPlan | SeparablePlan, launch: Any, arch: int) -> 
         kind, vector = _kind(plan.dtype, plan.numerics.precision), 16 // ITEM_BYTES[plan.dtype]
         along_c = plan.problem.x[1] == 1 and plan.asked.C == plan.asked.K and plan.asked.C % vector == 0
         return Wanted(MATRIX_INSTRUCTIONS[arch].get(kind, ""), _OF_FEW_ROWS.get(kind, ""), wide_loads=along_c)
+    if not isinstance(plan, Plan):
+        return Wanted()
     if isinstance(config, DepthwiseConfig):
         g, channels_last = plan.geometry, plan.strides.x[1] == plan.strides.y[1] == 1
         along_c = channels_last and g.C == g.K and g.C % config.vector == 0

@@ -22,9 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaLauncher
 
 from .. import devices
-from ..causal_plan import CausalPlan
-from ..plan import Plan
-from ..separable_plan import SeparablePlan
+from ..explain import AnyPlan
 
 TARGETS = {80: devices.A100, 90: devices.H200, 100: devices.B200, 120: devices.RTX_5090}
 
@@ -116,7 +114,7 @@ def compiling_for(arch: int) -> Iterator[None]:
         driver._active = before
 
 
-def compiled_kernels(plan: Plan | CausalPlan | SeparablePlan, names: Collection[str] = ()) -> Iterator[tuple[Any, Any]]:
+def compiled_kernels(plan: AnyPlan, names: Collection[str] = ()) -> Iterator[tuple[Any, Any]]:
     """(launch, compiled kernel) of what the plan launches, of all names or of these; within `compiling_for`."""
     dtypes = {operand: getattr(torch, dtype) for operand, dtype in plan.dtypes.items()}
     for launch in plan.launches:

@@ -46,8 +46,8 @@ def fused_bottlenecks(stages: Sequence[tuple[int, int, int, int]]) -> Layers:
     return layers
 
 
-def _branches(layers: Layers, name: str, input: Sequence[int], branches: Sequence[Branch], **options: Any) -> None:
-    layers.add(name, input, branches[0][0], branches=tuple(branches), combine="concatenate", **options)
+def _branches(layers: Layers, name: str, input: Sequence[int], branches: Sequence[Branch]) -> None:
+    layers.add(name, input, branches[0][0], branches=tuple(branches), combine="concatenate")
 
 
 def pyramids() -> Layers:
@@ -97,9 +97,8 @@ def selective_kernels() -> Layers:
         for block in range(blocks):
             step: dict[str, Any] = {"stride": stride} if block == 0 and stride > 1 else {}
             weight = (width, width // 32, 3, 3)
-            both = [(weight, {"padding": rate, "dilation": rate, **step}) for rate in (1, 2)]
-            name = "unit stride 2" if step else "unit"
-            _branches(layers, name, (width, size, size), both, groups=32)
+            both = [(weight, {"padding": rate, "dilation": rate, "groups": 32, **step}) for rate in (1, 2)]
+            _branches(layers, "unit stride 2" if step else "unit", (width, size, size), both)
             size //= step.get("stride", 1)
     return layers
 
