@@ -1,4 +1,4 @@
-"""The plan of a causal convolution that reads its first frames from a second tensor; numbers in, plan out, as in `plan`.
+"""The plan of a causal convolution whose first frames are in a second tensor: numbers in, plan out, as in `plan`.
 
 An output frame has the same bits in whatever chunk it is computed. So kernel and config are chosen for a fixed number
 of frames, not for the call's own, and no axis is folded away because a chunk is one frame long. What is copied before
@@ -178,10 +178,10 @@ class StreamingPlan(Frozen):
     def steps(self) -> tuple[str, ...]:
         """What happens beside the kernel, here and in the backward pass."""
         copies = tuple(f"copy {_WORDS[name]} to channels-last" for name in self.packs)
-        backward = ("backward: dx and the context's gradient are views of one input gradient",)
+        backward = "backward: dx and the context's gradient are views of one input gradient"
         if self.problem.context.held == self.problem.context.frames > 0:
-            backward += ("context and x are concatenated for the weight gradient",)
-        return (*copies, *backward)
+            backward += ", context and x are concatenated for the weight gradient"
+        return (*copies, backward)
 
     def __str__(self) -> str:
         numerics = self.numerics
@@ -207,9 +207,7 @@ def make(problem: Problem) -> StreamingPlan:
 
 
 @lru_cache(maxsize=4096)
-def _make(
-    problem: Problem, explicit: KernelConfig | None, generation: Hashable, batch: int | None
-) -> StreamingPlan:
+def _make(problem: Problem, explicit: KernelConfig | None, generation: Hashable, batch: int | None) -> StreamingPlan:
     p, g = problem, problem.geometry
     way = _chosen(_of_fixed_length(p, g.N if batch is None else batch), explicit, generation)
     packs = tuple(name for name in _WORDS if way.kernel == "box" and not _fits_a_box(p, name))
@@ -284,7 +282,8 @@ def _chosen(problem: ways.Problem, explicit: KernelConfig | None, _generation: H
 
 
 def _for_any_length(way: Way) -> Way:
-    return way._replace(reason=f"{way.reason}; chosen for {way.layout.geometry.output[0]} frames, whatever their number")
+    frames = way.layout.geometry.output[0]
+    return way._replace(reason=f"{way.reason}; chosen for {frames} frames, whatever their number")
 
 
 def _box_obstacle(problem: ways.Problem, layout: Layout) -> str | None:
