@@ -14,7 +14,7 @@ from . import tiles
 from .devices import DEVICES as DEVICES
 from .devices import INTERPRETER as INTERPRETER
 from .devices import Device as Device
-from .epilogue import Epilogue
+from .epilogue import PLAIN, Epilogue
 from .geometry import ConvGeometry, Role
 from .tiles import ceil_div
 
@@ -181,7 +181,7 @@ class Numerics(NamedTuple):
     precision: str
     has_bias: bool
     has_scale: bool = False
-    epilogue: Epilogue = Epilogue()
+    epilogue: Epilogue = PLAIN
 
     @property
     def operands(self) -> tuple[str | None, ...]:

@@ -265,6 +265,7 @@ def launches(role: Role, geometry: ConvGeometry, strides: Strides, config, numer
         "lower_w": lower_w if forward else taps_w - 1 - lower_w,
         "tiles_p": tiles_p,
         "tiles_q": tiles_q,
+        "HAS_SCALE": numerics.has_scale,
         **epilogue_constants(numerics),
         "FLT_VEC": shape[1],
         **constants(g, config, numerics),

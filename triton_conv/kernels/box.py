@@ -198,7 +198,8 @@ def box_kernel(
                 acc = matrix_product(filters, pixels.trans(), acc, PRECISION)
             step0 = end
 
-        at, valid = (), None
+        at: tl.tuple = ()
+        valid = None
         channels = channel0 + tl.arange(0, BLOCK_N)
         channel_valid = channels < DST_C
         if STORE_BOX:
@@ -301,6 +302,7 @@ def launch(
         "DST_ROWS": axes[1].phases > 1,
         "STORE_BOX": stores_box(role, g, strides, config.BLOCK_N),
         "STORE_PLANES": stores_planes(role, g, strides, config, vector),
+        "HAS_SCALE": numerics.has_scale,
         **epilogue_constants(numerics),
         "INDEX": getattr(tl, f"int{numerics.index_bits}"),
         "ACC": getattr(tl, numerics.accumulator),

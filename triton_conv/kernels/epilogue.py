@@ -108,10 +108,9 @@ def activate(x, SLOPE: tl.constexpr, ACTIVATION: tl.constexpr):
 
 
 def constants(numerics) -> dict:
-    """The compile-time arguments above; the operands are `numerics.operands`."""
+    """The compile-time arguments above, all but HAS_SCALE; the operands are `numerics.operands`."""
     e = numerics.epilogue
     return {
-        "HAS_SCALE": numerics.has_scale,
         "SCALED": e.scale,
         "HAS_BIAS": numerics.has_bias,
         "RESIDUAL": e.residual,

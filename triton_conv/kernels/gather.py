@@ -308,6 +308,7 @@ def launch(
         BOTH_LAST=context is not None and ctx_strides[1] == src_strides[1] == 1,
         CTX_VEC=ctx_vec,
         FORWARD=forward,
+        HAS_SCALE=numerics.has_scale,
         **epilogue_constants(numerics),
         SRC_VEC=src_vec,
         DST_VEC=dst_vec,
