@@ -26,6 +26,7 @@ from .functional import (
 from .invariance import batch_invariant
 from .override import override
 from .separable import separable_conv1d, separable_conv2d, separable_conv3d
+from .streaming import causal_conv3d
 from .version import VERSION as __version__  # noqa: F401, N811
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ __all__ = [
     "batch_invariant",
     "causal_conv1d",
     "causal_conv1d_update",
+    "causal_conv3d",
     "conv1d",
     "conv2d",
     "conv3d",

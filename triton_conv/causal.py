@@ -11,6 +11,8 @@ The operators, as a profile names them:
     triton_conv::causal_conv1d           the whole sequence
     triton_conv::causal_conv1d_backward  all its gradients; its own gradients are those of plain torch
     triton_conv::causal_conv1d_update    a few more steps, without gradients; changes the state in place
+
+Filters over all channels, of three dimensions, are computed by `streaming`.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ from . import causal_plan, execute, invariance
 from .causal_config import CausalProblem, CausalRole
 from .causal_plan import CausalPlan
 from .execute import _on_device
+from .functional import Ints
 from .ops import _autocast_kernel, _autograd_kernel, _below_autograd, _folded, _SingleLevelFunction, _unfolded
+from .streaming import dense_causal_conv1d
 from .unsupported import check_kind, refuse_script
 
 __all__ = ["causal_conv1d", "causal_conv1d_update"]
@@ -34,6 +38,7 @@ __all__ = ["causal_conv1d", "causal_conv1d_update"]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ACTIVATIONS = (None, "silu", "swish")
 MOST_TAPS = 8
+_DENSE = {"stride": 1, "dilation": 1, "groups": 1, "time_mode": "zeros", "precision": None}
 LONGEST = 2**30  # positions are counted in 32 bits, some of them beyond the end
 
 _lib = torch.library.Library("triton_conv", "FRAGMENT")
@@ -62,6 +67,14 @@ def causal_conv1d(
     activation: str | None = None,
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
+    *,
+    context: Tensor | None = None,
+    return_context: bool = False,
+    stride: Ints = 1,
+    dilation: Ints = 1,
+    groups: int = 1,
+    time_mode: str = "zeros",
+    precision: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Convolves each channel with a few taps of its own, none of which looks ahead; then SiLU, if asked for.
 
@@ -79,16 +92,51 @@ def causal_conv1d(
     neither, or where the gradient of y arrives in the other layout, it is copied first. Gradients exist for every
     argument and from the final state, the same bits on every run. Those of gradients are computed by plain torch.
 
-    Raises what PyTorch raises for arguments of the wrong type, shape, dtype or device, before anything is launched.
+    context and return_context are other names of initial_state and return_final_state. A weight (K, C / groups, S)
+    convolves all channels of a group, as `triton_conv.causal_conv3d` does frames:
+
+        >>> x, weight = torch.randn(2, 4, 100), torch.randn(6, 4, 3)
+        >>> y, context = triton_conv.causal_conv1d(x, weight, dilation=2, return_context=True)
+        >>> y.shape, context.shape
+        (torch.Size([2, 6, 100]), torch.Size([2, 4, 4]))
+
+    Then context has any number of positions, stride, dilation, groups, time_mode, precision, dtypes and what is
+    promised of chunks are those of `causal_conv3d`, x may be (C, L), and there is no activation.
+
+    Raises what PyTorch raises for arguments of the wrong type, shape, dtype or device, before anything is launched;
+    TypeError for options that the weight's kind of convolution does not have.
 
     Method: a window of inputs in registers, one read of x and one write of y; on a CPU, PyTorch's own convolution.
     """
-    tensors = (x, weight, bias, initial_state)
+    tensors = (x, weight, bias, initial_state, context)
+    dense: dict[str, Any] = {
+        "stride": stride,
+        "dilation": dilation,
+        "groups": groups,
+        "time_mode": time_mode,
+        "precision": precision,
+    }
     if has_torch_function(tensors):
-        return handle_torch_function(
-            causal_conv1d, tensors, x, weight, bias, activation, initial_state, return_final_state
-        )
+        args: Any = (x, weight, bias, activation, initial_state, return_final_state)
+        keywords: Any = {"context": context, "return_context": return_context, **dense}
+        return handle_torch_function(causal_conv1d, tensors, *args, **keywords)
     silu = _silu("causal_conv1d", activation)
+    if context is not None and initial_state is not None:
+        raise TypeError("causal_conv1d(): context and initial_state are two names of one argument; give one of them")
+    initial_state, return_final_state = (
+        context if initial_state is None else initial_state,
+        (return_final_state or return_context),
+    )
+    if isinstance(weight, Tensor) and weight.dim() == 3:
+        if silu:
+            raise TypeError("causal_conv1d(): an activation is for weights (C, W), not for one of three dimensions")
+        return dense_causal_conv1d(x, weight, bias, initial_state, **dense, return_context=bool(return_final_state))
+    for option, given in dense.items():
+        if given != _DENSE[option]:
+            raise TypeError(
+                f"causal_conv1d(): {option} is for weights (K, C / groups, S), but got {option}={given!r} "
+                f"(weight {list(getattr(weight, 'shape', ()))})"
+            )
     _check_types("causal_conv1d", x=x, weight=weight, bias=bias, initial_state=initial_state)
     y, final_state = _forward_op(x, weight, bias, initial_state, silu, bool(return_final_state))
     return (y, final_state) if return_final_state else y

@@ -300,6 +300,21 @@ class Strides(NamedTuple):
     y: tuple[int, ...]
 
 
+class Context(NamedTuple):
+    """The first frames (D) of a convolution's input where they are in another tensor than x.
+
+    `strides` are as those of x. A D stride of 0 shows one frame `frames` times. Without frames it is x's own place.
+    """
+
+    frames: int
+    strides: tuple[int, ...]
+
+    @property
+    def held(self) -> int:
+        """How many frames there are in memory."""
+        return self.frames if self.strides[2] else min(self.frames, 1)
+
+
 def output_extent(extent: int, lower: int, upper: int, taps: int, stride: int, dilation: int) -> int:
     """Positions of a filter along one axis; the only place where this formula stands."""
     return (extent + lower + upper - dilation * (taps - 1) - 1) // stride + 1

@@ -11,6 +11,9 @@ source of a strided fprop, the destination of a strided dgrad) is described with
     W in steps of s   is  W / s positions of s * C channels                       (W a multiple of s)
     H in steps of s   is  H / s positions of s rows, in the place of D            (H a multiple of s, D = 1)
 
+With CONTEXT the first ctx_d source frames (D) are in another tensor, and a box is of one frame: the taps of a tile that
+lie in the context come first, in a loop of their own.
+
 Programs are persistent: each takes every num_programs-th tile, so that one tile is stored while the next is loaded.
 """
 
@@ -20,7 +23,7 @@ import triton
 import triton.language as tl
 
 from .. import tiles
-from ..geometry import ConvGeometry, Role, Strides, describable, tap_step
+from ..geometry import Context, ConvGeometry, Role, Strides, describable, tap_step
 from .epilogue import constants as epilogue_constants
 from .epilogue import finish_all
 from .indexing import matrix_product, residue_class, tap_of
@@ -28,6 +31,7 @@ from .launch import Box, Launch
 
 # What changes with the image must not be specialised, or every image size would be compiled anew.
 IMAGE_SIZED = ["N", "dst_d", "dst_h", "dst_w", "dst_sn", "dst_sd", "dst_sh", "tiles_n", "tiles_m", "tiles"]
+IMAGE_SIZED += ["ctx_d"]
 # Positions are divided by steps after this many steps are added: integer division rounds toward zero.
 BIAS: tl.constexpr = tl.constexpr(1 << 16)
 
@@ -72,6 +76,7 @@ def write_tile(tensor, at, valid, values, BN, BZ, BP, BQ, STORE_BOX: tl.constexp
 @triton.jit(do_not_specialize=IMAGE_SIZED, do_not_specialize_on_alignment=["scale_a", "scale_b", "dst_sc"])
 def box_kernel(
     src,  # (N, D, H, W, channels), or (N, H / s, s, W / s, s * channels)
+    context,  # as src, or None
     flt,  # (taps, K, C / groups)
     dst,  # as src, or None
     scale_a,
@@ -99,6 +104,9 @@ def box_kernel(
     tiles_n,
     tiles_m,
     tiles,
+    ctx_d,
+    CONTEXT: tl.constexpr,
+    ONE_FRAME: tl.constexpr,
     FORWARD: tl.constexpr,
     SRC_ROWS: tl.constexpr,
     DST_ROWS: tl.constexpr,
@@ -153,28 +161,42 @@ def box_kernel(
         source_h, taps_h, first_h = residue_class(axis_h, phase_h)
         source_w, taps_w, first_w = residue_class(axis_w, phase_w)
         acc = tl.zeros((BLOCK_N, PIXELS), ACC)
-        for step in tl.range(taps_d * taps_h * taps_w * blocks_c):
-            tap = step // blocks_c
-            c0 = step % blocks_c * BLOCK_K
-            jd, jh, jw = tap_of(tap, taps_d, taps_h, taps_w, tl.int32)
-            d = z0 + source_d + jd * axis_d.src_tap_step
-            h, row = in_steps(source_h + jh * axis_h.src_tap_step, axis_h.src_step)
-            w, column = in_steps(source_w + jw * axis_w.src_tap_step, axis_w.src_step)
-            channel = (column * groups + group) * SRC_C + c0
-            if SRC_ROWS:
-                pixels = src.load([n0, p0 + h, row, q0 + w, channel])
-            else:
-                pixels = src.load([n0, d, p0 + h, q0 + w, channel])
-            pixels = pixels.reshape(PIXELS, BLOCK_K)
-            t = first_d + jd * axis_d.tap_step
-            r = first_h + jh * axis_h.tap_step
-            s = first_w + jw * axis_w.tap_step
-            filter_tap = (t * axis_h.filter + r) * axis_w.filter + s
-            if FORWARD:
-                filters = flt.load([filter_tap, group * DST_C + channel0, c0]).reshape(BLOCK_N, BLOCK_K)
-            else:
-                filters = flt.load([filter_tap, group * SRC_C + c0, channel0]).reshape(BLOCK_K, BLOCK_N).trans()
-            acc = matrix_product(filters, pixels.trans(), acc, PRECISION)
+        step0 = 0
+        steps = taps_d * taps_h * taps_w * blocks_c
+        for PART in tl.static_range(0 if CONTEXT else 1, 2):  # of the context, of the source
+            end = steps
+            source = src
+            if PART == 0:
+                frames = tl.maximum(ctx_d - z0 - source_d, 0)
+                end = tl.minimum(tl.cdiv(frames, axis_d.src_tap_step), taps_d) * (taps_h * taps_w * blocks_c)
+                source = context
+            for step in tl.range(step0, end):
+                tap = step // blocks_c
+                c0 = step % blocks_c * BLOCK_K
+                jd, jh, jw = tap_of(tap, taps_d, taps_h, taps_w, tl.int32)
+                d = z0 + source_d + jd * axis_d.src_tap_step
+                h, row = in_steps(source_h + jh * axis_h.src_tap_step, axis_h.src_step)
+                w, column = in_steps(source_w + jw * axis_w.src_tap_step, axis_w.src_step)
+                channel = (column * groups + group) * SRC_C + c0
+                if PART == 0 and ONE_FRAME:
+                    d *= 0
+                elif PART == 1 and CONTEXT:
+                    d -= ctx_d
+                if SRC_ROWS:
+                    pixels = source.load([n0, p0 + h, row, q0 + w, channel])
+                else:
+                    pixels = source.load([n0, d, p0 + h, q0 + w, channel])
+                pixels = pixels.reshape(PIXELS, BLOCK_K)
+                t = first_d + jd * axis_d.tap_step
+                r = first_h + jh * axis_h.tap_step
+                s = first_w + jw * axis_w.tap_step
+                filter_tap = (t * axis_h.filter + r) * axis_w.filter + s
+                if FORWARD:
+                    filters = flt.load([filter_tap, group * DST_C + channel0, c0]).reshape(BLOCK_N, BLOCK_K)
+                else:
+                    filters = flt.load([filter_tap, group * SRC_C + c0, channel0]).reshape(BLOCK_K, BLOCK_N).trans()
+                acc = matrix_product(filters, pixels.trans(), acc, PRECISION)
+            step0 = end
 
         at: tl.tuple = ()
         valid = None
@@ -230,11 +252,20 @@ def box_kernel(
 
 
 def launch(
-    role: Role, geometry: ConvGeometry, strides: Strides, config, numerics, device, vector: int, into: str = ""
+    role: Role,
+    geometry: ConvGeometry,
+    strides: Strides,
+    config,
+    numerics,
+    device,
+    vector: int,
+    into: str = "",
+    context: Context | None = None,
 ) -> Launch:
     """FPROP: y from x and w; DGRAD: x from y and w. The output may be written `into` another tensor instead.
 
-    `vector` counts the output's elements in 16 bytes.
+    `vector` counts the output's elements in 16 bytes. With a context (FPROP, a box of one frame) the geometry is that
+    of all frames in a row, the strides of x those of its own.
     """
     g = geometry
     forward = role is Role.FPROP
@@ -263,6 +294,9 @@ def launch(
         "tiles_n": counted.tiles_n,
         "tiles_m": counted.tiles_m,
         "tiles": counted.total,
+        "ctx_d": context.frames if context else None,
+        "CONTEXT": context is not None,
+        "ONE_FRAME": context is not None and context.held < context.frames,
         "FORWARD": forward,
         "SRC_ROWS": axes[1].src_step > 1,
         "DST_ROWS": axes[1].phases > 1,
@@ -280,19 +314,33 @@ def launch(
         "BLOCK_N": config.BLOCK_N,
         "BLOCK_K": config.BLOCK_K,
         "GROUP": 8,
-        # loops are only flattened where every tile has a step: a residue class may have no tap
-        "FLATTEN": all(axis.phases == 1 for axis in axes),
+        # loops are only flattened where every tile has a step: a residue class may have no tap, nor a context
+        "FLATTEN": all(axis.phases == 1 for axis in axes) and context is None,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
     src, dst = ("x", into or "y") if forward else ("y", into or "x")
     source, filters, stored = _boxes(role, g, strides, config, src, dst, vector)
+    before = None
+    if context:
+        before, source = _boxes_in_time(g, strides, context, config)
     *scales_and_bias, residual, kept = numerics.operands
     if stored is not None:
         residual, kept = (name and stored._replace(operand=name) for name in (residual, kept))
     programs = min(counted.total, device.multiprocessors * config.programs)
-    operands = (source, filters, stored, *scales_and_bias, residual, kept, dst)
+    operands = (source, before, filters, stored, *scales_and_bias, residual, kept, dst)
     return Launch("box", box_kernel, programs, operands, arguments)
+
+
+def _boxes_in_time(g: ConvGeometry, strides: Strides, context: Context, config) -> tuple[Box, Box]:
+    """(context, x) as the kernel's tensor descriptors; without a context x stands in its place."""
+    steps, parts = [axis.src_step for axis in g.axes(Role.FPROP)], []
+    held = {"context": (context.held, context.strides), "x": (g.input[0] - context.frames, strides.x)}
+    for name, (frames, of_frames) in held.items():
+        sizes = (g.N, frames, *g.input[1:])
+        parts.append(stepped(name, sizes, g.C, of_frames, steps, config.box, config.BLOCK_K))
+    before, x = parts
+    return (before if context.held else x), x
 
 
 def _boxes(role: Role, geometry: ConvGeometry, strides: Strides, config, src: str, dst: str, vector: int) -> tuple:

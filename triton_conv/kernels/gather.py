@@ -12,6 +12,8 @@
 A program computes BLOCK_N channels x BLOCK_M pixels of one group and one residue class of the stride; a class
 that no tap reaches runs no step and writes zeros. Without FLATTEN a step of the main loop is one tap and BLOCK_K
 channels; with it, BLOCK_K consecutive (tap, channel) pairs, which suits few channels.
+
+With CONTEXT the first ctx_d source frames (D) are in another tensor: each pixel and tap chooses where it reads.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import triton
 import triton.language as tl
 
 from .. import tiles
-from ..geometry import ConvGeometry, Role, Strides
+from ..geometry import Context, ConvGeometry, Role, Strides
 from .epilogue import constants as epilogue_constants
 from .epilogue import finish_all
 from .indexing import (
@@ -54,13 +56,18 @@ IMAGE_SIZED = [
     "dst_sh",
     "tiles_m",
     "tiles_n",
+    "ctx_d",
+    "ctx_sn",
+    "ctx_sd",
+    "ctx_sh",
 ]
-UNALIGNED = ["scale_a", "scale_b", "src_sc", "dst_sc"]
+UNALIGNED = ["scale_a", "scale_b", "src_sc", "dst_sc", "ctx_sc"]
 
 
 @triton.jit(do_not_specialize=IMAGE_SIZED, do_not_specialize_on_alignment=UNALIGNED)
 def gather_kernel(
     src,
+    context,  # the first frames of the source, or None
     flt,
     scale_a,
     scale_b,
@@ -95,6 +102,16 @@ def gather_kernel(
     axis_w,
     tiles_m,
     tiles_n,
+    # frames of the context, and its strides, all but the channel's in units of CTX_VEC elements
+    ctx_d,
+    ctx_sn,
+    ctx_sc,
+    ctx_sd,
+    ctx_sh,
+    ctx_sw,
+    CONTEXT: tl.constexpr,
+    BOTH_LAST: tl.constexpr,  # channels lie side by side in both
+    CTX_VEC: tl.constexpr,
     FORWARD: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     SCALED: tl.constexpr,
@@ -159,6 +176,9 @@ def gather_kernel(
     src += group * (SRC_C // SRC_C_VEC * SRC_C_VEC) * src_sc
     flt += group * sg * FLT_VEC
     wide_channel = channel.to(INDEX)[None, :]  # [1, BLOCK_N]
+    if CONTEXT:
+        context += group * (SRC_C // SRC_C_VEC * SRC_C_VEC) * ctx_sc
+        ctx_image = (n * ctx_sn)[None, :]
 
     if FILTERS_FIRST:
         acc = tl.zeros((BLOCK_N, BLOCK_M), ACC)
@@ -185,10 +205,18 @@ def gather_kernel(
         d, valid_d = read_position(base_d + jd * axis_d.src_tap_step, src_d, pixel_valid_row, MODE_D)
         h, valid_h = read_position(base_h + jh * axis_h.src_tap_step, src_h, pixel_valid_row, MODE_H)
         w, valid_w = read_position(base_w + jw * axis_w.src_tap_step, src_w, pixel_valid_row, MODE_W)
-        row = (image + d * src_sd + h * src_sh + w * src_sw) * SRC_VEC
-        pixels = tl.load(
-            src + row + c * src_sc, mask=valid & valid_d & valid_h & valid_w, other=0.0
-        )  # [BLOCK_K, BLOCK_M]
+        if CONTEXT:
+            early = d < ctx_d
+            row = (image + (d - ctx_d) * src_sd + h * src_sh + w * src_sw) * SRC_VEC
+            ctx_row = (ctx_image + d * ctx_sd + h * ctx_sh + w * ctx_sw) * CTX_VEC
+            address = tl.where(early, context + ctx_row, src + row)
+            address += c if BOTH_LAST else c * tl.where(early, ctx_sc, src_sc)
+            pixels = tl.load(address, mask=valid & valid_d & valid_h & valid_w, other=0.0)  # [BLOCK_K, BLOCK_M]
+        else:
+            row = (image + d * src_sd + h * src_sh + w * src_sw) * SRC_VEC
+            pixels = tl.load(
+                src + row + c * src_sc, mask=valid & valid_d & valid_h & valid_w, other=0.0
+            )  # [BLOCK_K, BLOCK_M]
 
         t = first_d + jd * axis_d.tap_step
         r = first_h + jh * axis_h.tap_step
@@ -236,8 +264,19 @@ def gather_kernel(
         tl.store(kept + dst_row[None, :] + dst_channel[:, None], unactivated, mask=stored)
 
 
-def launch(role: Role, geometry: ConvGeometry, strides: Strides, config, numerics, into: str = "") -> Launch:
-    """FPROP: y from x and w; DGRAD: x from y and w. The output may be written `into` another tensor instead."""
+def launch(
+    role: Role,
+    geometry: ConvGeometry,
+    strides: Strides,
+    config,
+    numerics,
+    into: str = "",
+    context: Context | None = None,
+) -> Launch:
+    """FPROP: y from x and w; DGRAD: x from y and w. The output may be written `into` another tensor instead.
+
+    With a context (FPROP) the geometry is that of all frames in a row, the strides of x those of its own.
+    """
     g, groups = geometry, geometry.groups
     forward = role is Role.FPROP
     src_c, dst_c = (g.C, g.K) if forward else (g.K, g.C)
@@ -247,6 +286,7 @@ def launch(role: Role, geometry: ConvGeometry, strides: Strides, config, numeric
     src_vec, src_strides = in_vectors(src_strides)
     dst_vec, dst_strides = in_vectors(dst_strides)
     flt_vec, flt_strides = filter_vectors(g, strides.w)
+    ctx_vec, ctx_strides = in_vectors(context.strides) if context else (1, (None,) * 5)
     counted = tiles.gather(role, g, config)
     names = dict(zip(("dst_d", "dst_h", "dst_w", "src_d", "src_h", "src_w"), (*dst_extents, *src_extents), strict=True))
     arguments = dict(
@@ -262,6 +302,11 @@ def launch(role: Role, geometry: ConvGeometry, strides: Strides, config, numeric
         axis_w=axes[2],
         tiles_m=counted.tiles_m,
         tiles_n=counted.tiles_n,
+        ctx_d=context.frames if context else None,
+        **dict(zip(("ctx_sn", "ctx_sc", "ctx_sd", "ctx_sh", "ctx_sw"), ctx_strides, strict=True)),
+        CONTEXT=context is not None,
+        BOTH_LAST=context is not None and ctx_strides[1] == src_strides[1] == 1,
+        CTX_VEC=ctx_vec,
         FORWARD=forward,
         HAS_SCALE=numerics.has_scale,
         **epilogue_constants(numerics),
@@ -275,4 +320,6 @@ def launch(role: Role, geometry: ConvGeometry, strides: Strides, config, numeric
     )
     src, dst = ("x", into or "y") if forward else ("y", into or "x")
     programs = launchable(counted.total, g)
-    return Launch("gather", gather_kernel, programs, (src, "w", *numerics.operands, dst), arguments)
+    before = None if context is None else "context" if context.held else src
+    operands = (src, before, "w", *numerics.operands, dst)
+    return Launch("gather", gather_kernel, programs, operands, arguments)

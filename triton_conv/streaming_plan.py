@@ -1,0 +1,322 @@
+"""The plan of a causal convolution whose first frames are in a second tensor: numbers in, plan out, as in `plan`.
+
+An output frame has the same bits in whatever chunk it is computed. So kernel and config are chosen for a fixed number
+of frames, not for the call's own, and no axis is folded away because a chunk is one frame long. What is copied before
+the kernel runs depends on the call, and changes no value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from math import prod
+from typing import TYPE_CHECKING, NamedTuple
+
+from . import choose, cost, invariance, plan, stored, ways
+from . import config as configs
+from .config import ITEM_BYTES, BoxConfig, Config, KernelConfig, Numerics
+from .cost import Prediction, Roofline
+from .devices import Device
+from .frozen import Frozen
+from .geometry import Context, ConvGeometry, Role, Strides
+from .tiles import ceil_div
+from .ways import Layout, Way, dense_strides
+
+if TYPE_CHECKING:
+    from .kernels.direct import Direct
+    from .kernels.launch import Launch
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+# Plans are made for so many output frames, and for at least so many positions in them: a sequence has one each.
+_FRAMES = 4
+_POSITIONS = 4096
+
+
+class Problem(NamedTuple):
+    """What a plan depends on, and the key it is cached under.
+
+    `geometry` is that of all frames in a row, those of the context first. Strides are of (N, C, D, H, W) for x,
+    (K, C / groups, T, R, S) and (N, K, Z, P, Q). `unaligned` names those of "x", "context" and "w" that do not start
+    at a multiple of 16 bytes.
+    """
+
+    geometry: ConvGeometry
+    context: Context
+    dtype: str
+    precision: str
+    x: tuple[int, ...]
+    filters: tuple[int, ...]
+    y: tuple[int, ...]
+    has_bias: bool
+    unaligned: tuple[str, ...]
+    device: Device
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The five extents of "x", "context" or "w" in memory."""
+        g = self.geometry
+        if name == "w":
+            return g.shape("w")
+        frames = self.context.held if name == "context" else g.input[0] - self.context.frames
+        return (g.N, g.C, frames, *g.input[1:])
+
+    def strides(self, name: str) -> tuple[int, ...]:
+        return {"x": self.x, "context": self.context.strides, "w": self.filters}[name]
+
+    def __str__(self) -> str:
+        held, frames = self.context.held, self.context.frames
+        before = "none" if not frames else f"{frames} frames" if held == frames else f"one frame {frames} times"
+        return f"{self.geometry}  context {before}"
+
+
+@dataclass(frozen=True)
+class StreamingPlan(Frozen):
+    """A kernel and everything it is launched with. `packs` names the tensors that are copied to channels-last."""
+
+    problem: Problem
+    kernel: str
+    config: KernelConfig
+    numerics: Numerics
+    packs: tuple[str, ...]
+    reason: str
+
+    role = Role.FPROP
+
+    @property
+    def dtype(self) -> str:
+        return self.problem.dtype
+
+    @property
+    def asked(self) -> ConvGeometry:
+        return self.problem.geometry
+
+    @property
+    def geometry(self) -> ConvGeometry:
+        return self.problem.geometry
+
+    @property
+    def N(self) -> int:
+        return self.asked.N
+
+    @property
+    def device(self) -> Device:
+        return self.problem.device
+
+    @property
+    def context(self) -> Context:
+        """The context as the kernel reads it."""
+        given = self.problem.context
+        if "context" not in self.packs:
+            return given
+        strides = dense_strides(self.problem.shape("context"), channels_last=True)
+        return given._replace(strides=(*strides[:2], strides[2] if given.strides[2] else 0, *strides[3:]))
+
+    @property
+    def strides(self) -> Strides:
+        """Those of x, filters and output as the kernel reads and writes them."""
+        p = self.problem
+        read = {name: dense_strides(p.shape(name), channels_last=True) for name in ("x", "w") if name in self.packs}
+        return Strides(p.x, p.filters, p.y)._replace(**read)
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """The dtype of every operand that a launch may name."""
+        return dict.fromkeys(("x", "context", "w", "bias", "y"), self.dtype)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Device memory beyond inputs and output, in bytes."""
+        return sum(self._copies.values())
+
+    @property
+    def _copies(self) -> dict[str, int]:
+        """The size in bytes of every tensor that stands for another."""
+        return {name: prod(self.problem.shape(name)) * ITEM_BYTES[self.dtype] for name in self.packs}
+
+    @cached_property
+    def launches(self) -> tuple[Launch, ...]:
+        """What runs, in order; needs Triton, and is first asked for when TRITON_INTERPRET can no longer be set."""
+        from .kernels import box, gather
+
+        what = (self.role, self.geometry, self.strides, self.config, self.numerics)
+        if self.kernel == "box":
+            vector = 16 // ITEM_BYTES[self.dtype]
+            return (box.launch(*what, self.device, vector, context=self.context),)
+        return (gather.launch(*what, context=self.context),)
+
+    @cached_property
+    def direct(self) -> tuple[Direct, ...]:
+        """The same, launched without Triton's binder from the second time on."""
+        from .kernels.direct import Direct
+
+        return tuple(map(Direct, self.launches))
+
+    @cached_property
+    def roofline(self) -> Roofline:
+        """The least time of what the plan computes, by whatever kernel."""
+        return cost.roofline(self.asked, self.role, self.dtype, self.numerics.precision, self.device)
+
+    @cached_property
+    def prediction(self) -> Prediction:
+        """The predicted time of the kernel."""
+        rows = ways.reads_channels_last(self.role, self.strides)
+        what = (self.geometry, self.role, self.kernel, self.config, self.dtype, self.numerics.precision, self.device)
+        return cost.predict(*what, rows)
+
+    @property
+    def limit(self) -> str:
+        """What the predicted time is spent on."""
+        return self.prediction.limit
+
+    @cached_property
+    def seconds(self) -> float:
+        """The predicted time of everything: copies and kernel."""
+        return self.prediction.seconds + sum(cost.copy_seconds(size, self.device) for size in self._copies.values())
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """What happens beside the kernel, here and in the backward pass."""
+        copies = tuple(f"copy {_WORDS[name]} to channels-last" for name in self.packs)
+        backward = "backward: dx and the context's gradient are views of one input gradient"
+        if self.problem.context.held == self.problem.context.frames > 0:
+            backward += ", context and x are concatenated for the weight gradient"
+        return (*copies, backward)
+
+    def __str__(self) -> str:
+        numerics = self.numerics
+        copies = ", ".join(f"a copy of {name}" for name in self._copies)
+        lines = [
+            f"kernel     {self.kernel} ({self.role.value} of context and x, not concatenated)",
+            f"geometry   {self.problem}",
+            f"config     {self.config}",
+            f"numbers    {self.dtype} products, {numerics.accumulator} accumulator, {numerics.index_bits}-bit offsets",
+            f"layout     {'; '.join(self.steps)}",
+            f"workspace  {self.workspace_bytes} bytes{f' ({copies})' if copies else ''}",
+            f"reason     {self.reason}",
+        ]
+        return "\n".join(lines)
+
+
+_WORDS = {"x": "the input", "context": "the context", "w": "the filters"}
+
+
+def make(problem: Problem) -> StreamingPlan:
+    """The plan of a problem; the second time it is a look-up. Raises RuntimeError for a config that cannot run it."""
+    return _make(problem, configs.chosen(Role.FPROP), stored.generation(), invariance.batch())
+
+
+@lru_cache(maxsize=4096)
+def _make(problem: Problem, explicit: KernelConfig | None, generation: Hashable, batch: int | None) -> StreamingPlan:
+    p, g = problem, problem.geometry
+    way = _chosen(_of_fixed_length(p, g.N if batch is None else batch), explicit, generation)
+    packs = tuple(name for name in _WORDS if way.kernel == "box" and not _fits_a_box(p, name))
+    numerics = Numerics(32, plan.ACCUMULATORS[p.dtype], p.precision, p.has_bias)
+    made = StreamingPlan(p, way.kernel, way.config, numerics, packs, way.reason)
+    reach = max(
+        plan._reach(g, made.strides, Role.FPROP, way.config),
+        plan.span((g.N, g.C, made.context.frames, *g.input[1:]), made.context.strides),
+    )
+    return replace(made, numerics=numerics._replace(index_bits=64)) if reach >= 2**31 else made
+
+
+def _of_fixed_length(p: Problem, N: int) -> ways.Problem:
+    """The same convolution of as many frames as plans are made for, in one dense tensor.
+
+    x is channels-last in it where the call's is. Nobody can tell that of a chunk of one frame of one position: there it
+    never is.
+    """
+    g = p.geometry
+    frames = max(_FRAMES, ceil_div(_POSITIONS, prod(g.output[1:])))
+    reach = g.dilation[0] * (g.filter[0] - 1) + 1
+    one = replace(
+        g,
+        N=N,
+        input=(reach + (frames - 1) * g.stride[0], *g.input[1:]),
+        output=(frames, *g.output[1:]),
+        padding=((0, 0), *g.padding[1:]),
+        modes=("zeros", *g.modes[1:]),
+    )
+    rows = p.x[1] == 1 and g.C > 1 and prod(g.input[1:]) > 1
+    strides = Strides(dense_strides(one.shape("x"), rows), p.filters, dense_strides(one.shape("y"), rows))
+    return ways.Problem(
+        Role.FPROP,
+        one,
+        p.dtype,
+        p.dtype,
+        strides,
+        p.precision,
+        p.has_bias,
+        has_scale=False,
+        aligned=True,
+        device=p.device,
+    )
+
+
+@lru_cache(maxsize=4096)
+def _chosen(problem: ways.Problem, explicit: KernelConfig | None, _generation: Hashable) -> Way:
+    """The way of least predicted time, or the one of an explicit config."""
+    g, strides = problem.geometry, problem.strides
+    packs = ways._not_channels_last(g, strides, Role.FPROP)
+    dense = {name: dense_strides(g.shape(name), channels_last=True) for name in packs}
+    given = Layout((), True, 1, g, strides, ())
+    copied = Layout(packs, True, 1, g, strides._replace(**dense), ())
+    obstacle = _box_obstacle(problem, copied)
+    if isinstance(explicit, BoxConfig):
+        misfit = obstacle or ways._box_misfit(explicit, problem.dtype, Role.FPROP, g)
+        if misfit or explicit.box[1] > 1:
+            raise RuntimeError(f"a box config was given for {g}, but {misfit or 'its box is more than one frame'}")
+        return Way("box", copied, explicit, "config given explicitly")
+    gathered = ways._gathered(problem, given, explicit if isinstance(explicit, Config) else None, obstacle)
+    if obstacle or isinstance(explicit, Config):
+        return _for_any_length(gathered)
+    boxed = _boxed(problem, copied)
+    first, second = (gathered, boxed) if "x" in packs else (boxed, gathered)
+    times = [_seconds(problem, way) for way in (first, second)]
+    worth = times[1] < choose.WORTH_LEAVING * times[0]
+    best, other = (second, first) if worth else (first, second)
+    ours, theirs = reversed(times) if worth else times
+    after = " after copies" if "x" in other.layout.packs else ""
+    against = f"{1e6 * ours:.3g} us predicted, against {1e6 * theirs:.3g} us of {other.kernel}{after}"
+    return _for_any_length(best._replace(reason=f"{best.reason}; {against}"))
+
+
+def _for_any_length(way: Way) -> Way:
+    frames = way.layout.geometry.output[0]
+    return way._replace(reason=f"{way.reason}; chosen for {frames} frames, whatever their number")
+
+
+def _box_obstacle(problem: ways.Problem, layout: Layout) -> str | None:
+    if prod(layout.geometry.output[1:]) == 1:
+        return "a box is of one frame, which has one position"
+    return ways._box_obstacle(problem, layout)
+
+
+def _boxed(problem: ways.Problem, layout: Layout) -> Way:
+    """With a box of one frame, so that a tap of a tile is in the context or in x, not in both."""
+    way, g = ways._boxed(problem, layout), layout.geometry
+    config = way.config
+    if isinstance(config, BoxConfig) and config.box[1] > 1:
+        flat = configs.little_waste((g.N, 1, *g.output[1:]), config.BLOCK_M)
+        way = way._replace(config=replace(config, box=flat))
+    return way
+
+
+def _seconds(problem: ways.Problem, way: Way) -> float:
+    g, item = problem.geometry, ITEM_BYTES[problem.dtype]
+    rows = ways.reads_channels_last(Role.FPROP, way.layout.strides)
+    what = (g, Role.FPROP, way.kernel, way.config, problem.dtype, problem.precision, problem.device, rows)
+    copies = sum(cost.copy_seconds(prod(g.shape(name)) * item, problem.device) for name in way.layout.packs)
+    return cost.predict(*what).seconds + copies
+
+
+def _fits_a_box(p: Problem, name: str) -> bool:
+    """Whether the copy engine can fetch boxes of an operand as it lies."""
+    g, vector, strides = p.geometry, 16 // ITEM_BYTES[p.dtype], p.strides(name)
+    if name in p.unaligned or strides[1] != 1:
+        return False
+    if name == "w":
+        step = ways.tap_step(g, Strides(p.x, p.filters, p.y))
+        return step is not None and step % vector == 0 and strides[0] % vector == 0
+    along = [s for axis, (s, n) in enumerate(zip(strides, p.shape(name), strict=True)) if axis != 1 and n > 1]
+    return all(s > 0 and s % vector == 0 for s in along)
