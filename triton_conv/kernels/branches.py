@@ -40,6 +40,12 @@ UNALIGNED = ["src_sc", "dst_sc"]
 
 
 @triton.constexpr_function
+def of(values, place):
+    """An entry of a tuple of constants, as a shape can have it."""
+    return values[place]
+
+
+@triton.constexpr_function
 def terms_before(terms, part):
     """The number of the first term of a part."""
     return sum(terms[:part])
@@ -149,7 +155,7 @@ def branches_kernel(
     begin = 0
     for part in tl.static_range(len(TERMS)):
         dst_c = part_channels[part]
-        tiles_n = tl.cdiv(dst_c, BLOCK_N[part])
+        tiles_n = tl.cdiv(dst_c, of(BLOCK_N, part))
         end = begin + tiles_n * tiles_m * part_groups[part] * phases_h * phases_w
         for tile in range(first_tile(begin), end, tl.num_programs(0)):
             index = tile - begin
@@ -182,13 +188,13 @@ def branches_kernel(
             last_w = tl.where(one_row, last % u_w, u_w - 1)
 
             channel, channel_valid = channel_block(
-                tile_n * BLOCK_N[part], dst_c, BLOCK_N[part], DST_C_VEC[part]
+                tile_n * of(BLOCK_N, part), dst_c, of(BLOCK_N, part), DST_C_VEC[part]
             )  # [BLOCK_N]
             wide_channel = channel.to(INDEX)[None, :]
             if FILTERS_FIRST:
-                acc = tl.zeros((BLOCK_N[part], BLOCK_M), ACC)
+                acc = tl.zeros((of(BLOCK_N, part), BLOCK_M), ACC)
             else:
-                acc = tl.zeros((BLOCK_M, BLOCK_N[part]), ACC)
+                acc = tl.zeros((BLOCK_M, of(BLOCK_N, part)), ACC)
             for term in tl.static_range(terms_before(TERMS, part), terms_before(TERMS, part + 1)):
                 axis_h = axes_h[term]
                 axis_w = axes_w[term]
@@ -209,12 +215,14 @@ def branches_kernel(
                 tap_h += from_h * axis_h.tap_step
                 tap_w += from_w * axis_w.tap_step
                 per_w = tl.maximum(taps_w, 1)  # a class without taps must not divide by zero
-                blocks_c = tl.cdiv(src_c, BLOCK_K[term])
+                blocks_c = tl.cdiv(src_c, of(BLOCK_K, term))
                 for step in range(taps_h * taps_w * blocks_c):
                     tap = step // blocks_c
                     jh = (tap // per_w).to(INDEX)
                     jw = (tap % per_w).to(INDEX)
-                    c, k_valid = channel_block(step % blocks_c * BLOCK_K[term], src_c, BLOCK_K[term], SRC_C_VEC[term])
+                    c, k_valid = channel_block(
+                        step % blocks_c * of(BLOCK_K, term), src_c, of(BLOCK_K, term), SRC_C_VEC[term]
+                    )
                     c = c.to(INDEX)[:, None]  # [BLOCK_K, 1]
                     k_valid = k_valid[:, None]
                     h, valid_h = read_position(base_h + jh * axis_h.src_tap_step, src_h, pixel_valid_row, 0)

@@ -15,7 +15,7 @@ from .. import tiles
 from ..branches_problem import MOST_TERMS, fitted
 from ..geometry import Role, Strides
 from .box import _boxes, in_steps
-from .branches import described, first_terms, first_tile, meeting_taps, operands, terms_before
+from .branches import described, first_terms, first_tile, meeting_taps, of, operands, terms_before
 from .epilogue import finish
 from .indexing import matrix_product
 from .launch import Box, Launch
@@ -91,7 +91,7 @@ def branches_box_kernel(
     begin = 0
     for part in tl.static_range(len(TERMS)):
         dst_c = part_channels[part]
-        tiles_n = tl.cdiv(dst_c, BLOCK_N[part])
+        tiles_n = tl.cdiv(dst_c, of(BLOCK_N, part))
         per_group = tiles_n * tiles_m
         end = begin + per_group * part_groups[part]
         # loops are only flattened where there are two of them
@@ -102,14 +102,14 @@ def branches_box_kernel(
             band = index // (GROUP * tiles_n)
             band_size = tl.minimum(tiles_m - band * GROUP, GROUP)
             tile_m = band * GROUP + index % (GROUP * tiles_n) % band_size
-            channel0 = index % (GROUP * tiles_n) // band_size * BLOCK_N[part]
+            channel0 = index % (GROUP * tiles_n) // band_size * of(BLOCK_N, part)
             q0 = tile_m % boxes_q * BQ
             p0 = tile_m // boxes_q % boxes_p * BP
             n0 = tile_m // boxes_q // boxes_p * BN
             last_p = tl.minimum(p0 + BP, dst_h) - 1
             last_q = tl.minimum(q0 + BQ, dst_w) - 1
 
-            acc = tl.zeros((BLOCK_N[part], PIXELS), ACC)
+            acc = tl.zeros((of(BLOCK_N, part), PIXELS), ACC)
             for term in tl.static_range(terms_before(TERMS, part), terms_before(TERMS, part + 1)):
                 axis_h = axes_h[term]
                 axis_w = axes_w[term]
@@ -122,10 +122,10 @@ def branches_box_kernel(
                 high_w = axis_w.offset + last_q * axis_w.src_step
                 from_h, taps_h = meeting_taps(move_h, low_h, high_h, axis_h.filter, src_h)
                 from_w, taps_w = meeting_taps(move_w, low_w, high_w, axis_w.filter, src_w)
-                blocks_c = tl.cdiv(src_c, BLOCK_K[term])
+                blocks_c = tl.cdiv(src_c, of(BLOCK_K, term))
                 for step in tl.range(taps_h * taps_w * blocks_c):
                     tap = step // blocks_c
-                    c0 = step % blocks_c * BLOCK_K[term]
+                    c0 = step % blocks_c * of(BLOCK_K, term)
                     r = from_h + tap // taps_w
                     s = from_w + tap % taps_w
                     h, row = in_steps(axis_h.offset + r * move_h, axis_h.src_step)
@@ -135,28 +135,28 @@ def branches_box_kernel(
                         pixels = sources[term].load([n0, p0 + h, row, q0 + w, channel])
                     else:
                         pixels = sources[term].load([n0, 0, p0 + h, q0 + w, channel])
-                    pixels = pixels.reshape(PIXELS, BLOCK_K[term])
+                    pixels = pixels.reshape(PIXELS, of(BLOCK_K, term))
                     filter_tap = r * axis_w.filter + s
                     flt = filters_of[term]
                     if FORWARD:
                         filters = flt.load([filter_tap, group * dst_c + channel0, c0]).reshape(
-                            BLOCK_N[part], BLOCK_K[term]
+                            of(BLOCK_N, part), of(BLOCK_K, term)
                         )
                     else:
                         filters = (
                             flt.load([filter_tap, group * src_c + c0, channel0])
-                            .reshape(BLOCK_K[term], BLOCK_N[part])
+                            .reshape(of(BLOCK_K, term), of(BLOCK_N, part))
                             .trans()
                         )
                     acc = matrix_product(filters, pixels.trans(), acc, PRECISION)
 
-            channels = channel0 + tl.arange(0, BLOCK_N[part])
+            channels = channel0 + tl.arange(0, of(BLOCK_N, part))
             for term in tl.static_range(terms_before(TERMS, part), terms_before(TERMS, part + 1)):
                 if HAS_BIAS[term]:
                     bias = biases[term] + group * dst_c
                     acc = finish(acc, bias, bias, bias, channels, channels < dst_c, False, True, ACC)
             dst = destinations[part]
-            out = acc.to(dst.dtype).trans().reshape(BN, 1, BP, BQ, BLOCK_N[part])
+            out = acc.to(dst.dtype).trans().reshape(BN, 1, BP, BQ, of(BLOCK_N, part))
             dst.store([n0, 0, p0, q0, group * dst_c + channel0], out)
         begin = end
 
