@@ -10,7 +10,20 @@ from typing import Any
 
 import torch
 
-from . import activation, activation_plan, branches, causal, config, cost, deform, execute, functional, plan, separable
+from . import (
+    activation,
+    activation_plan,
+    branches,
+    causal,
+    config,
+    cost,
+    deform,
+    execute,
+    functional,
+    plan,
+    separable,
+    streaming,
+)
 from .activation_plan import ActivationPlan, ActivationProblem
 from .branches_plan import BranchesPlan
 from .causal_plan import CausalPlan
@@ -18,8 +31,9 @@ from .config import Device
 from .deform_plan import DeformPlan
 from .epilogue import Epilogue
 from .separable_plan import SeparablePlan
+from .streaming_plan import StreamingPlan
 
-AnyPlan = plan.Plan | CausalPlan | SeparablePlan | ActivationPlan | BranchesPlan | DeformPlan
+AnyPlan = plan.Plan | CausalPlan | SeparablePlan | ActivationPlan | BranchesPlan | DeformPlan | StreamingPlan
 
 _NAMES = ("forward", "input gradient", "weight gradient")
 # What those of a transposed convolution are of the convolution whose input gradient it is.
@@ -57,7 +71,7 @@ def plans(
     With `pointwise`, a number of output channels, they are those of a separable convolution for inference: both in one
     kernel, then one after the other. `residual` is "before" or "after" the activation, `scale` whether there is one;
     with an activation there is the plan of its gradient as well. With `deform` they are those of `deform_conv2d`,
-    with `branches` those of `multi_conv2d`.
+    with `branches` those of `multi_conv2d`, with `context`, a number of frames, those of `causal_conv3d`.
     """
     if parameters.get("pointwise") is not None:
         return _separable_plans(input_shape, weight_shape, transposed, dtype, channels_last, bias, device, **parameters)
@@ -68,6 +82,8 @@ def plans(
         return deform.plans(input_shape, weight_shape, **how, **parameters)
     if parameters.get("branches"):
         return branches.plans(input_shape, weight_shape, **how, **parameters)
+    if "context" in parameters:
+        return streaming.plans(input_shape, weight_shape, **how, **parameters)
     shape, calls = _traced(input_shape, weight_shape, transposed, dtype, channels_last, bias, parameters)
     found: dict[str, Any] = dict(_plans(calls, device))
     if parameters.get("activation") and len(calls) > 1:

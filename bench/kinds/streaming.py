@@ -39,22 +39,18 @@ class Streaming(Kind):
 
     def plain(self, layer: Layer, t: Tensors) -> Tensor:
         """As those who serve such decoders write it: frames put together, borders other than zeros around them."""
-        x = torch.cat((t["context"], t["x"]), dim=2)
-        within = list(pair(layer.options.get("padding", 0), 3))
-        modes = self._modes(layer)
-        flat = [0] * 6
-        for axis in (1, 2):
-            if modes[axis] != "zeros":
-                flat[4 - 2 * axis : 6 - 2 * axis], within[axis] = [within[axis]] * 2, 0
-        if any(flat):
-            (mode,) = {modes[axis] for axis in (1, 2)} - {"zeros"}
-            x = functional.pad(x, flat, mode=mode)
-        return convolve(x, t["w"], padding=tuple(within))
+        x, pads = torch.cat((t["context"], t["x"]), dim=2), pair(layer.options.get("padding", 0))
+        mode = layer.options.get("padding_mode", "zeros")
+        if mode != "zeros" and any(pads):
+            down, across = pads
+            x, pads = functional.pad(x, (across, across, down, down, 0, 0), mode=mode), (0, 0)
+        return convolve(x, t["w"], padding=(0, *pads))
 
     def ours(self, layer: Layer, t: Tensors) -> Tensor:
+        """With the context of the next chunk, which others are not asked for: they have it as a view."""
         known = {n: v for n, v in layer.options.items() if n not in ("dtype", "channels_last", "context")}
-        y: Any = triton_conv.causal_conv3d(t["x"], t["w"], context=t["context"], **known)
-        return y[0] if isinstance(y, tuple) else y
+        y, _ = triton_conv.causal_conv3d(t["x"], t["w"], context=t["context"], return_context=True, **known)
+        return y
 
     def rivals(self, layer: Layer, op: str) -> Sequence[Rival]:
         names = {CAT_CONTIGUOUS: False, CAT_CHANNELS_LAST: True}
@@ -67,11 +63,9 @@ class Streaming(Kind):
         """Our own convolution of all frames, and a copy that puts them together."""
         N, C, frames, *image = layer.input
         options = {n: v for n, v in layer.options.items() if n != "context"}
+        options["padding"] = (0, *pair(options.get("padding", 0)))
+        if "padding_mode" in options:
+            options["padding_mode"] = ("zeros", *[options["padding_mode"]] * 2)
         joined = (N, C, frames + layer.options["context"], *image)
         found: Any = explain.plans(joined, layer.weight, device=device, **options)
-        copied = prod(joined) * options["dtype"].itemsize
-        return found["forward"].seconds + cost.copy_seconds(copied, device)
-
-    def _modes(self, layer: Layer) -> tuple[str, ...]:
-        mode = layer.options.get("padding_mode", "zeros")
-        return (mode,) * 3 if isinstance(mode, str) else tuple(mode)
+        return found["forward"].seconds + cost.copy_seconds(prod(joined) * options["dtype"].itemsize, device)

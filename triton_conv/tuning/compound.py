@@ -125,7 +125,7 @@ def deformable() -> Layers:
 
 def _chunk(layers: Layers, name: str, channels: int, filters: int, image: Sequence[int], **options: Any) -> None:
     weight = (filters, channels, 3, 3, 3)
-    layers.add(name, (channels, *image), weight, padding=(0, 1, 1), context=2, **options)
+    layers.add(name, (channels, *image), weight, padding=1, context=2, **options)
 
 
 def wan_chunks() -> Layers:
@@ -152,7 +152,7 @@ def ltx_chunks() -> Layers:
     last a convolution to eight times as many positions of half as many channels.
     """
     layers = Layers()
-    border: dict[str, Any] = {"padding_mode": ("zeros", "reflect", "reflect")}
+    border: dict[str, Any] = {"padding_mode": "reflect"}
     _chunk(layers, "latent", 128, 1024, (1, 16, 24), **border)
     widths = (1024, 512, 256, 128)
     images = [(2**stage, 16 * 2**stage, 24 * 2**stage) for stage in range(len(widths))]

@@ -28,9 +28,8 @@ class Layers(dict[str, Layer]):
                 self[known] = other._replace(times=other.times + 1)
                 return
         rank = len(weight) - 2
-        name = f"{name} {weight[1] * options.get('groups', 1)}>{weight[0]} {'x'.join(map(str, input[-rank:]))}"
-        if options.get("transposed"):
-            name = name.replace(f"{weight[1]}>{weight[0]}", f"{weight[0]}>{weight[1]}")
+        channels, filters = weight[:2] if options.get("transposed") else (input[0], weight[0])
+        name = f"{name} {channels}>{filters} {'x'.join(map(str, input[-rank:]))}"
         assert name not in self, name
         self[name] = layer
 
