@@ -350,7 +350,7 @@ def _flag_gems(conv: Convolution) -> Forward | None:
 def _of_kind(job: Job, kind: Kind) -> list[Subject]:
     last = bool(job.layer.options.get("channels_last"))
     ours = partial(_named_forward_or_step, job.op, partial(kind.ours, job.layer))
-    found = [Subject(OURS, last, ours, kind.between)]
+    found = [Subject(OURS, last, ours, kind.between(job.layer, job.op))]
     for rival in kind.rivals(job.layer, job.op):
         prepared = partial(_named_forward_or_step, job.op, rival.forward)
         found.append(Subject(rival.who, rival.channels_last, prepared, rival.between))

@@ -8,21 +8,29 @@ import pytest
 import torch
 from test_measure import FakeClock
 
-from bench import ceilings, device_meter, jobs, records, runner, shapes, subjects, values
+from bench import ceilings, device_meter, jobs, kinds, records, runner, shapes, subjects, values
 from bench.device_meter import CudaProbe, DeviceMeter
 from bench.jobs import Job, predicted_row, small
 from bench.meters import PredictedMeter, SimulatedMeter
 from bench.records import (
+    CAT_CHANNELS_LAST,
+    CAT_CONTIGUOUS,
     CHANNELS_LAST,
     COMPILED,
+    COMPOSED,
     CONTIGUOUS,
     LINEAR,
     OPS,
     OURS,
     PADDED_CHANNELS_LAST,
     PADDED_CONTIGUOUS,
+    POINTWISE_CHANNELS_LAST,
+    POINTWISE_CONTIGUOUS,
+    SEPARATE_CHANNELS_LAST,
+    SEPARATE_CONTIGUOUS,
+    TORCHVISION,
 )
-from bench.subjects import DEFAULT, RESULTS
+from bench.subjects import DEFAULT
 from triton_conv import execute, explain
 from triton_conv.devices import A100, H200, INTERPRETER
 from triton_conv.tuning import audit, rounds
@@ -54,6 +62,25 @@ LAYERS = {
         (2, 6, 9), (6, 3), {"causal": True, "dtype": torch.float32, "channels_last": False, "activation": "silu"}
     ),
 }
+PYRAMID = (((4, 6, 1, 1), {}), ((3, 6, 3, 3), {"padding": 2, "dilation": 2}))
+COMPOUND = {
+    "relu and shortcut": Layer(
+        (2, 5, 6, 7), (4, 5, 3, 3), {**FLOAT32, "bias": True, "activation": "relu", "residual": "before"}
+    ),
+    "silu, scale, residual after": Layer(
+        (2, 5, 6, 7), (4, 5, 3, 3), {**FLOAT32, "activation": "silu", "scale": True, "residual": "after", "stride": 2}
+    ),
+    "branches": Layer((2, 6, 6, 7), (4, 6, 1, 1), {"dtype": torch.float32, "channels_last": True, "branches": PYRAMID}),
+    "deform": Layer((2, 6, 6, 7), (4, 3, 3, 3), {**FLOAT32, "deform": True, "mask": True, "offset_groups": 2}),
+    "chunk": Layer((1, 4, 2, 5, 6), (3, 4, 3, 3, 3), {**FLOAT32, "context": 2, "padding_mode": "reflect"}),
+}
+LAYERS |= COMPOUND
+RIVALS = {
+    "branches": {SEPARATE_CONTIGUOUS, SEPARATE_CHANNELS_LAST},
+    "deform": {COMPOSED},
+    "chunk": {CAT_CONTIGUOUS, CAT_CHANNELS_LAST},
+    **dict.fromkeys(list(COMPOUND)[:2], {POINTWISE_CONTIGUOUS, POINTWISE_CHANNELS_LAST}),
+}
 PADDED = ("circular", "reflect", "causal video", "audio")
 
 
@@ -79,7 +106,8 @@ def of(name, op="fprop"):
 
 
 def all_ops(name):
-    return [of(name, op) for op in (("fprop", "step") if LAYERS[name].options.get("causal") else OPS)]
+    kind = kinds.of(LAYERS[name])
+    return [of(name, op) for op in (OPS if kind is None else kind.titles(LAYERS[name]))]
 
 
 def meter(probe=None, who=None, l2_bytes=2**12):
@@ -115,6 +143,15 @@ def test_suites_have_all_that_was_promised():
     assert any("replicate" in call for call in said["ltx_vae"])
     assert any("circular" in call for call in said["circular"])
     assert all(call.startswith("causal_conv1d") for call in said["mamba"])
+    shortcut = "conv2d 128x64x56x56 256x64x1x1 residual before bias True activation relu"
+    assert shortcut in said["resnet50_fused"]
+    pyramid = " + ".join(f"256x320x3x3 padding {rate} dilation {rate}" for rate in (12, 24, 36))
+    call = f"multi_conv2d 16x320x65x65 256x320x1x1 branches 256x320x1x1 + {pyramid} combine concatenate"
+    assert call in said["aspp_branches"]
+    call = "deform_conv2d 2x256x50x84 256x256x3x3 offset_groups 1 mask True padding 1"
+    assert call in said["dcnv2_resnet50"]
+    assert "causal_conv3d 1x96x1x1024x1024 96x96x3x3x3 padding 1 context 2" in said["qwen_image"]
+    assert any(call.endswith("padding 1 context 2 padding_mode reflect") for call in said["ltx_streaming"])
 
 
 def test_jobs_are_named_as_their_rows():
@@ -141,14 +178,18 @@ def test_a_step_is_its_three_parts():
     assert step.workspace_bytes == max(row.workspace_bytes for row in parts)
 
 
+def _first(suite):
+    return next(iter(shapes.SUITES[suite].layers.values()))
+
+
 def test_quick_jobs_are_few_of_every_suite_and_kind():
     found = jobs.jobs(quick=True)
     for suite in shapes.SUITES:
-        ops = {job.op for job in found if job.suite == suite}
-        assert ops == ({"fprop", "step"} if suite == "mamba" else set(OPS))
+        kind = kinds.of(_first(suite))
+        assert {job.op for job in found if job.suite == suite} == set(OPS if kind is None else kind.plans)
         assert 2 <= len({job.name for job in found if job.suite == suite}) <= jobs.QUICK_LAYERS
     assert {job.layer.weight[2:] for job in found if job.suite == "wan_vae"} == {(3, 3, 3), (3, 3), (3, 1, 1)}
-    assert len(found) < 250
+    assert len(found) < 300
 
 
 def test_jobs_at_another_batch_dtype_and_memory_format():
@@ -176,14 +217,13 @@ def test_layers_that_do_not_fit_have_fewer_images(monkeypatch):
 def test_small_layers_are_small_and_of_the_same_kind():
     for job in jobs.jobs(ops=["fprop"]):
         less = small(job)
-        x, w, _ = values.shapes(less)
-        assert math.prod(x) < 40_000
-        assert math.prod(w) < 40_000
-        assert w[2:] == job.layer.weight[2:]
+        assert all(math.prod(shape) < 40_000 for shape in values.shapes(less).values())
+        assert job.layer.weight[2:] == less.layer.weight[2:]
         assert set(less.layer.options) == set(job.layer.options)
-        same = [k for k in job.layer.options if k != "groups"]
+        same = [k for k in job.layer.options if k not in ("groups", "branches")]
         assert all(less.layer.options[k] == job.layer.options[k] for k in same)
-        if not job.causal:
+        assert (less.kind is None) == (job.kind is None)
+        if job.kind is None or job.kind.convolution:
             few, many = (
                 explain.problems(j.layer.input, j.layer.weight, **j.layer.options)["forward"].geometry
                 for j in (less, job)
@@ -204,11 +244,12 @@ def test_everybody_computes_the_same(name):
         found = subjects.subjects(job)
         padded = name in PADDED
         others = {PADDED_CONTIGUOUS, PADDED_CHANNELS_LAST} if padded else {CONTIGUOUS, CHANNELS_LAST}
-        assert {s.who for s in found} == {OURS, *others, *([LINEAR] if "patches" in name else [])}
+        others = RIVALS.get(name, others) | ({LINEAR} if "patches" in name else set())
+        assert {s.who for s in found} - {TORCHVISION} == {OURS, *others}
         for subject in found:
             t = values.operands(job, subject.channels_last, CPU, seed=1)
             results = subject.prepared(t)()
-            wants = {n: values.expected(job, t, n) for n in RESULTS[job.op]}
+            wants = values.wanted(job, t, subjects.results(job))
             error, wrong = values.checked(job, subject, results, wants)
             assert not wrong, (subject.who, job.op, wrong)
             assert error < 1
@@ -218,7 +259,7 @@ def test_everybody_computes_the_same(name):
 def test_plans_are_those_that_were_predicted(name, kernels):
     """Operands lie as `explain` lays them out, so that what was compiled ahead is what runs."""
     for job in all_ops(name):
-        if job.causal:
+        if job.kind is not None:
             continue
         (subject,) = subjects.subjects(job, ())
         t = values.operands(job, subject.channels_last, CPU, seed=1)
@@ -230,9 +271,9 @@ def test_plans_are_those_that_were_predicted(name, kernels):
 
 
 def test_operands_are_the_same_in_both_memory_formats_and_surrounded():
-    for name in ("plain", "audio", "causal", "causal video"):
+    for name in ("plain", "audio", "causal", "causal video", *COMPOUND):
         one, other = (values.operands(of(name), last, CPU, seed=3) for last in (False, True))
-        for a, b in zip(one, other, strict=True):
+        for a, b in zip((*one.named.values(), one.dy), (*other.named.values(), other.dy), strict=True):
             assert torch.equal(a, b)
             assert a.data_ptr() % 16 == b.data_ptr() % 16 == 0
             flat = torch.empty(0).set_(b.untyped_storage())
@@ -246,7 +287,7 @@ def test_wrong_values_are_told_in_words():
     job = of("plain", "step")
     ours = subjects.subjects(job, ())[0]
     t = values.operands(job, True, CPU, seed=1)
-    wants = {n: values.expected(job, t, n) for n in RESULTS["step"]}
+    wants = values.wanted(job, t, ("y", "dx", "dw"))
     y, dx, dw = ours.prepared(t)()
     off = dx.clone()
     off[0, 0, 0, 0] += 0.1
@@ -272,7 +313,7 @@ def test_only_what_rounds_between_may_round_twice():
 # Meters
 
 
-@pytest.mark.parametrize("name", ["circular", "transposed", "causal silu"])
+@pytest.mark.parametrize("name", ["circular", "transposed", "causal silu", *COMPOUND])
 def test_rows_have_everybody(name):
     for job in all_ops(name):
         probe = FakeProbe()

@@ -30,9 +30,7 @@ class Case(NamedTuple):
     @property
     def geometry(self) -> ConvGeometry:
         padding = [(side, side) for side in self.padding]
-        return ConvGeometry.forward(
-            self.x, self.w, self.stride, padding, self.dilation, groups=self.x[1] // self.w[1]
-        )
+        return ConvGeometry.forward(self.x, self.w, self.stride, padding, self.dilation, groups=self.x[1] // self.w[1])
 
 
 def definition(x, offset, w, mask, bias, case):
@@ -85,7 +83,9 @@ def laid(t, case):
 def computed(case, x, offset, w, mask, bias, dy):
     """y and all gradients but bias', by kernels."""
     device = execute.device_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    x, offset, w, mask, bias, dy = (t if t is None or not torch.cuda.is_available() else t.cuda() for t in (x, offset, w, mask, bias, dy))
+    x, offset, w, mask, bias, dy = (
+        t if t is None or not torch.cuda.is_available() else t.cuda() for t in (x, offset, w, mask, bias, dy)
+    )
     how = (case.geometry, case.offset_groups, case.precision, device)
     y = deform_run.forward(x, offset, w, mask, bias, *how, torch.empty_like(dy))
     dx = deform_run.input_gradient(dy, offset, w, mask, *how, torch.empty_like(x))

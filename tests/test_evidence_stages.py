@@ -12,9 +12,19 @@ import torch
 
 import triton_conv
 from bench import records
-from bench.evidence import STAGES, ceilings_and_smoke, checking, quick_bench, record, references, values, worst_losses
+from bench.evidence import (
+    STAGES,
+    ceilings_and_smoke,
+    checking,
+    compound,
+    quick_bench,
+    record,
+    references,
+    values,
+    worst_losses,
+)
 from bench.evidence.units import Context
-from bench.jobs import predicted_row
+from bench.jobs import plans, predicted_row
 from bench.records import CHANNELS_LAST, CONTIGUOUS, OURS, Measurement
 from triton_conv import check, explain, stored
 from triton_conv.devices import H200
@@ -47,6 +57,8 @@ def test_the_smoke_check_launches_every_kernel():
             problem, plan = checking.small_plan(one.problem, one.plan, context())
             modes |= set(problem.geometry.modes)
         launched |= {launch.name for launch in plan.launches}
+    for job in compound.few(H200):
+        launched |= {launch.name for plan in plans(job, H200) for launch in plan.launches}
     assert there - launched == set()
     assert modes == {"zeros", "reflect", "replicate", "circular"}
 
@@ -183,7 +195,7 @@ def test_wins_and_losses_are_those_against_channels_last_cudnn():
 
 
 def test_the_worst_loss_is_tuned_first_and_one_without_a_rival_last(tmp_path):
-    jobs = [job for job in quick_bench.wanted(context()) if not job.causal][:4]
+    jobs = [job for job in quick_bench.wanted(context()) if job.kind is None][:4]
     rows = [
         measured(jobs[0], 1e-3, last=0.8e-3, first=0.5e-3),
         measured(jobs[1], 1e-3, last=2e-3),

@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,7 @@ def test_every_layer_has_plans(name):
     for layer in suite.layers.values():
         shown = explain.plans(layer.input, layer.weight, device=H200, **layer.options)
         assert all(p.roofline.flops > 0 for p in shown.values())
+        assert all(p.seconds > 0 for p in shown.values())
 
 
 @pytest.mark.parametrize("name", SUITES)
@@ -70,6 +72,41 @@ def test_resnet50_has_its_23_layers_and_4_giga_products():
 def test_networks_have_their_published_products(name, convolutions, giga):
     assert sum(layer.times for layer in SUITES[name].layers.values()) == convolutions
     assert giga * 0.975 < products(name) / 1e9 <= giga
+
+
+def test_the_fused_resnet50_is_resnet50():
+    """The same convolutions, counted; first shortcuts are no longer one with what ends a block."""
+    fused, plain = (
+        Counter({(layer.input, layer.weight, layer.options.get("stride", 1)): 0 for layer in layers})
+        for layers in (SUITES["resnet50_fused"].layers.values(), SUITES["resnet50"].layers.values())
+    )
+    for counts, name in ((fused, "resnet50_fused"), (plain, "resnet50")):
+        for layer in SUITES[name].layers.values():
+            counts[layer.input, layer.weight, layer.options.get("stride", 1)] += layer.times
+    assert fused == plain
+    added = [layer for layer in SUITES["resnet50_fused"].layers.values() if "residual" in layer.options]
+    assert sum(layer.times for layer in added) == 3 + 4 + 6 + 3
+    relus = [layer for layer in SUITES["resnet50_fused"].layers.values() if "activation" in layer.options]
+    assert sum(layer.times for layer in relus) == 53 - 4
+
+
+def test_compound_networks_have_as_many_layers_as_published():
+    count = {name: sum(layer.times for layer in suite.layers.values()) for name, suite in SUITES.items()}
+    assert count["sknet50"] == 3 + 4 + 6 + 3
+    assert count["dcnv2_resnet50"] == 4 + 6 + 3
+    # two convolutions a residual block, those at both ends, and those in time or before more positions
+    assert count["wan_streaming"] == 2 * (5 + 3 + 3 + 3) + 2 + 2
+    assert count["ltx_streaming"] == 4 * 2 * 5 + 2 + 3
+    assert count["qwen_image"] == 2 * (5 + 3 + 3 + 3) + 2
+    assert {
+        weight[0] for layer in SUITES["inception_v3"].layers.values() for weight, _ in layer.options["branches"]
+    } == {*(48, 64, 128, 160, 192, 320, 384, 448)}
+
+
+def test_a_fused_layer_is_tuned_as_the_convolution_that_it_is():
+    assert {task.problem for task in tasks("resnet50_fused", H200)} == {
+        task.problem for task in tasks("resnet50", H200)
+    }
 
 
 def test_the_diffusion_unet_has_its_98_convolutions():
@@ -112,9 +149,12 @@ def test_patches_that_come_one_by_one_grow_with_the_batch():
 
 
 def test_layers_without_configs_are_left_out_aloud():
-    with pytest.warns(UserWarning, match="is left out: causal_conv1d") as warned:
-        assert suites.tasks("mamba", H200) == []
-    assert len(warned) == len(SUITES["mamba"].layers)
+    whys = {"mamba": "causal_conv1d", "sknet50": "multi_conv2d", "dcnv2_resnet50": "deform_conv2d"}
+    whys["qwen_image"] = "causal_conv3d with a context"
+    for name, why in whys.items():
+        with pytest.warns(UserWarning, match=f"is left out: {why} has one config") as warned:
+            assert suites.tasks(name, H200) == []
+        assert len(warned) == len(SUITES[name].layers)
 
 
 def test_what_there_is_not():

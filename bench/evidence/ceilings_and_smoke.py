@@ -13,7 +13,7 @@ from triton_conv.plan import Plan
 from triton_conv.tuning.layers import LAYERS, Layer
 from triton_conv.ways import Problem
 
-from . import checking, meters, references
+from . import checking, compound, meters, references
 from .checking import Compiler
 from .record import Facts
 from .units import Context, Unit
@@ -27,7 +27,7 @@ _MODES = {
 
 NAME = "a"
 ABOUT = "ceilings of the device, and every kernel once against float64"
-LIMIT = 240.0
+LIMIT = 300.0
 
 _CEILINGS = 5  # copies, and products of four kinds of numbers
 
@@ -46,23 +46,39 @@ class Check(NamedTuple):
 def units(context: Context) -> Iterator[Unit]:
     yield Unit("ceilings", partial(_ceilings, context))
     compiler = Compiler(context)
-    for check in checks(context):
+    found, first = checks(context), len(checks(context, of_new_kinds=True))
+    yield from _units_of(found[:first], context, compiler)
+    yield from compound_units(context, compiler)
+    yield from _units_of(found[first:], context, compiler)
+
+
+def _units_of(found: list[Check], context: Context, compiler: Compiler) -> Iterator[Unit]:
+    for check in found:
         compiler.add(check.name, partial(_plans, check, context))
         yield Unit(check.name, partial(_run, check, context, compiler), kernel=check.plan.kernel)
 
 
-def checks(context: Context) -> list[Check]:
+def compound_units(context: Context, compiler: Compiler) -> Iterator[Unit]:
+    """Of layers that are more than a convolution."""
+    for job in compound.few(compiler.device) if context.simulate else compound.jobs():
+        name = f"{job.name}, {job.op}"
+        compiler.add(name, partial(compound.planned, job, compiler.device))
+        kernel = compound.family(job, compiler.device)
+        yield Unit(name, partial(compound.compared, job, context, compiler, name), kernel=kernel)
+
+
+def checks(context: Context, of_new_kinds: bool = False) -> list[Check]:
     """One of every operation of every layer; those of new kinds first, in a simulation they alone."""
     found = every(checking.device_of(context))
     first = checking.covering((check.kind, check) for check in found)
-    return first if context.simulate else first + [check for check in found if check not in first]
+    return first if context.simulate or of_new_kinds else first + [check for check in found if check not in first]
 
 
 def every(device: Device) -> list[Check]:
     """Operations of the layers that the audit reads, one of every kind that people train."""
     found = []
     for name, layer in {**LAYERS, **_MODES}.items():
-        if device.capability < layer.since:
+        if device.capability < layer.since or compound.compound(layer):
             continue
         if layer.options.get("causal"):
             of_layer: Any = explain.plans(layer.input, layer.weight, device=device, bias=True, **layer.options)

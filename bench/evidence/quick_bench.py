@@ -23,7 +23,9 @@ LIMIT = 470.0
 
 FILE = "bench.json"
 _HANG = 100.0  # seconds that a row is far from taking, its part of compiling included
-_SIMULATED = ("resnet50", "mobilenetv3", "upsampling", "mamba")  # of each, one layer
+# Of each, one layer.
+_SIMULATED = ("resnet50", "mobilenetv3", "upsampling", "mamba")
+_SIMULATED_COMPOUND = ("resnet50_fused", "aspp_branches", "dcnv2_resnet50", "wan_streaming")
 
 
 def units(context: Context) -> Iterator[Unit]:
@@ -39,7 +41,7 @@ def wanted(context: Context) -> list[Job]:
     if not context.simulate:
         return jobs(quick=True)
     found = []
-    for suite in _SIMULATED:
+    for suite in (*_SIMULATED, *_SIMULATED_COMPOUND):
         found += grouped(jobs([suite], ("fprop", "wgrad"), quick=True))[0]
     return found
 

@@ -22,7 +22,8 @@ from triton_conv.tuning import verify
 from triton_conv.tuning.layers import LAYERS
 from triton_conv.ways import Layout, Problem
 
-from . import checking, record
+from ..jobs import Job, small
+from . import checking, compound, record
 from .checking import Compiler
 from .record import Facts
 from .units import Context, Unit
@@ -57,7 +58,10 @@ def units(context: Context) -> Iterator[Unit]:
     for name, kernel, entry in _named(_EIGHT, eight):
         compiler.add(name, partial(_plans, kernel, entry, context, 8))
         yield Unit(name, partial(_eight_warps, name, kernel, entry, context, compiler), kernel=f"{kernel}, {_EIGHT}")
+    yield from _units_of_twins(context, compiler)
     yield Unit(f"{_EIGHT}, all together", partial(_together, context))
+    if not context.simulate:
+        yield from _units_of_small_ones(context, compiler)
     yield from _units_of_cases(drawn, context, compiler)
 
 
@@ -68,6 +72,35 @@ def _named(what: str, found: list[tuple[str, Entry]]) -> Iterator[tuple[str, str
         name = f"{what} {kernel}: {verify.described(entry)}"
         seen[name] += 1
         yield (name if seen[name] == 1 else f"{name}, {seen[name]}"), kernel, entry
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers that are more than a convolution
+
+
+def _units_of_small_ones(context: Context, compiler: Compiler) -> Iterator[Unit]:
+    """Of few channels and positions, with tails."""
+    for job in map(small, compound.jobs()):
+        name = f"small {job.name}, {job.op}"
+        compiler.add(name, partial(compound.planned, job, compiler.device))
+        kernel = compound.family(job, compiler.device)
+        yield Unit(name, partial(compound.compared, job, context, compiler, name), kernel=kernel)
+
+
+def _units_of_twins(context: Context, compiler: Compiler) -> Iterator[Unit]:
+    """At eight warps, of those whose kernels are no plain convolution's."""
+    found = compound.few(compiler.device)[-1:] if context.simulate else compound.jobs()
+    for job in found:
+        if job.kind is None or job.kind.convolution:
+            continue
+        name = f"{_EIGHT} {job.name}, {job.op}"
+        compiler.add(name, partial(compound.planned, job, compiler.device, 8))
+        kernel = f"{compound.family(job, compiler.device)}, {_EIGHT}"
+        yield Unit(name, partial(_compound_twin, job, context, compiler, name), kernel=kernel)
+
+
+def _compound_twin(job: Job, context: Context, compiler: Compiler, name: str) -> Facts:
+    return _as_finding(compound.compared(job, context, compiler, name, 8))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,7 +288,10 @@ def _eight_warps(name: str, kernel: str, entry: Entry, context: Context, compile
         problem, p = planned(kernel, entry, context, 8)
     except ValueError as error:
         return {"ok": True, "words": f"cannot have eight warps: {error}", "right": None}
-    facts = checking.compare(problem, p, context, compiler, name)
+    return _as_finding(checking.compare(problem, p, context, compiler, name))
+
+
+def _as_finding(facts: Facts) -> Facts:
     return {**facts, "ok": True, "right": facts["ok"], "words": ("" if facts["ok"] else "WRONG: ") + facts["words"]}
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from triton_conv import explain, stored
 from triton_conv.devices import H200
+from triton_conv.tuning.compound import bare
 from triton_conv.tuning.measure import Bench, CudaBench, SimulatedBench
 from triton_conv.tuning.store import Store
 from triton_conv.tuning.suites import fixed
@@ -82,7 +83,7 @@ class _Tuner:
         directory = self._begun()
         assert self._bench is not None
         assert self._meter is not None
-        layer, device = job.layer, self._bench.device
+        layer, device = bare(job.layer), self._bench.device
         problems = list(explain.problems(layer.input, layer.weight, device=device, **layer.options).values())
         task = Task(f"{job.suite} {job.name}", problems[OPS.index(job.op)])
         seconds = max(min(_SECONDS, self.context.left() / 2), 1.0)

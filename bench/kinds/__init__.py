@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from triton_conv.tuning.compound import EPILOGUE
 from triton_conv.tuning.layers import Layer
 
 from .branches import Branches
 from .causal import Causal
 from .deform import Deformable
-from .fused import EPILOGUE, Fused
+from .fused import Fused
 from .kind import Kind
 from .streaming import Streaming
 

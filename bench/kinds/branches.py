@@ -46,10 +46,11 @@ class Branches(Kind):
             closer = {name: tuple(n // by for n in pair(how.get(name, 0))) for name in wide}
             groups = {"groups": few} if few > 1 else {}
             less.append(((fewer(K, how.get("groups", 1)), C // few, *taps), {**how, **closer, **groups}))
-        reach = max(max(pair(how.get("dilation", 1))) * (max(weight[2:]) - 1) for weight, how in less)
-        sizes = [min(extent, reach + 1 + extent % 2) for extent in layer.input[2:]]
-        options |= {"branches": tuple(less)}
-        return Layer((min(layer.input[0], 2), C, *sizes), less[0][0], options)
+        sizes = [
+            min(extent, max(_least(branch, axis) for branch in less) + extent % 2)
+            for axis, extent in enumerate(layer.input[2:])
+        ]
+        return Layer((1, C, *sizes), less[0][0], options | {"branches": tuple(less)})
 
     def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
         weights = [weight for weight, _ in layer.options["branches"]]
@@ -94,3 +95,12 @@ class Branches(Kind):
 
     def _combine(self, layer: Layer) -> str:
         return layer.options.get("combine", "concatenate")
+
+
+def _least(branch: tuple[Sequence[int], dict[str, Any]], axis: int) -> int:
+    """Of an axis, positions with which there are two outputs at least, and taps beyond a border."""
+    weight, how = branch
+    stride, pad, dilation = (
+        pair(how.get(name, n))[axis] for name, n in (("stride", 1), ("padding", 0), ("dilation", 1))
+    )
+    return max(dilation * (weight[2 + axis] - 1) + 1 - 2 * pad + stride, dilation + 1, 3)

@@ -29,7 +29,6 @@ class Deformable(Kind):
         "fprop": ("forward",),
         "step": ("forward", "input gradient", "offset and mask gradient", "weight gradient"),
     }
-    between = True  # samples are rounded before they are multiplied, column gradients before they are spread
 
     def call(self, layer: Layer) -> str:
         return "deform_conv2d"
@@ -38,13 +37,13 @@ class Deformable(Kind):
         return {name: value for name, value in super().said(layer).items() if name != "deform"}
 
     def small(self, layer: Layer) -> Layer:
-        options, (K, _, *taps) = dict(layer.options), layer.weight
-        groups = options.get("groups", 1)
-        C, few, strides = fewer(layer.input[1], groups), min(groups, 2), pair(options.get("stride", 1))
-        reach = [d * (n - 1) for d, n in zip(pair(options.get("dilation", 1)), taps, strict=True)]
-        sizes = [min(i, r + 3 * s + (i - r) % s) for i, r, s in zip(layer.input[2:], reach, strides, strict=True)]
-        options |= {"groups": few} if groups > 1 else {}
-        return Layer((min(layer.input[0], 2), C, *sizes), (fewer(K, groups), C // few, *taps), options)
+        (K, of_group, *taps), options = layer.weight, layer.options
+        groups, parts = layer.input[1] // of_group, options.get("offset_groups", 1)
+        few, C = min(groups, 2), max(fewer(layer.input[1], groups), 8 * parts)
+        strides, dilations = pair(options.get("stride", 1)), pair(options.get("dilation", 1))
+        walks = zip(layer.input[2:], taps, strides, dilations, strict=True)
+        sizes = [min(i, d * (n - 1) + 2 * s + i % 2) for i, n, s, d in walks]
+        return Layer((1, C, *sizes), (fewer(K, groups), C // few, *taps), dict(options))
 
     def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
         N, _, P, Q = self.output(layer)
@@ -98,6 +97,10 @@ class Deformable(Kind):
     def ours(self, layer: Layer, t: Tensors) -> Tensor:
         how = {name: layer.options[name] for name in ("stride", "padding", "dilation") if name in layer.options}
         return triton_conv.deform_conv2d(t["x"], t["offset"], t["w"], None, mask=t.get("mask"), **how)
+
+    def between(self, layer: Layer, op: str) -> bool:
+        """Samples are rounded before they are multiplied, and gradients of columns before they are spread."""
+        return True
 
     def rivals(self, layer: Layer, op: str) -> Sequence[Rival]:
         found = [Rival(COMPOSED, False, lambda t: self.plain(layer, t))]

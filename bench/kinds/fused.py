@@ -14,12 +14,12 @@ import triton_conv
 from triton_conv import cost, explain
 from triton_conv.devices import Device
 from triton_conv.geometry import Role
+from triton_conv.tuning.compound import bare
 from triton_conv.tuning.layers import Layer
 
 from ..records import CUDNN_FUSED, POINTWISE_CHANNELS_LAST, POINTWISE_CONTIGUOUS
 from .kind import Kind, Rival, Tensors, convolve, pair
 
-EPILOGUE = ("bias", "activation", "residual", "scale")  # options
 _APART = 6.0  # standard deviations between sums and the kink of an activation
 _KINKED = ("relu", "relu6", "leaky_relu", "hardswish")
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -79,11 +79,16 @@ class Fused(Kind):
         return y + t["residual"] if options.get("residual") == "after" else y
 
     def ours(self, layer: Layer, t: Tensors) -> Tensor:
-        known = {n: v for n, v in layer.options.items() if n not in ("dtype", "channels_last", *EPILOGUE)}
-        known["activation"] = layer.options.get("activation")
-        known["residual_after_activation"] = layer.options.get("residual") == "after"
+        options = layer.options
+        known = {n: v for n, v in options.items() if n not in ("dtype", "channels_last", "bias", "residual", "scale")}
+        known["residual_after_activation"] = options.get("residual") == "after"
         others = {name: t.get(name) for name in ("residual", "scale")}
         return getattr(triton_conv, self.call(layer))(t["x"], t["w"], t.get("bias"), **known, **others)
+
+    def between(self, layer: Layer, op: str) -> bool:
+        """What the activation is applied to is kept rounded, and its gradient is rounded, but for those of 0 and 1."""
+        exact = layer.options.get("activation") in (None, "relu", "relu6") and not layer.options.get("scale")
+        return op == "step" and not exact
 
     def rivals(self, layer: Layer, op: str) -> Sequence[Rival]:
         names = {POINTWISE_CONTIGUOUS: False, POINTWISE_CHANNELS_LAST: True}
@@ -103,12 +108,13 @@ class Fused(Kind):
 
     def separate_seconds(self, layer: Layer, op: str, device: Device) -> float | None:
         """Our own convolution, then a pass over memory for what cuDNN leaves out: one reads and writes the output."""
-        options = {name: value for name, value in layer.options.items() if name not in EPILOGUE}
         if op != "fprop":
             return None
-        found: Any = explain.plans(layer.input, layer.weight, device=device, **options)
-        size = prod(self.output(layer)) * options["dtype"].itemsize
-        passes = {name: cost.copy_seconds(size, device) for name in EPILOGUE if layer.options.get(name)}
+        alone = bare(layer)
+        found: Any = explain.plans(alone.input, alone.weight, device=device, **alone.options)
+        size = prod(self.output(layer)) * layer.options["dtype"].itemsize
+        parts = ("bias", "activation", "residual", "scale")
+        passes = {name: cost.copy_seconds(size, device) for name in parts if layer.options.get(name)}
         if "residual" in passes:
             passes["residual"] = cost.copy_seconds(3 * size // 2, device)  # which it reads besides
         return found["forward"].seconds + sum(passes.values())

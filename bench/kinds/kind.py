@@ -34,12 +34,11 @@ class Rival(NamedTuple):
 class Kind:
     """A kind of layers; `plans` are the titles of `explain.plans` that each operation runs.
 
-    The gradients of a step are those of all operands. `between` says that ours rounds to its dtype before it is done,
-    `convolution` that it is one with something after it: it is made small, and multiplied, as a plain one.
+    The gradients of a step are those of all operands. `convolution` says that it is one with something after it: it is
+    made small, and multiplied, as a plain one.
     """
 
     plans: ClassVar[Mapping[str, tuple[str, ...]]]
-    between = False
     convolution = False
 
     def titles(self, layer: Layer) -> Mapping[str, tuple[str, ...]]:
@@ -79,6 +78,10 @@ class Kind:
     def ours(self, layer: Layer, t: Tensors) -> Tensor:
         """By this package."""
         raise NotImplementedError
+
+    def between(self, layer: Layer, op: str) -> bool:
+        """Whether ours rounds to its dtype before it is done."""
+        return False
 
     def rivals(self, layer: Layer, op: str) -> Sequence[Rival]:
         """Others that can compute it."""

@@ -17,9 +17,17 @@ from typing import Any
 
 import torch
 
+from .layers import Layer
 from .networks import Layers
 
+EPILOGUE = ("bias", "activation", "negative_slope", "residual", "scale")
+
 Branch = tuple[tuple[int, ...], dict[str, Any]]  # shape of a filter, and its padding, dilation and so on
+
+
+def bare(layer: Layer) -> Layer:
+    """A convolution without what follows it, by whose config it runs too."""
+    return layer._replace(options={name: value for name, value in layer.options.items() if name not in EPILOGUE})
 
 
 def fused_bottlenecks(stages: Sequence[tuple[int, int, int, int]]) -> Layers:

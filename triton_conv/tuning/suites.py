@@ -58,8 +58,8 @@ def tasks(
         69
 
     `batch`, `dtype` and `channels_last` are the suite's own where they are None. Layers without configs to choose from
-    are left out, and a warning says so (see `fixed`). Raises ValueError for a suite that there is not and a
-    batch below 1.
+    are left out, and a warning says so (see `fixed`); epilogues have no part in configs. Raises ValueError for a suite
+    that there is not and a batch below 1.
     """
     found: list[Task] = []
     problems = set()
@@ -68,7 +68,8 @@ def tasks(
         if reason:
             warnings.warn(f"{name} is left out: {reason}", stacklevel=2)
             continue
-        for problem in explain.problems(layer.input, layer.weight, device=device, **layer.options).values():
+        of_it = compound.bare(layer)
+        for problem in explain.problems(of_it.input, of_it.weight, device=device, **of_it.options).values():
             if problem not in problems:
                 problems.add(problem)
                 found.append(Task(name, problem))
