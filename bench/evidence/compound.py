@@ -84,19 +84,17 @@ def compound(layer: Layer) -> bool:
     return kinds.of(layer) is not None and not {"causal", "pointwise"} & layer.options.keys()
 
 
-def few(device: Device) -> list[Job]:
+def few(device: Device) -> Iterator[Job]:
     """Small ones of `jobs`, each with a kernel that those before it have not."""
     seen: set[tuple[type, str]] = set()
-    found = []
     for job in jobs():
         if prod(job.layer.weight[2:]) > LONG_FILTER:
             continue
         less = small(job)
         there = {(type(job.kind), p.kernel) for p in plans(less, device)}
         if there - seen:
-            found.append(less)
             seen |= there
-    return found
+            yield less
 
 
 def planned(job: Job, device: Device, warps: int = 0) -> list[AnyPlan]:
