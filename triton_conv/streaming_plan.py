@@ -210,7 +210,8 @@ def make(problem: Problem) -> StreamingPlan:
 def _make(problem: Problem, explicit: KernelConfig | None, generation: Hashable, batch: int | None) -> StreamingPlan:
     p, g = problem, problem.geometry
     way = _chosen(_of_fixed_length(p, g.N if batch is None else batch), explicit, generation)
-    packs = tuple(name for name in _WORDS if way.kernel == "box" and not _fits_a_box(p, name))
+    read = [name for name in _WORDS if name != "context" or p.context.held]
+    packs = tuple(name for name in read if way.kernel == "box" and not _fits_a_box(p, name))
     numerics = Numerics(32, plan.ACCUMULATORS[p.dtype], p.precision, p.has_bias)
     made = StreamingPlan(p, way.kernel, way.config, numerics, packs, way.reason)
     reach = max(
