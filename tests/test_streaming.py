@@ -61,46 +61,60 @@ def expected(x, w, b, context, stride=1, padding=(0, 0), dilation=1, groups=1, m
     return functional.conv3d(x, w, b, stride, 0, dilation, groups)
 
 
-def case(name, tiles, context, C=16, K=16, groups=1, filter=(3, 1, 2), last=False, dtype=torch.float32, **options):
+def case(
+    name,
+    tiles,
+    context,
+    C=16,
+    K=16,
+    groups=1,
+    filter=(3, 1, 2),
+    last=False,
+    dtype=torch.float32,
+    slow=False,
+    **options,
+):
     options = {"padding": (0, 1), **options}
-    return pytest.param(tiles, context, (C, K, groups, filter), last, dtype, options, id=name)
+    marks = pytest.mark.slow if slow else ()
+    return pytest.param(tiles, context, (C, K, groups, filter), last, dtype, options, id=name, marks=marks)
 
 
 half = {"dtype": torch.bfloat16, "last": True}
 CASES = [
     case("gather", GATHER, 2),
-    case("gather from a beginning", GATHER, None),
+    case("gather from a beginning", GATHER, None, slow=True),
     case("gather repeats the first frame", GATHER, None, time_mode="replicate"),
+    case("gather repeats one frame once", GATHER, None, filter=(2, 1, 2), time_mode="replicate", slow=True),
     case("gather without context", GATHER, 0),
-    case("gather with a frame of context", GATHER, 1, **half),
+    case("gather with a frame of context", GATHER, 1, **half, slow=True),
     case("gather with a long context", GATHER, 5, **half),
     case("gather with a stride in time", GATHER, 3, stride=(2, 1, 1)),
-    case("gather dilated in time", GATHER, 4, dilation=(2, 1, 1), last=True),
+    case("gather dilated in time", GATHER, 4, dilation=(2, 1, 1), last=True, slow=True),
     case("gather dilated from a beginning", GATHER, None, dilation=(2, 1, 1), time_mode="replicate", **half),
     case("gather with modes per axis", GATHER, 2, filter=(2, 2, 2), padding=1, padding_mode=("circular", "reflect")),
-    case("gather of groups", GATHER, 2, C=32, K=32, groups=2, last=True),
+    case("gather of groups", GATHER, 2, C=32, K=32, groups=2, last=True, slow=True),
     case("gather of few channels", Config(32, 16, 16, flatten=True), 2, C=3, K=5),
-    case("gather with filters first", Config(32, 64, 16, filters_first=True), 2, **half),
+    case("gather with filters first", Config(32, 64, 16, filters_first=True), 2, **half, slow=True),
     case("gather in one frame", GATHER, 0, filter=(1, 1, 2)),
-    case("gather of a filter of one frame", GATHER, None, filter=(1, 1, 2), stride=(2, 1, 1)),
+    case("gather of a filter of one frame", GATHER, None, filter=(1, 1, 2), stride=(2, 1, 1), slow=True),
     case("depthwise", SUMS, 2, C=3, K=3, groups=3),
-    case("depthwise of float64", SUMS, None, C=3, K=6, groups=3, dtype=torch.float64, time_mode="replicate"),
-    case("gather of float16", GATHER, 2, dtype=torch.float16),
+    case("depthwise of float64", SUMS, None, C=3, K=6, groups=3, dtype=torch.float64, time_mode="replicate", slow=True),
+    case("gather of float16", GATHER, 2, dtype=torch.float16, slow=True),
     case("box", BOX, 2, **half),
     case("box from a beginning", BOX, None, **half),
     case("box repeats the first frame", BOX, None, time_mode="replicate", **half),
-    case("box without context", BOX, 0, **half),
-    case("box with a frame of context", BOX, 1, **half),
+    case("box without context", BOX, 0, **half, slow=True),
+    case("box with a frame of context", BOX, 1, **half, slow=True),
     case("box with a long context", BOX, 5, **half),
-    case("box dilated in time", BOX, 3, dilation=(2, 1, 1), **half),
+    case("box dilated in time", BOX, 3, dilation=(2, 1, 1), **half, slow=True),
     case("box with a stride in width", BOX, 2, stride=(1, 1, 2), **half),
-    case("box of copies", BOX, 2, dtype=torch.float16),
+    case("box of copies", BOX, 2, dtype=torch.float16, slow=True),
     case("box of copies repeats the first frame", BOX, None, time_mode="replicate", dtype=torch.bfloat16),
-    case("box of groups", BOX, 2, C=32, K=32, groups=2, **half),
+    case("box of groups", BOX, 2, C=32, K=32, groups=2, **half, slow=True),
     case("box of several images", BoxConfig((2, 1, 2, 4), 16, 16), 2, **half),
     case("box with a tail of channels", BOX, 2, C=24, K=24, **half),
-    case("box of one frame", BOX, None, filter=(1, 1, 2), **half),
-    case("box of 3x3x3", BOX, 2, filter=(3, 3, 3), padding=1, **half),
+    case("box of one frame", BOX, None, filter=(1, 1, 2), **half, slow=True),
+    case("box of 3x3x3", BOX, 2, filter=(3, 3, 3), padding=1, **half, slow=True),
 ]
 
 
@@ -112,8 +126,9 @@ def test_values(on, tiles, context, shape, last, dtype, options, request, poison
     C, K, groups, taps = shape
     H, W, D = (2, 4, 3) if "stride" not in options or options["stride"][0] == 1 else (2, 3, 4)
     how = {"dtype": dtype, "last": last, "device": device}
-    x, w, b = draw(2, C, D, H, W, **how), draw(K, C // groups, *taps, **how), draw(K, **how)
-    before = None if context is None else draw(2, C, context, H, W, **how)
+    N = 2 if tiles is GATHER or (isinstance(tiles, BoxConfig) and tiles.box[0] > 1) else 1
+    x, w, b = draw(N, C, D, H, W, **how), draw(K, C // groups, *taps, **how), draw(K, **how)
+    before = None if context is None else draw(N, C, context, H, W, **how)
     with running(tiles) as ran:
         y = causal_conv3d(x, w, b, before, groups=groups, **options)
     if on == "kernels":
@@ -146,6 +161,8 @@ def test_contexts_lie_anywhere(tiles, layout, kernels, poisoned):
     with running(tiles):
         assert_close(causal_conv3d(x, w, None, context).cpu(), expected(x, w, None, context), 48)
         assert_close(causal_conv3d(context, w, None, x).cpu(), expected(context, w, None, x), 48)
+        repeated = context[:, :, 1:].expand(-1, -1, 3, -1, -1)
+        assert_close(causal_conv3d(x, w, None, repeated).cpu(), expected(x, w, None, repeated), 48)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -161,38 +178,36 @@ def in_chunks(function, x, sizes):
     return torch.cat(found, dim=2), context
 
 
-CUTS = [(1, 1, 1, 1, 1, 1), (1, 4, 1), (4, 2), (2, 3, 1), (6,)]
+CUTS = [(1, 4, 1), (3, 1, 2), (1, 1, 1, 1, 1, 1), (4, 2)]
 
 
-@pytest.mark.parametrize("time_mode", ["zeros", "replicate"])
 @pytest.mark.parametrize(
-    ("on", "tiles", "dtype", "last"),
+    ("on", "tiles", "dtype", "last", "time_mode"),
     [
-        ("cpu", None, torch.float32, False),
-        ("cpu", None, torch.bfloat16, True),
-        ("kernels", GATHER, torch.float32, False),
-        ("kernels", GATHER, torch.bfloat16, True),
-        ("kernels", BOX, torch.bfloat16, True),
-        ("kernels", BOX, torch.float16, False),
+        ("cpu", None, torch.float32, False, "replicate"),
+        ("cpu", None, torch.bfloat16, True, "zeros"),
+        ("kernels", GATHER, torch.float32, False, "zeros"),
+        ("kernels", BOX, torch.bfloat16, True, "replicate"),
+        pytest.param("kernels", GATHER, torch.bfloat16, True, "replicate", marks=pytest.mark.slow),
+        pytest.param("kernels", BOX, torch.bfloat16, True, "zeros", marks=pytest.mark.slow),
+        pytest.param("kernels", BOX, torch.float16, False, "replicate", marks=pytest.mark.slow),
     ],
 )
 def test_chunks_do_not_show(on, tiles, dtype, last, time_mode, request):
     device = request.getfixturevalue("kernels") if on == "kernels" else "cpu"
     torch.manual_seed(2)
     how = {"dtype": dtype, "last": last, "device": device}
-    x, w, b = draw(1, 16, 6, 2, 3, **how), draw(16, 16, 3, 1, 2, **how), draw(16, **how)
-    function = partial(causal_conv3d, weight=w, bias=b, padding=(0, 1), time_mode=time_mode)
+    x, w, b = draw(1, 16, 6, 2, 3, **how), draw(16, 16, 3, 1, 1, **how), draw(16, **how)
+    function = partial(causal_conv3d, weight=w, bias=b, time_mode=time_mode)
     with running(tiles):
         whole, last_context = function(x, return_context=True)
-        for sizes in CUTS:
+        for sizes in CUTS if device == "cuda" or on == "cpu" else CUTS[:2]:
             y, context = in_chunks(function, x, sizes)
             assert torch.equal(y, whole)
             assert torch.equal(context, last_context)
 
 
-@pytest.mark.parametrize(
-    "options", [{"stride": 2}, {"dilation": 3}, {"groups": 2}, {"stride": 2, "dilation": 2}], ids=str
-)
+@pytest.mark.parametrize("options", [{"stride": 2}, {"dilation": 3}, {"groups": 2}], ids=str)
 def test_sequences_in_chunks(options, kernels):
     x, w = draw(1, 4, 12, device=kernels), draw(6, 4 // options.get("groups", 1), 3, device=kernels)
     function = partial(causal_conv1d, weight=w, **options)
@@ -201,7 +216,7 @@ def test_sequences_in_chunks(options, kernels):
         reach = 2 * options.get("dilation", 1)
         plain = functional.conv1d(functional.pad(x, (reach, 0)).cpu().double(), w.cpu().double(), **options)
         assert_close(whole.cpu(), plain, 12)
-        for sizes in ((4, 8), (2, 4, 6), (12,), *([(1,) * 12, (1, 5, 6)] if "stride" not in options else [])):
+        for sizes in ((4, 8), (2, 4, 6) if "stride" in options else (1, 5, 6)):
             assert torch.equal(in_chunks(function, x, sizes)[0], whole)
     assert set(ran) == {"gather"}
 
@@ -306,7 +321,7 @@ def test_gradients_by_kernels_are_views_of_one(kernels, poisoned):
 ARGUMENTS = ([1, 1, 1], [1, 1, 0, 0], [1, 1, 1], 1, "zeros", "zeros", None)
 
 
-@pytest.mark.parametrize("frames", [None, 2])
+@pytest.mark.parametrize("frames", [2, pytest.param(None, marks=pytest.mark.slow)])
 def test_opcheck(frames):
     x, w, b = torch.randn(2, 4, 3, 3, 2), torch.randn(2, 4, 3, 2, 1), torch.randn(2)
     context = None if frames is None else torch.randn(2, 4, frames, 3, 2).requires_grad_()
@@ -350,7 +365,7 @@ def test_autocast_and_fewer_dimensions():
     with torch.autocast("cpu", torch.bfloat16):
         assert causal_conv3d(x, w, None, context).dtype is torch.bfloat16
     z, after = causal_conv1d(x[:, :, 0, 0], w[..., 0, 0], context=context[:, :, 0, 0], return_context=True)
-    assert torch.equal(z, y[:, :, 0, 0])
+    torch.testing.assert_close(z, y[:, :, 0, 0])
     assert torch.equal(after, x[:, 1:, 0, 0])
 
 
@@ -402,7 +417,7 @@ ERRORS = [
     ({"padding_mode": "constant"}, ValueError, "padding_mode must be one of"),
     ({"padding": 5, "padding_mode": "reflect"}, RuntimeError, "Padding size should be less"),
     ({"return_context": 1}, TypeError, "'return_context' must be bool"),
-    ({"stride": (5, 1, 1), "return_context": True}, RuntimeError, "leave out 2 frames"),
+    ({"stride": (7, 1, 1), "return_context": True}, RuntimeError, "leave out 2 frames"),
     ({"precision": "fp8"}, ValueError, "precision must be"),
 ]
 

@@ -202,6 +202,7 @@ def _operands(ir: str) -> str:
     return "shared" if all(side == "!ttg.memdesc" for dot in dots for side in dot) else "registers"
 
 
+_LOOP = re.compile(r"( *)(?:%\S+ = )?scf\.for ")
 _LOAD = re.compile(r"\b(?:tt\.load|async_copy_global_to_local|async_tma_copy_global_to_local)\b.*loc\((#\w+)\)$")
 _DOT = re.compile(r"\b(?:tt\.dot|warp_group_dot|tc_gen5_mma)\b.*loc\((#\w+)\)$")
 
@@ -214,10 +215,12 @@ def _steps_ahead(ir: str) -> int:
     """
     lines, found, last = ir.splitlines(), [], 0
     for start, line in enumerate(lines):
-        loop = re.match(r"( *)(?:%\S+ = )?scf\.for ", line)
+        loop = _LOOP.match(line)
         if not loop:
             continue
         end = next(n for n in range(start + 1, len(lines)) if lines[n].startswith(loop[1] + "}"))
+        if any(map(_LOOP.match, lines[start + 1 : end])):
+            continue
         body = [line for line in lines[start + 1 : end] if re.match(loop[1] + r"  \S", line)]
         if _found(_DOT, body):
             before = lines[last:start]
