@@ -36,47 +36,53 @@ def finish(
 
 
 @triton.jit
-def finish_all(
+def scaled(
     acc,
     scale_a,
     scale_b,
     scale,
     bias,
-    residual,
     channels,
     valid,
     HAS_SCALE: tl.constexpr,
     SCALED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    SLOPE: tl.constexpr,
-    dtype: tl.constexpr,
 ):
-    """(output, what its activation is applied to) of acc [channels, pixels]; `residual` holds values.
-
-    scale and bias are pointers to the numbers of the tile's group.
-    """
+    """acc [channels, pixels] times all scales, plus bias; scale and bias are pointers to the tile's group."""
     if HAS_SCALE:
         acc *= tl.load(scale_a) * tl.load(scale_b)
     if SCALED:
         acc *= tl.load(scale + channels, mask=valid, other=0).to(acc.dtype)[:, None]
     if HAS_BIAS:
         acc += tl.load(bias + channels, mask=valid, other=0).to(acc.dtype)[:, None]
-    return activated(acc, residual, RESIDUAL, ACTIVATION, SLOPE, dtype)
+    return acc
 
 
 @triton.jit
-def activated(
-    acc, residual, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, dtype: tl.constexpr
+def store(
+    acc,
+    at,
+    valid,
+    residual,
+    kept,
+    dst,
+    RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
+    KEEPS: tl.constexpr,
 ):
-    """(output, what its activation is applied to) of sums that are scaled and biased."""
+    """Writes the outputs of scaled and biased sums, and what is kept, to these offsets of tensors that are alike.
+
+    Each is loaded or written as soon as may be: together they are more registers than the sums.
+    """
     if RESIDUAL == "before":
-        acc += residual.to(acc.dtype)
-    out = activate(acc, SLOPE, ACTIVATION)
+        acc += tl.load(residual + at, mask=valid, other=0).to(acc.dtype)
+    if KEEPS:
+        tl.store(kept + at, acc.to(dst.dtype.element_ty), mask=valid)
+    acc = activate(acc, SLOPE, ACTIVATION)
     if RESIDUAL == "after":
-        out += residual.to(acc.dtype)
-    return out.to(dtype), acc.to(dtype)
+        acc += tl.load(residual + at, mask=valid, other=0).to(acc.dtype)
+    tl.store(dst + at, acc.to(dst.dtype.element_ty), mask=valid)
 
 
 @triton.jit
