@@ -21,8 +21,8 @@ import triton.language as tl
 
 from .. import tiles
 from ..geometry import ConvGeometry, Role, Strides, describable, tap_step
+from .epilogue import activate, scaled
 from .epilogue import constants as epilogue_constants
-from .epilogue import finish_all
 from .indexing import matrix_product, residue_class, tap_of
 from .launch import Box, Launch
 
@@ -201,32 +201,23 @@ def box_kernel(
 
         scale_group = scale + group * DST_C if SCALED else scale
         bias_group = bias + group * DST_C if HAS_BIAS else bias
-        added = None
-        if RESIDUAL != "":
-            added = read_tile(residual, at, valid, BLOCK_N, PIXELS, STORE_BOX, STORE_PLANES)
-        out, unactivated = finish_all(
-            acc,
-            scale_a,
-            scale_b,
-            scale_group,
-            bias_group,
-            added,
-            channels,
-            channel_valid,
-            HAS_SCALE,
-            SCALED,
-            HAS_BIAS,
-            RESIDUAL,
-            ACTIVATION,
-            SLOPE,
-            dst_pointer.dtype.element_ty,
-        )  # [BLOCK_N, PIXELS]
+        acc = scaled(
+            acc, scale_a, scale_b, scale_group, bias_group, channels, channel_valid, HAS_SCALE, SCALED, HAS_BIAS
+        )
+        # as `epilogue.store`, in the same order
+        dtype: tl.constexpr = dst_pointer.dtype.element_ty
+        if RESIDUAL == "before":
+            acc += read_tile(residual, at, valid, BLOCK_N, PIXELS, STORE_BOX, STORE_PLANES).to(ACC)
+        if KEEPS:
+            write_tile(kept, at, valid, acc.to(dtype), BN, BZ, BP, BQ, STORE_BOX, STORE_PLANES)
+        acc = activate(acc, SLOPE, ACTIVATION)
+        if RESIDUAL == "after":
+            acc += read_tile(residual, at, valid, BLOCK_N, PIXELS, STORE_BOX, STORE_PLANES).to(ACC)
+        out = acc.to(dtype)
         if STORE_BOX or STORE_PLANES:
             write_tile(dst, at, valid, out, BN, BZ, BP, BQ, STORE_BOX, STORE_PLANES)
         else:
             write_tile(dst_pointer, at, valid, out, BN, BZ, BP, BQ, STORE_BOX, STORE_PLANES)
-        if KEEPS:
-            write_tile(kept, at, valid, unactivated, BN, BZ, BP, BQ, STORE_BOX, STORE_PLANES)
 
 
 def launch(
