@@ -41,9 +41,9 @@ from torch import Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 
 from . import activation as activations
-from . import ops, reference
+from . import fast, ops, reference
 from .epilogue import ACTIVATIONS, Epilogue
-from .execute import Call, _empty_like_output, empty_output, execute
+from .execute import Call, _empty_like_output, empty_output
 from .later import when_imported
 from .unsupported import check_kind
 
@@ -110,6 +110,26 @@ def convolved(
     return y if batched else y.squeeze(0)
 
 
+def again(kind: Kind, x: Tensor, w: Tensor, bias: Tensor | None, params: tuple, fusion: Fusion) -> Tensor | None:
+    """A convolution like one made before, without the dispatcher, as `ops.again` has it; None if there is none."""
+    activation, slope, residual, after, scale = fusion
+    tensors = [t for t in (x, w, bias, scale, residual) if t is not None]
+    if not fast.alone(*tensors) or torch.is_autocast_enabled(x.device.type):
+        return None
+    if type(slope) is not float or not (activation is None or type(activation) is str):
+        return None
+    how = (*params, activation or "", slope, bool(after))
+    derived = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    keep = derived and _keeps(x, w, bias, scale, residual, *how)
+    bound = fast.found(kind.calls[keep], x, w, bias, how, scale, residual)
+    if bound is None:
+        return None
+    if not derived:
+        return bound(x, w, bias, scale, residual)
+    function: Any = _FusedAgain
+    return function.apply((kind, keep, bound, how), x, w, bias, scale, residual)[0]
+
+
 def check(name: str, activation: Any, negative_slope: Any) -> None:
     """Raises for an activation that there is not, or a slope that is no number."""
     if activation is not None and not isinstance(activation, str):
@@ -136,17 +156,15 @@ def _exactly(name: str, kind: Kind, x: Tensor, *args: Any) -> Tensor:
 # What the operators compute
 
 
-class Kind(NamedTuple):
-    """The operators of plain or transposed convolutions, and how the call of the convolution in them is made."""
+class Kind:
+    """The operators of plain or transposed convolutions; `call` makes that of the convolution in them.
 
-    op: Any
-    keeping: Any
-    call: Callable[..., Call]
-    transposed: bool
+    `calls` are those of the two operators: functions that are always the same, by which they are remembered.
+    """
 
-
-CONV = Kind(conv_fused, conv_fused_keep, ops._conv_call, False)
-CONV_TRANSPOSE = Kind(conv_transpose_fused, conv_transpose_fused_keep, ops._conv_transpose_call, True)
+    def __init__(self, op: Any, keeping: Any, call: Callable[..., Call], transposed: bool):
+        self.op, self.keeping, self.call, self.transposed = op, keeping, call, transposed
+        self.calls = (partial(_call, self, False), partial(_keeping_call, self))
 
 
 def _call(
@@ -191,22 +209,26 @@ def _call(
     return replace(call, epilogue=epilogue, scale=scale, residual=residual)
 
 
-def _run(kind: Kind) -> tuple[Callable, Callable]:
-    """What the two operators do."""
+def _keeping_call(kind: Kind, *args: Any) -> Call:
+    call = _call(kind, True, *args)
+    return replace(call, kept=_empty_like_output(call))
 
-    def run(*args) -> Tensor:
-        return execute(_call(kind, False, *args))
 
-    def run_keeping(*args) -> tuple[Tensor, Tensor]:
-        call = _call(kind, True, *args)
-        kept = _empty_like_output(call)
-        return execute(replace(call, kept=kept)), kept
+CONV = Kind(conv_fused, conv_fused_keep, ops._conv_call, False)
+CONV_TRANSPOSE = Kind(conv_transpose_fused, conv_transpose_fused_keep, ops._conv_transpose_call, True)
 
-    return run, run_keeping
+
+def _run(call: Callable[..., Call]) -> Callable:
+    """What an operator does."""
+
+    def run(x, w, bias, scale, residual, *params):
+        return fast.computed(call, x, w, bias, tuple(map(ops._frozen, params)), scale, residual)
+
+    return run
 
 
 def _fake(kind: Kind) -> tuple[Callable, Callable]:
-    """The same for tensors without memory."""
+    """What the two operators do with tensors that have no memory."""
 
     def fake(*args) -> Tensor:
         return empty_output(_call(kind, False, *args))
@@ -272,37 +294,62 @@ class _Fused(ops._SingleLevelFunction):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.kind, keep, x, w, _, scale, residual, *params, activation, slope, after = inputs
-        ctx.params, ctx.of_output, ctx.after = params, not keep, after and residual is not None
-        ctx.how = (activation, slope)
-        saved = output[1] if keep else output[0] if activations.tells_gradient(activation, slope) else None
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, w, scale, saved)
+        kind, keep, x, w, _, scale, residual, *params = inputs
+        _prepare(ctx, kind, keep, x, w, scale, residual, params, output)
 
     @staticmethod
     def backward(ctx, dy, dz):
-        """`dz` is the gradient of the second output, that of others by way of it."""
-        x, w, scale, saved = ctx.saved_tensors
-        of_x, of_w, of_bias, of_scale, of_residual = ctx.needs_input_grad[2:7]
-        if dy is not None and (of_x or of_w or of_bias or of_scale or (of_residual and not ctx.after)):
-            activation, slope = ctx.how
-            first = activations.backward(dy, saved, activation, slope, ctx.of_output)
-            dz = first if dz is None else first + dz
-        dresidual = (dy if ctx.after else dz) if of_residual else None
-        if dz is None:
-            return *(None,) * 6, dresidual, *(None,) * (len(ctx.params) + 3)
-        scales = None if scale is None else _of_filters(scale, w, ctx)
-        filters = w if scales is None or not of_x else (w * scales).to(w.dtype)
-        gradients: Any = ops.transpose_gradients if ctx.kind.transposed else ops.fprop_gradients
-        dx, dw = gradients(dz, x, filters, ctx.params, of_x, of_w or of_scale)
-        dscale = None
-        if of_scale:
-            dscale = _sum_of_channels(w * dw.to(reference.wide_of(w.dtype)), ctx).to(scale.dtype)
-        if of_w and scales is not None:
-            dw = (dw * scales).to(w.dtype)
-        dbias = ops._bias_gradient(dz) if of_bias else None
-        rest = (None,) * (len(ctx.params) + 3)
-        return None, None, dx, dw if of_w else None, dbias, dscale, dresidual, *rest
+        return None, None, *_gradients(ctx, dy, dz, ctx.needs_input_grad[2:7]), *(None,) * (len(ctx.params) + 3)
+
+
+class _FusedAgain(ops._SingleLevelFunction):
+    """A forward of a `fast.FusedBound`, as a Function that need not find out how it was called."""
+
+    @staticmethod
+    def forward(ctx, how, x, w, bias, scale, residual):
+        kind, keep, bound, params = how
+        made = bound(x, w, bias, scale, residual)
+        made = made if keep else (made, None)
+        _prepare(ctx, kind, keep, x, w, scale, residual, params, made)
+        return made
+
+    @staticmethod
+    def backward(ctx, dy, dz):
+        return None, *_gradients(ctx, dy, dz, ctx.needs_input_grad[1:6])
+
+
+def _prepare(ctx, kind, keep, x, w, scale, residual, params, made) -> None:
+    """What backward will need; `made` are output and what is kept."""
+    *ctx.params, activation, slope, after = params
+    ctx.kind, ctx.of_output, ctx.after = kind, not keep, after and residual is not None
+    ctx.how = (activation, slope)
+    saved = made[1] if keep else made[0] if activations.tells_gradient(activation, slope) else None
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, w, scale, saved)
+
+
+def _gradients(ctx, dy: Tensor | None, dz: Tensor | None, wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """Those of x, w, bias, scale and residual; `dz` is the gradient of what is kept, that of others by way of it."""
+    x, w, scale, saved = ctx.saved_tensors
+    of_x, of_w, of_bias, of_scale, of_residual = wanted
+    if dy is not None and (of_x or of_w or of_bias or of_scale or (of_residual and not ctx.after)):
+        activation, slope = ctx.how
+        first = activations.backward(dy, saved, activation, slope, ctx.of_output)
+        dz = first if dz is None else first + dz
+    dresidual = (dy if ctx.after else dz) if of_residual else None
+    if dz is None:
+        return None, None, None, None, dresidual
+    scales = None if scale is None else _of_filters(scale, w, ctx)
+    filters = w if scales is None or not of_x else (w * scales).to(w.dtype)
+    gradients: Any = ops.transpose_gradients if ctx.kind.transposed else ops.fprop_gradients
+    dx, dw = gradients(dz, x, filters, ctx.params, of_x, of_w or of_scale)
+    dscale = None
+    if of_scale:
+        dscale = _sum_of_channels(w * dw.to(reference.wide_of(w.dtype)), ctx).to(scale.dtype)
+    if of_w and scales is not None:
+        dw = (dw * scales).to(w.dtype)
+    dbias = ops._bias_gradient(dz) if of_bias else None
+    return dx, dw if of_w else None, dbias, dscale, dresidual
 
 
 def _of_filters(scale: Tensor, w: Tensor, ctx) -> Tensor:
@@ -379,7 +426,7 @@ def _vmap(kind: Kind, keeping: bool):
 
 
 def _register(kind: Kind) -> None:
-    runs, fakes = _run(kind), _fake(kind)
+    runs, fakes = [_run(call) for call in kind.calls], _fake(kind)
     for keeping, op in enumerate((kind.op, kind.keeping)):
         name = op._schema.name.split("::")[1]
         _lib.impl(name, runs[keeping], "CPU")
