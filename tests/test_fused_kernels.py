@@ -12,7 +12,7 @@ from halves import half_of
 from tolerance import assert_close
 
 import triton_conv
-from triton_conv import activation_plan, reference
+from triton_conv import activation_plan, fast, reference
 from triton_conv.activation import backward, tells_gradient
 from triton_conv.devices import H200
 from triton_conv.epilogue import ACTIVATIONS
@@ -119,6 +119,31 @@ def composed(rank, transposed, x, w, bias, residual, scale, activation, place, o
     z = (z if scale is None else z * scale.view(-1, *ones)) + bias.view(-1, *ones)
     y = reference.activated(z + residual if place == "before" else z, activation or "", 0.2)
     return y + residual if place == "after" else y
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+@pytest.mark.parametrize("strided", [False, True])
+def test_the_second_call_goes_the_short_way_to_the_same_values(strided, place, kernels, poisoned, monkeypatch):
+    made, call = [], fast.FusedBound.__call__
+    monkeypatch.setattr(fast.FusedBound, "__call__", lambda self, *args: (made.append(self), call(self, *args))[1])
+    fast.forget()
+    w, scale = torch.randn(4, 4, 2, device=kernels), torch.rand(4, device=kernels)
+    found, before = [], torch.randn(2, 4, 3, device=kernels)
+    for number in range(2):
+        x = (torch.full((2, 4, 4), number + 1.0, device=kernels)).requires_grad_()
+        residual = (before + number).transpose(1, 2).contiguous().transpose(1, 2) if strided else before + number
+        residual.requires_grad_()
+        how = {"activation": "silu", "residual": residual, "residual_after_activation": place == "after"}
+        y = triton_conv.conv1d(x, w, scale=scale, **how)
+        expected = composed(1, False, x, w, torch.zeros(4, device=kernels), residual, scale, "silu", place, {})
+        assert_close(y, expected, 8)
+        dy = torch.randn_like(y)
+        for a, b in zip(*(torch.autograd.grad(t, (x, residual), dy) for t in (y, expected)), strict=True):
+            assert_close(a, b, 8)
+        with torch.no_grad():
+            assert torch.equal(triton_conv.conv1d(x, w, scale=scale, **how), y)
+        found.append(len(made))
+    assert found == [0, 2]
 
 
 @pytest.mark.slow
