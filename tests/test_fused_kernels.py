@@ -146,6 +146,23 @@ def test_the_second_call_goes_the_short_way_to_the_same_values(strided, place, k
     assert found == [0, 2]
 
 
+def test_the_second_call_under_autocast_goes_the_short_way(kernels, poisoned, monkeypatch):
+    made, call = [], fast.FusedBound.__call__
+    monkeypatch.setattr(fast.FusedBound, "__call__", lambda self, *args: (made.append(self), call(self, *args))[1])
+    fast.forget()
+    x, w, scale = (torch.randn(s, device=kernels) for s in ((2, 4, 6), (4, 4, 2), (4,)))
+    leaves = [t.requires_grad_() for t in (x, w, scale)]
+    found = []
+    for _ in range(2):
+        with torch.autocast(kernels, torch.bfloat16):
+            y = triton_conv.conv1d(x, w, scale=scale, activation="gelu")
+        found.append([y, *torch.autograd.grad(y.float().sum(), leaves)])
+        assert y.dtype is torch.bfloat16
+    assert len(made) == 1
+    assert all(a.dtype is b.dtype and torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert found[0][3].dtype is torch.float32
+
+
 @pytest.mark.slow
 def test_no_order_of_gradients_needs_more_than_the_kernels(kernels):
     x, w = (torch.randn(s, device=kernels, dtype=torch.float64).requires_grad_() for s in ((1, 2, 4), (2, 2, 2)))

@@ -30,6 +30,7 @@ LAYERS = [
     {"fast"},
     {"ops"},
     {"activation"},
+    {"fused_ops"},
     {"fused"},
     {"functional", "causal"},
     {"separable"},

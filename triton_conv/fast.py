@@ -157,15 +157,18 @@ def found(make: Callable[..., Call], a: Tensor, b: Tensor, third: Any, params: t
     return None if key is None else _bound.get(key)
 
 
-def hoped(make: Callable[..., Call], a: Tensor, b: Tensor, third: Any, params: tuple, dtype: torch.dtype) -> bool:
-    """Whether it is worth casting tensors to `dtype` to look for their call: not once it was sought twice in vain."""
-    key = _key(make, a, b, third, params)
+def hoped(make: Callable[..., Call], dtype: torch.dtype, *given: Any) -> bool:
+    """Whether it is worth casting tensors to `dtype` to look for their call: not once it was sought twice in vain.
+
+    `given` are the other arguments of `found`.
+    """
+    key = _key(make, *given)
     return key is not None and _missed.get((dtype, key), 0) < 2
 
 
-def disappoint(make: Callable[..., Call], a: Tensor, b: Tensor, third: Any, params: tuple, dtype: torch.dtype) -> None:
+def disappoint(make: Callable[..., Call], dtype: torch.dtype, *given: Any) -> None:
     """Tells `hoped` that there was no call for the cast tensors."""
-    key = _key(make, a, b, third, params)
+    key = _key(make, *given)
     _missed.remember((dtype, key), _missed.get((dtype, key), 0) + 1)
 
 

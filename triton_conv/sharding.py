@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from . import causal as causal  # its operators are to be defined
-from . import fused as fused
+from . import fused_ops as fused_ops
 from . import later, ops
 from . import separable as separable
 
