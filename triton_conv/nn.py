@@ -7,7 +7,10 @@
 Each class derives from torch's class of the same name: constructor, parameters, initialisation, state_dict and repr
 are torch's, and `isinstance(module, torch.nn.Conv2d)` holds. Beyond torch, `padding` takes (lower, upper) pairs,
 one per axis; `padding_mode` takes one name per axis, and builds no padded copy in the kernels; `precision` is that
-of `triton_conv.functional`. Tuples must have one entry per axis, or one entry for all. A lazy class takes the number of
+of `triton_conv.functional`. So are `activation` and `negative_slope`, computed in the convolution's kernel; `forward`
+takes a residual, which is added there too, with `residual_after_activation` after the activation; with `scale` the
+module has a parameter of that name, one number for each output channel, that multiplies the sums before the bias is
+added. Tuples must have one entry per axis, or one entry for all. A lazy class takes the number of
 input channels from its first input, and becomes the class it is named after.
 """
 
@@ -21,10 +24,10 @@ import torch
 from torch import Tensor
 
 from . import functional, ops
-from .causal import causal_conv1d
+from .causal_nn import CausalConv1d, CausalConv3d
 from .functional import Ints, Modes, Padding
+from .fused_nn import Fusing
 from .geometry import PADDING_MODES
-from .streaming import TIME_MODES, causal_conv3d
 from .unsupported import not_scripted
 
 __all__ = [
@@ -52,8 +55,9 @@ def convolved(
     weight: Tensor,
     bias: Tensor | None,
     precision: str | None = None,
+    **fusion: Any,
 ) -> Tensor:
-    """`function` of these tensors, with the parameters of a module of torch's or ours."""
+    """`function` of these tensors, with the parameters of a module of torch's or ours; `fusion` goes with them."""
     padding = module.padding
     if module.padding_mode != "zeros":
         # What torch hands to F.pad in these modes; code that patches torch's modules sets this one attribute.
@@ -69,6 +73,7 @@ def convolved(
         module.groups,
         padding_mode=module.padding_mode,
         precision=precision,
+        **fusion,
     )
 
 
@@ -78,6 +83,7 @@ def transposed(
     input: Tensor,
     output_size: Sequence[int] | None,
     precision: str | None = None,
+    **fusion: Any,
 ) -> Tensor:
     """The same of a transposed convolution."""
     output_padding = module._output_padding(
@@ -100,10 +106,11 @@ def transposed(
         module.groups,
         module.dilation,
         precision=precision,
+        **fusion,
     )
 
 
-class _Ours:
+class _Ours(Fusing):
     """What all classes add to torch's. `convert` swaps classes alone, so every attribute here has a default."""
 
     _function: ClassVar[Callable[..., Tensor]]
@@ -111,9 +118,12 @@ class _Ours:
     kernel_size: tuple[int, ...]
     padding: Any
 
-    def _construct(self, padding: Any, precision: str | None, **arguments: Any) -> None:
-        """torch's constructor, then the pairs and the precision it does not know."""
+    def _construct(
+        self, padding: Any, precision: str | None, fusion: tuple[str | None, float, bool, bool], **arguments: Any
+    ) -> None:
+        """torch's constructor, then what it does not know: pairs, precision and `fusion`, as `_set_fusion` takes it."""
         ops.check_precision(precision)
+        self._check_fusion(*fusion[:2])
         pairs = _is_sequence(padding) and any(_is_sequence(p) for p in padding)
         super().__init__(padding=0 if pairs else padding, **arguments)  # type: ignore[call-arg]
         if pairs:
@@ -121,9 +131,10 @@ class _Ours:
             self._reversed_padding_repeated_twice = [p for pair in self.padding[::-1] for p in _pair(pair)]
         if precision is not None:
             self.precision = precision
+        self._set_fusion(*fusion, arguments["out_channels"], arguments["device"], arguments["dtype"])
 
     def extra_repr(self) -> str:
-        text = super().extra_repr()  # type: ignore[misc]
+        text = super().extra_repr() + self._fusion_repr()  # type: ignore[misc]
         return text if self.precision is None else f"{text}, precision={self.precision}"
 
     def __prepare_scriptable__(self) -> None:
@@ -136,6 +147,8 @@ class _Conv(_Ours):
     dilation: tuple[int, ...]
     groups: int
     padding_mode: Modes
+    weight: Tensor
+    bias: Tensor | None
     _reversed_padding_repeated_twice: list[int]
 
     def __init__(
@@ -153,11 +166,16 @@ class _Conv(_Ours):
         dtype: torch.dtype | None = None,
         *,
         precision: str | None = None,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
+        residual_after_activation: bool = False,
+        scale: bool = False,
     ) -> None:
         modes = _is_sequence(padding_mode)
         self._construct(
             padding,
             precision,
+            (activation, negative_slope, residual_after_activation, scale),
             in_channels=in_channels,
             out_channels=out_channels,
             kernel_size=kernel_size,
@@ -172,8 +190,16 @@ class _Conv(_Ours):
         if modes:
             self.padding_mode = _mode_entries(padding_mode, len(self.kernel_size))
 
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return convolved(self, self._function, input, weight, bias, self.precision)
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The convolution of `input`, with a residual of the output's shape added where one is given."""
+        if residual is None:  # the signature that subclasses override
+            return self._conv_forward(input, self.weight, self.bias)
+        return self._conv_forward(input, self.weight, self.bias, residual)
+
+    def _conv_forward(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None
+    ) -> Tensor:
+        return convolved(self, self._function, input, weight, bias, self.precision, **self._fusion(residual))
 
 
 class _ConvTranspose(_Ours):
@@ -201,11 +227,16 @@ class _ConvTranspose(_Ours):
         dtype: torch.dtype | None = None,
         *,
         precision: str | None = None,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
+        residual_after_activation: bool = False,
+        scale: bool = False,
     ) -> None:
         self._check_mode(padding_mode)
         self._construct(
             padding,
             precision,
+            (activation, negative_slope, residual_after_activation, scale),
             in_channels=in_channels,
             out_channels=out_channels,
             kernel_size=kernel_size,
@@ -226,14 +257,16 @@ class _ConvTranspose(_Ours):
                 f"triton_conv.{self._function.__name__} has them all"
             )
 
-    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+    def forward(
+        self, input: Tensor, output_size: Sequence[int] | None = None, residual: Tensor | None = None
+    ) -> Tensor:
         """The transposed convolution of `input`, with spatial extents `output_size` where it is given.
 
         A stride above 1 leaves several output extents possible; `output_size` (spatial extents alone, or a full
         shape) picks one, and overrides `output_padding`. Raises ValueError for an extent that is not possible.
         """
         self._check_mode(self.padding_mode)
-        return transposed(self, self._function, input, output_size, self.precision)
+        return transposed(self, self._function, input, output_size, self.precision, **self._fusion(residual))
 
 
 class Conv1d(_Conv, torch.nn.Conv1d):  # type: ignore[misc]
@@ -257,8 +290,19 @@ class Conv2d(_Conv, torch.nn.Conv2d):  # type: ignore[misc]
 
     Shapes: (N, C, H, W) or (C, H, W) to (N, K, P, Q) or (K, P, Q); dtypes as in `triton_conv.conv2d`.
 
+    What follows may be computed in the same kernel, as in `triton_conv.conv2d`: `activation`, a residual that `forward`
+    is given, and with `scale` a learned factor of each output channel, which starts as one.
+
+        >>> layer = triton_conv.nn.Conv2d(8, 8, 3, padding=1, activation="silu", scale=True)
+        >>> layer
+        Conv2d(8, 8, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), activation=silu, scale=True)
+        >>> x = torch.randn(1, 8, 16, 16)
+        >>> layer(x, residual=x).shape
+        torch.Size([1, 8, 16, 16])
+
     Raises ValueError, in the constructor, for groups that do not divide the channels, an unknown padding string,
-    mode or precision, "same" with a stride, and padding pairs or modes whose number is not that of the axes.
+    mode, precision or activation, "same" with a stride, and padding pairs or modes whose number is not that of the
+    axes.
     """
 
     _function = staticmethod(functional.conv2d)
@@ -319,162 +363,7 @@ class ConvTranspose3d(_ConvTranspose, torch.nn.ConvTranspose3d):  # type: ignore
     _function = staticmethod(functional.conv_transpose3d)
 
 
-class _CausalConv:
-    """What causal classes share. They take torch's constructor for the rest: its padding is not theirs."""
-
-    precision: str | None = None
-    time_mode: str
-
-    def _construct(self, time_mode: str, precision: str | None, *arguments: Any) -> None:
-        ops.check_precision(precision)
-        if time_mode not in TIME_MODES:
-            raise ValueError(f"time_mode must be one of {TIME_MODES}, but got time_mode={time_mode!r}")
-        in_channels, out_channels, kernel_size, stride, dilation, groups, bias, device, dtype = arguments
-        super().__init__(  # type: ignore[call-arg]
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride=stride,
-            dilation=dilation,
-            groups=groups,
-            bias=bias,
-            device=device,
-            dtype=dtype,
-        )
-        self.time_mode, self.precision = time_mode, precision
-
-    def extra_repr(self) -> str:
-        text = super().extra_repr()  # type: ignore[misc]
-        text += "" if self.time_mode == "zeros" else f", time_mode={self.time_mode}"
-        return text if self.precision is None else f"{text}, precision={self.precision}"
-
-    def __prepare_scriptable__(self) -> None:
-        raise RuntimeError(not_scripted(f"triton_conv.nn.{type(self).__name__}"))
-
-
-class CausalConv1d(_CausalConv, torch.nn.Conv1d):
-    """`triton_conv.causal_conv1d` over all channels of a group as a module; parameters are those of `torch.nn.Conv1d`.
-
-        >>> layer = triton_conv.nn.CausalConv1d(4, 8, 3, dilation=2)
-        >>> y, context = layer(torch.randn(2, 4, 100), return_context=True)
-        >>> layer(torch.randn(2, 4, 10), context).shape
-        torch.Size([2, 8, 10])
-
-    Shapes: (N, C, L) or (C, L) to (N, K, Q) or (K, Q), context (N, C, positions). See `CausalConv3d` for the rest.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Ints,
-        stride: Ints = 1,
-        dilation: Ints = 1,
-        groups: int = 1,
-        bias: bool = True,
-        time_mode: str = "zeros",
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        *,
-        precision: str | None = None,
-    ) -> None:
-        rest = (in_channels, out_channels, kernel_size, stride, dilation, groups, bias, device, dtype)
-        self._construct(time_mode, precision, *rest)
-
-    def forward(  # type: ignore[override]
-        self, input: Tensor, context: Tensor | None = None, return_context: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        return causal_conv1d(
-            input,
-            self.weight,
-            self.bias,
-            context=context,
-            return_context=return_context,
-            stride=self.stride,
-            dilation=self.dilation,
-            groups=self.groups,
-            time_mode=self.time_mode,
-            precision=self.precision,
-        )
-
-
-class CausalConv3d(_CausalConv, torch.nn.Conv3d):
-    """`triton_conv.causal_conv3d` as a module; parameters, and so state_dicts, are those of `torch.nn.Conv3d`.
-
-        >>> layer = triton_conv.nn.CausalConv3d(3, 8, 3, padding=1, time_mode="replicate")
-        >>> y, context = layer(torch.randn(1, 3, 1, 16, 16), return_context=True)
-        >>> layer(torch.randn(1, 3, 4, 16, 16), context).shape
-        torch.Size([1, 8, 4, 16, 16])
-
-    padding and padding_mode are those of rows and columns: an int or (lower, upper) pair for both or for each, and a
-    name for both or for each. In time a layer looks back as far as its filter reaches. A decoder that gets its video in
-    chunks keeps one context per layer; None is the beginning:
-
-        >>> layers = torch.nn.ModuleList(triton_conv.nn.CausalConv3d(8, 8, 3, padding=1) for _ in range(2))
-        >>> contexts = [None] * len(layers)
-        >>> def decode(chunk):
-        ...     for i, layer in enumerate(layers):
-        ...         chunk, contexts[i] = layer(torch.relu(chunk), contexts[i], return_context=True)
-        ...     return chunk
-        >>> video = torch.randn(1, 8, 5, 6, 6)
-        >>> chunks = torch.cat([decode(chunk) for chunk in video.split((1, 4), dim=2)], dim=2)
-        >>> contexts = [None] * len(layers)
-        >>> torch.equal(chunks, decode(video))
-        True
-
-    Raises ValueError, in the constructor, for groups that do not divide the channels, an unknown mode or precision, and
-    padding or modes whose number is not two.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Ints,
-        stride: Ints = 1,
-        padding: Padding = 0,
-        dilation: Ints = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: Modes = "zeros",
-        time_mode: str = "zeros",
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        *,
-        precision: str | None = None,
-    ) -> None:
-        rest = (in_channels, out_channels, kernel_size, stride, dilation, groups, bias, device, dtype)
-        self._construct(time_mode, precision, *rest)
-        if isinstance(padding, str):
-            if padding not in ("same", "valid"):
-                raise ValueError(f"Invalid padding string {padding!r}, should be one of 'same', 'valid'")
-            self.padding: Any = padding
-        else:
-            pads: Any = padding if _is_sequence(padding) else (padding,)
-            self.padding = _padding_entries(pads, 2)
-        modes = _mode_entries(padding_mode if _is_sequence(padding_mode) else (padding_mode,), 2)
-        self.padding_mode: Any = modes[0] if modes[0] == modes[1] else modes
-
-    def forward(  # type: ignore[override]
-        self, input: Tensor, context: Tensor | None = None, return_context: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        return causal_conv3d(
-            input,
-            self.weight,
-            self.bias,
-            context,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            groups=self.groups,
-            padding_mode=self.padding_mode,
-            time_mode=self.time_mode,
-            return_context=return_context,
-            precision=self.precision,
-        )
-
-
-class _LazyConv:
+class _LazyConv(Fusing):
     """The constructor of torch's lazy classes, with what ours add to it."""
 
     def __init__(
@@ -491,15 +380,21 @@ class _LazyConv:
         dtype: torch.dtype | None = None,
         *,
         precision: str | None = None,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
+        residual_after_activation: bool = False,
+        scale: bool = False,
     ) -> None:
         ops.check_precision(precision)
         arguments = (out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype)
+        self._check_fusion(activation, negative_slope)
         super().__init__(*arguments)  # type: ignore[call-arg]
         if precision is not None:
             self.precision = precision
+        self._set_fusion(activation, negative_slope, residual_after_activation, scale, out_channels, device, dtype)
 
 
-class _LazyConvTranspose:
+class _LazyConvTranspose(Fusing):
     def __init__(
         self,
         out_channels: int,
@@ -515,12 +410,18 @@ class _LazyConvTranspose:
         dtype: torch.dtype | None = None,
         *,
         precision: str | None = None,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
+        residual_after_activation: bool = False,
+        scale: bool = False,
     ) -> None:
         ops.check_precision(precision)
+        self._check_fusion(activation, negative_slope)
         rest = (output_padding, groups, bias, dilation, padding_mode, device, dtype)
         super().__init__(out_channels, kernel_size, stride, padding, *rest)  # type: ignore[call-arg]
         if precision is not None:
             self.precision = precision
+        self._set_fusion(activation, negative_slope, residual_after_activation, scale, out_channels, device, dtype)
 
 
 class LazyConv1d(_LazyConv, torch.nn.LazyConv1d, Conv1d):  # type: ignore[misc]
