@@ -33,6 +33,7 @@ LAYERS = [
     {"fused_ops"},
     {"fused"},
     {"functional"},
+    {"streaming_ops"},
     {"streaming"},
     {"causal"},
     {"separable"},
