@@ -30,8 +30,10 @@ LAYERS = [
     {"fast", "deform_run"},
     {"ops"},
     {"activation"},
+    {"fused_ops"},
     {"fused"},
     {"functional", "deform_ops"},
+    {"streaming_ops"},
     {"streaming"},
     {"causal"},
     {"branches_run"},
@@ -39,7 +41,7 @@ LAYERS = [
     {"separable", "deform", "branches"},
     {"branch_modules"},
     {"sharding"},
-    {"fused_nn"},
+    {"fused_nn", "causal_nn"},
     {"nn", "override", "explain", "check"},
     {"convert", "layers"},
     {"demo", "tuning"},
@@ -49,7 +51,7 @@ LAYERS = [
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 NARROW = {
-    "kernels": {"geometry", "tiles", "causal_config", "deform_config", "branches_problem", "kernels"},
+    "kernels": {"geometry", "tiles", "epilogue", "causal_config", "deform_config", "branches_problem", "kernels"},
     "causal_config": {"config", "tiles", "devices"},
     "reference": {"geometry", "epilogue"},
     "config": {"geometry", "tiles", "devices", "epilogue"},
