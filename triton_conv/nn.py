@@ -21,23 +21,27 @@ import torch
 from torch import Tensor
 
 from . import functional, ops
+from .branch_modules import ASPP, InceptionBranches, SelectiveKernel
 from .functional import Ints, Modes, Padding
 from .geometry import PADDING_MODES
 from .unsupported import not_scripted
 
 __all__ = [
+    "ASPP",
     "Conv1d",
     "Conv2d",
     "Conv3d",
     "ConvTranspose1d",
     "ConvTranspose2d",
     "ConvTranspose3d",
+    "InceptionBranches",
     "LazyConv1d",
     "LazyConv2d",
     "LazyConv3d",
     "LazyConvTranspose1d",
     "LazyConvTranspose2d",
     "LazyConvTranspose3d",
+    "SelectiveKernel",
 ]
 
 
