@@ -1,6 +1,6 @@
 """The plan of several convolutions in one launch: numbers in, plan out, as in `plan`.
 
-Words are those of `kernels.branches`: a term is a convolution of a slice of channels, a part is a sum over terms.
+Words are those of `branches_problem`: a term is a convolution of a slice of channels, a part is a sum over terms.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .config import ITEM_BYTES, BoxConfig, Config, Numerics
 from .cost import Prediction, Roofline
 from .devices import Device
 from .frozen import Frozen
-from .geometry import Role, Strides
+from .geometry import ConvGeometry, Role, Strides
 
 if TYPE_CHECKING:
     from .kernels.direct import Direct
@@ -65,8 +65,13 @@ class BranchesPlan(Frozen):
         return self.order[0].geometry.N
 
     @property
+    def geometry(self) -> ConvGeometry:
+        """That of the term with the longest tiles."""
+        return self.order[0].geometry
+
+    @property
     def strides(self) -> Strides:
-        """Those of x and y, and of the first term's filters."""
+        """Those of x and y, and of the filters of that term."""
         return Strides(self.problem.x, self.order[0].filters, self.problem.y)
 
     @property
@@ -89,9 +94,9 @@ class BranchesPlan(Frozen):
 
     @cached_property
     def launches(self) -> tuple[Launch, ...]:
-        from .kernels import branches, branches_box
+        from .kernels import box_branches, gather_branches
 
-        room = branches_box if self.kernel == "branches_box" else branches
+        room = box_branches if self.kernel == "box_branches" else gather_branches
         p = self.problem
         strides = (p.x, p.y) if self.role is Role.FPROP else (p.y, p.x)
         prediction = self.prediction
@@ -180,7 +185,7 @@ def obstacle(problem: Problem) -> str | None:
             return "it pads with zeros only"
     if problem.role is Role.DGRAD and len({term.geometry.stride for term in problem.terms}) > 1:
         return "branches have other strides"
-    if all(min(g.C, g.K) < 4 * g.groups for g in (term.geometry for term in problem.terms)):
+    if all(prod(channels_of(problem.role, term.geometry)) <= config.WITHOUT_DOT for term in problem.terms):
         return "groups are too narrow for a dot"
     return None
 
@@ -202,8 +207,8 @@ def _make(problem: Problem) -> BranchesPlan:
         rule = _box_rule(problem)
         why = misfit(problem, rule)
     if why is None:
-        return _assembled(problem, "branches_box", _box_config(problem, rule), "boxes of the bulk tensor copy engine")
-    return _assembled(problem, "branches", _config(problem), f"pointer gather, since {why}")
+        return _assembled(problem, "box_branches", _box_config(problem, rule), "boxes of the bulk tensor copy engine")
+    return _assembled(problem, "gather_branches", _config(problem), f"pointer gather, since {why}")
 
 
 @lru_cache(maxsize=4096)
@@ -295,7 +300,7 @@ def _box_config(problem: Problem, rule: BoxConfig) -> BoxConfig:
     boxes = [*config.boxes_of_little_waste(counts, rule.BLOCK_M), config.little_waste(counts, rule.BLOCK_M // 2)]
     narrow = sorted({rule.BLOCK_N, min(rule.BLOCK_N, 64)}, reverse=True)
     others = [replace(rule, box=box, BLOCK_N=n) for n in narrow for box in boxes if box[1] == 1]
-    return _quickest(problem, "branches_box", rule, [c for c in others if misfit(problem, c) is None])
+    return _quickest(problem, "box_branches", rule, [c for c in others if misfit(problem, c) is None])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -303,16 +308,19 @@ def _box_config(problem: Problem, rule: BoxConfig) -> BoxConfig:
 
 
 def _config(problem: Problem) -> Config:
-    """That of the widest term by itself; sums of several terms hold more in registers and get smaller tiles."""
-    role = problem.role
+    """That of the widest term by itself, but for what several terms hold in registers beside their tiles."""
+    role, device = problem.role, problem.device
     widest = max(problem.terms, key=lambda term: term.geometry.flops // term.geometry.groups)
     source = problem.x if role is Role.FPROP else problem.y
     vectorised = source[1] == 1 and all(tiles.whole_vectors(term.geometry) for term in problem.terms)
-    rule = config.default(widest.geometry, role, problem.dtype, problem.precision, vectorised, problem.device)
-    least = config.least_reduction(problem.dtype)
+    rule = config.default(widest.geometry, role, problem.dtype, problem.precision, vectorised, device)
     if not rule.dot or rule.flatten:
+        least = config.least_reduction(problem.dtype)
         rule = replace(rule, BLOCK_N=max(rule.BLOCK_N, 16), BLOCK_K=least, dot=True, flatten=False, filters_first=False)
-    return rule
+    if config._through_registers(problem.dtype, device):
+        rule = replace(rule, num_stages=2)
+    sums = len(problem.terms) > len({term.part for term in problem.terms})
+    return replace(rule, BLOCK_M=max(rule.BLOCK_M // 2, 16)) if sums and not vectorised else rule
 
 
 def _quickest(problem: Problem, kernel: str, rule: BoxConfig, others: list[BoxConfig]) -> BoxConfig:

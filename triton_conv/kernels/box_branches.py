@@ -1,4 +1,4 @@
-"""What `branches` computes on Hopper and newer, as `box` does it: activations as boxes, by the bulk copy engine.
+"""What `gather_branches` computes on Hopper and newer, as `box` does it: activations as boxes, by the bulk copy engine.
 
 Sources, filters and destinations are each described for every term or part, so that what lies beyond a slice of the
 channels is neither read nor written. Destinations are stored as boxes; a residue class of a stride is not.
@@ -15,8 +15,8 @@ from .. import tiles
 from ..branches_problem import MOST_TERMS, fitted
 from ..geometry import Role, Strides
 from .box import _boxes, in_steps
-from .branches import described, first_terms, first_tile, meeting_taps, of, operands, terms_before
 from .epilogue import finish
+from .gather_branches import described, first_terms, first_tile, meeting_taps, of, operands, terms_before
 from .indexing import matrix_product
 from .launch import Box, Launch
 
@@ -25,7 +25,7 @@ IMAGE_SIZED = ["src_h", "src_w", "dst_h", "dst_w", "tiles_m"]
 
 
 @triton.jit(do_not_specialize=IMAGE_SIZED)
-def branches_box_kernel(
+def box_branches_kernel(
     src0,  # (N, 1, H, W, channels), or (N, H / s, s, W / s, s * channels)
     src1,
     src2,
@@ -162,7 +162,7 @@ def branches_box_kernel(
 
 
 def launch(role: Role, terms, strides, config, numerics, programs: int) -> Launch:
-    """As `branches.launch`."""
+    """As `gather_branches.launch`."""
     source, destination = strides
     boxes: list[tuple[Box, ...]] = []
     for term in terms:
@@ -196,4 +196,4 @@ def launch(role: Role, terms, strides, config, numerics, programs: int) -> Launc
         num_stages=config.num_stages,
     )
     every = tuple(named(name, place) for place, name in enumerate(operands(role, terms)))
-    return Launch("branches_box", branches_box_kernel, programs, every, arguments)
+    return Launch("box_branches", box_branches_kernel, programs, every, arguments)

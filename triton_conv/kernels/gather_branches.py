@@ -74,7 +74,7 @@ def meeting_taps(step, lowest, highest, taps, extent):
 
 
 @triton.jit(do_not_specialize=IMAGE_SIZED, do_not_specialize_on_alignment=UNALIGNED)
-def branches_kernel(
+def gather_branches_kernel(
     src0,
     src1,
     src2,
@@ -290,7 +290,7 @@ def launch(role: Role, terms, strides, config, numerics, programs: int) -> Launc
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return Launch("branches", branches_kernel, programs, operands(role, terms), arguments)
+    return Launch("gather_branches", gather_branches_kernel, programs, operands(role, terms), arguments)
 
 
 def described(role: Role, terms, config) -> dict[str, Any]:
