@@ -179,7 +179,7 @@ def test_one_by_one_computes_the_same(combine, kernels, poisoned, launched):
 
 def test_channels_that_nobody_reads_have_a_gradient_of_zero(kernels, poisoned, launched):
     x = torch.randn(1, 6, 3, 3, device=kernels, requires_grad=True)
-    w = torch.randn(2, 2, 3, 3, device=kernels)
+    w = torch.randn(5, 2, 3, 3, device=kernels)
     reads = [Branch(w, padding=1, channels=(3, 2)), Branch(w, padding=1, channels=(0, 2))]
     multi_conv2d(x, reads, one_launch=True).sum().backward()
     assert launched == ["gather_branches"] * 2
@@ -245,8 +245,11 @@ def test_compiled_and_transformed():
     torch.testing.assert_close(z, y)
     for got, want in zip(torch.autograd.grad(z.square().sum(), leaves), wanted, strict=True):
         torch.testing.assert_close(got, want)
-    each = torch.vmap(f, (0, None, None))(x.unsqueeze(1), *weights)
+    each = torch.vmap(f, (0, None, 3))(x.unsqueeze(1), weights[0], weights[1].unsqueeze(3).expand(3, 4, 1, 2, 1))
     torch.testing.assert_close(each.squeeze(1), y)
+    params = flat(given, 5)
+    dx = torch.vmap(lambda y: multi_conv_dgrad(y, weights, [1, 5, 4, 5], *params))(y.unsqueeze(1))
+    torch.testing.assert_close(dx.squeeze(1), multi_conv_dgrad(y, weights, [2, 5, 4, 5], *params))
     got = torch.func.grad(lambda *leaves: f(*leaves).square().sum(), argnums=(0, 1, 2))(*leaves)
     torch.testing.assert_close(got, wanted)
     _, tangent = torch.func.jvp(lambda x: f(x, *weights), (x,), (x,))

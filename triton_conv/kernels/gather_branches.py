@@ -289,6 +289,7 @@ def launch(role: Role, terms, strides, config, numerics, programs: int) -> Launc
         BLOCK_M=config.BLOCK_M,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=255,  # all there are: for more programs at a time the assembler would rather spill a few
     )
     return Launch("gather_branches", gather_branches_kernel, programs, operands(role, terms), arguments)
 
