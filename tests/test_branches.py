@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 import triton_conv
-from triton_conv import Branch, branches, branches_cost, config, multi_conv2d
+from triton_conv import Branch, branches, branches_cost, branches_plan, config, multi_conv2d
 from triton_conv.branches_ops import multi_conv, multi_conv_dgrad
 from triton_conv.check import tolerance
 from triton_conv.kernels.launch import Launch
@@ -158,6 +158,20 @@ def test_values_and_gradients(case, combine, dtype, channels_last, kernels, pois
     boxed = dtype in (torch.float16, torch.bfloat16) and channels_last and case != "odd"
     if not torch.cuda.is_available():
         assert kernel == ("box_branches" if boxed else "gather_branches")
+
+
+def test_contiguous_activations_are_copied_for_boxes(kernels, poisoned, launched, monkeypatch):
+    """Where it is predicted to pay, which it is not for tensors as small as these."""
+    monkeypatch.setattr(branches_plan, "_make", branches_plan._make.__wrapped__)
+    monkeypatch.setattr(branches_plan.choose, "WORTH_LEAVING", float("inf"))
+    kernel = check("slices", "concatenate", torch.float16, False, kernels, launched)
+    assert kernel == "box_branches" or torch.cuda.is_available()
+    x = torch.empty(1, 16, 6, 5, device="meta", dtype=torch.float16)
+    weight = torch.empty(16, 16, 1, 1, device="meta", dtype=torch.float16)
+    calls = branches.branches_ops._forward(x, [weight], [None], flat([((16, 16, 1, 1), {})], 16))
+    (plan,) = branches._of(calls, branches.branches_run.empty_output(calls), H200).values()
+    assert plan.steps == ("copy the input to channels-last", "copy the output from channels-last")
+    assert plan.workspace_bytes == 2 * 16 * 30 * 2
 
 
 def test_nine_branches_are_two_launches(kernels, poisoned, launched):

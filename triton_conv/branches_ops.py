@@ -114,8 +114,8 @@ def _forward(input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor |
         raise RuntimeError(
             f"expected all branches to have the same output {what}, but got {shapes} (input {list(input.shape)})"
         )
-    slices = params.written(weights)
-    return Calls(input, tuple(weights), tuple(each), tuple(slices), sum(slices[-1]))
+    slices, reads = params.written(weights), (params.read(i) for i in range(len(weights)))
+    return Calls(input, tuple(weights), tuple(each), tuple(reads), tuple(slices), sum(slices[-1]))
 
 
 def _backward(grad_output: Tensor, weights: Sequence[Tensor], input_size: Sequence[int], params: Params) -> Calls:
@@ -130,7 +130,7 @@ def _backward(grad_output: Tensor, weights: Sequence[Tensor], input_size: Sequen
         size = [input_size[0], params.read(i)[1], *input_size[2:]]
         each.append(ops._conv_dgrad_call(_slice(grad_output, mine), w, size, *params.of(i)))
     read = tuple(params.read(i) for i in range(len(weights)))
-    return Calls(grad_output, tuple(weights), tuple(each), read, input_size[1])
+    return Calls(grad_output, tuple(weights), tuple(each), tuple(slices), read, input_size[1])
 
 
 def _run(input, weights, biases, *params) -> Tensor:

@@ -36,10 +36,12 @@ def alone(problem: Problem, term: Term) -> plan.Problem:
 class BranchesPlan(Frozen):
     """One kernel for all terms, and everything it is launched with.
 
-    `order` are the problem's terms as the kernel gets them, those of the longest tiles first; `packs` the numbers of
-    the filters that are copied to channels-last.
+    `asked` is the caller's problem, `problem` the same with strides of x and y as the kernel gets them: those in
+    `moves` are copied to channels-last, or back from there. `order` are its terms as the kernel gets them, those of the
+    longest tiles first; `packs` the numbers of the filters that are copied to channels-last.
     """
 
+    asked: Problem
     problem: Problem
     kernel: str
     config: Config | BoxConfig
@@ -81,16 +83,31 @@ class BranchesPlan(Frozen):
         return dict.fromkeys((f"{name}{i}" for i in sorted(numbers) for name in ("x", "w", "bias", "y")), self.dtype)
 
     @property
+    def moves(self) -> tuple[str, ...]:
+        """Which of x and y are copied."""
+        return tuple(name for name in ("x", "y") if getattr(self.asked, name) != getattr(self.problem, name))
+
+    @property
+    def _copies(self) -> list[int]:
+        """The size in bytes of every tensor that stands for another."""
+        filters = [prod(term.geometry.shape("w")) for term in self.order if term.number in self.packs]
+        whole = dict(zip(("x", "y"), _shapes(self.problem), strict=True))
+        return [elements * ITEM_BYTES[self.dtype] for elements in (*filters, *(prod(whole[m]) for m in self.moves))]
+
+    @property
     def workspace_bytes(self) -> int:
         """Device memory beyond inputs and output, in bytes."""
-        copied = (term.geometry for term in self.order if term.number in self.packs)
-        return sum(prod(g.shape("w")) for g in copied) * ITEM_BYTES[self.dtype]
+        return sum(self._copies)
 
     @property
     def steps(self) -> tuple[str, ...]:
-        """What is done to operands before they are launched with."""
+        """What is done to operands before they are launched with, and to the output after."""
+        written, output = ways._WRITTEN[self.role]
+        words = {name: f"copy {words} to channels-last" for name, words in ways._WORDS.items()}
+        words[written] = f"copy {output} from channels-last"
+        found = [words[name] for name in self.moves]
         numbers = ", ".join(map(str, sorted(self.packs)))
-        return (f"copy the filters of branches {numbers} to channels-last",) if self.packs else ()
+        return (*found, *([f"copy the filters of branches {numbers} to channels-last"] if self.packs else []))
 
     @cached_property
     def launches(self) -> tuple[Launch, ...]:
@@ -122,15 +139,13 @@ class BranchesPlan(Frozen):
 
     @cached_property
     def seconds(self) -> float:
-        """The predicted time of everything: copies of filters and kernel."""
-        copied = (term.geometry for term in self.order if term.number in self.packs)
-        sizes = (prod(g.shape("w")) * ITEM_BYTES[self.dtype] for g in copied)
-        return self.prediction.seconds + sum(cost.copy_seconds(size, self.device) for size in sizes)
+        """The predicted time of everything: copies and kernel."""
+        return self.prediction.seconds + sum(cost.copy_seconds(size, self.device) for size in self._copies)
 
     @cached_property
     def apart(self) -> tuple[plan.Plan, ...]:
         """The plans of the same convolutions one after the other, into slices; sums of several come on top."""
-        return tuple(plan.make(alone(self.problem, term)) for term in self.problem.terms)
+        return tuple(plan.make(alone(self.asked, term)) for term in self.asked.terms)
 
     @cached_property
     def apart_seconds(self) -> float:
@@ -155,7 +170,7 @@ class BranchesPlan(Frozen):
 
     def __str__(self) -> str:
         p, numerics = self.problem, self.numerics
-        copied = f" (copies of {len(self.packs)} filters)" if self.packs else ""
+        copied = " (the copies)" if self._copies else ""
         parts = len({term.part for term in p.terms})
         lines = [
             f"kernel     {self.kernel} ({self.role.value} of {len(p.terms)} branches, {parts} sums)",
@@ -197,22 +212,46 @@ def make(problem: Problem) -> BranchesPlan:
         return _make(problem)
     terms = tuple(t._replace(geometry=replace(t.geometry, N=batch)) for t in problem.terms)
     model = _make(problem._replace(terms=terms))
-    return _assembled(problem, model.kernel, model.config, f"{model.why}; chosen for a batch of {batch}")
+    inner = _moved(problem) if model.moves else problem
+    return _assembled(problem, inner, model.kernel, model.config, f"{model.why}; chosen for a batch of {batch}")
 
 
 @lru_cache(maxsize=4096)
 def _make(problem: Problem) -> BranchesPlan:
-    why = box_obstacle(problem)
-    if why is None:
-        rule = _box_rule(problem)
-        why = misfit(problem, rule)
-    if why is None:
-        return _assembled(problem, "box_branches", _box_config(problem, rule), "boxes of the bulk tensor copy engine")
-    return _assembled(problem, "gather_branches", _config(problem), f"pointer gather, since {why}")
+    why, boxes = box_obstacle(problem), "boxes of the bulk tensor copy engine"
+    rule = None if why else _box_rule(problem)
+    why = why or (misfit(problem, rule) if rule else None)
+    if rule and not why:
+        return _assembled(problem, problem, "box_branches", _box_config(problem, rule), boxes)
+    given = _assembled(problem, problem, "gather_branches", _config(problem), f"pointer gather, since {why}")
+    moved = _moved(problem)
+    if moved == problem or not problem.alignable or box_obstacle(moved):
+        return given
+    rule = _box_rule(moved)
+    if misfit(moved, rule):
+        return given
+    copied = _assembled(problem, moved, "box_branches", _box_config(moved, rule), boxes)
+    return copied if copied.seconds < choose.WORTH_LEAVING * given.seconds else given
+
+
+def _shapes(problem: Problem) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(N, C, 1, H, W) of x and y."""
+    g = problem.terms[0].geometry
+    x, y = problem.channels
+    return (g.N, x, *g.input), (g.N, y, *g.output)
+
+
+def _moved(problem: Problem) -> Problem:
+    """The problem with x and y channels-last, copied where they are not."""
+    x, y = (
+        given if given[1] == 1 else ways.dense_strides(shape, channels_last=True)
+        for given, shape in zip((problem.x, problem.y), _shapes(problem), strict=True)
+    )
+    return problem if (x, y) == (problem.x, problem.y) else problem._replace(x=x, y=y, aligned=problem.alignable)
 
 
 @lru_cache(maxsize=4096)
-def _assembled(problem: Problem, kernel: str, made: Config | BoxConfig, why: str) -> BranchesPlan:
+def _assembled(asked: Problem, problem: Problem, kernel: str, made: Config | BoxConfig, why: str) -> BranchesPlan:
     boxed = isinstance(made, BoxConfig)
     terms = tuple(_packed(term) for term in problem.terms) if boxed else problem.terms
     packs = tuple(new.number for new, old in zip(terms, problem.terms, strict=True) if new != old)
@@ -225,7 +264,7 @@ def _assembled(problem: Problem, kernel: str, made: Config | BoxConfig, why: str
     bits = 64 if _reach(packed, made) >= 2**31 else 32
     has_bias = any(term.has_bias for term in terms)
     numerics = Numerics(bits, plan.ACCUMULATORS[problem.dtype], problem.precision, has_bias)
-    return BranchesPlan(problem, kernel, made, numerics, order, packs, why)
+    return BranchesPlan(asked, problem, kernel, made, numerics, order, packs, why)
 
 
 def _reach(problem: Problem, made: Config | BoxConfig) -> int:

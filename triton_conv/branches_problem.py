@@ -29,7 +29,8 @@ class Problem(NamedTuple):
     """What a plan depends on. x and y are the strides (N, C, 1, H, W) of the tensors that slices are of.
 
     Terms of FPROP read slices of x and write slices of y, those of DGRAD the other way. A part is such a written slice.
-    `aligned` says that every slice starts at a multiple of 16 bytes.
+    `channels` are those of x and y. `aligned` says that every slice starts at a multiple of 16 bytes, `alignable` that
+    it would in channels-last copies of x and y.
     """
 
     role: Role
@@ -38,7 +39,9 @@ class Problem(NamedTuple):
     precision: str
     x: tuple[int, ...]
     y: tuple[int, ...]
+    channels: tuple[int, int]
     aligned: bool
+    alignable: bool
     device: Device
 
 

@@ -13,8 +13,8 @@ import triton.language as tl
 
 from .. import tiles
 from ..branches_problem import MOST_TERMS, fitted
-from ..geometry import Role, Strides
-from .box import _boxes, in_steps
+from ..geometry import Role, Strides, tap_step
+from .box import in_steps, stepped
 from .epilogue import finish
 from .gather_branches import described, first_terms, first_tile, meeting_taps, of, operands, terms_before
 from .indexing import matrix_product
@@ -163,19 +163,11 @@ def box_branches_kernel(
 
 def launch(role: Role, terms, strides, config, numerics, programs: int) -> Launch:
     """As `gather_branches.launch`."""
-    source, destination = strides
-    boxes: list[tuple[Box, ...]] = []
-    for term in terms:
-        x, y = (source, destination) if role is Role.FPROP else (destination, source)
-        boxes.append(
-            _boxes(
-                role, term.geometry, Strides(x, term.filters, y), fitted(role, term.geometry, config), "src", "dst", 0
-            )
-        )
+    boxes = [_boxes(role, term, strides, fitted(role, term.geometry, config)) for term in terms]
     first = first_terms(terms)
 
     def named(name: str | None, place: int) -> str | Box | None:
-        """What stands at a place of the kernel's arguments."""
+        """What stands at a place of the kernel's arguments: sources, filters, biases and destinations in turn."""
         which, number = divmod(place, MOST_TERMS)
         if name is None or which == 2:
             return name
@@ -197,3 +189,18 @@ def launch(role: Role, terms, strides, config, numerics, programs: int) -> Launc
     )
     every = tuple(named(name, place) for place, name in enumerate(operands(role, terms)))
     return Launch("box_branches", box_branches_kernel, programs, every, arguments)
+
+
+def _boxes(role: Role, term, strides, config) -> tuple[Box, Box, Box]:
+    """Source, filters and destination of a term as tensor descriptors, of no operand yet."""
+    g, forward = term.geometry, role is Role.FPROP
+    (src_c, src), (dst_c, dst) = ((g.C, g.input), (g.K, g.output)) if forward else ((g.K, g.output), (g.C, g.input))
+    block = (config.BLOCK_N, config.BLOCK_K) if forward else (config.BLOCK_K, config.BLOCK_N)
+    x, y = strides if forward else reversed(strides)
+    tap = tap_step(g, Strides(x, term.filters, y)) or term.filters[0]
+    steps = [axis.src_step for axis in g.axes(role)]
+    return (
+        stepped("", (g.N, *src), src_c, strides[0], steps, config.box, config.BLOCK_K),
+        Box("", (g.taps, g.K, g.C // g.groups), (tap, term.filters[0], 1), (1, *block)),
+        stepped("", (g.N, *dst), dst_c, strides[1], (1, 1, 1), config.box, config.BLOCK_N),
+    )
