@@ -359,7 +359,8 @@ def _config(problem: Problem) -> Config:
     if config._through_registers(problem.dtype, device):
         rule = replace(rule, num_stages=2)
     sums = len(problem.terms) > len({term.part for term in problem.terms})
-    return replace(rule, BLOCK_M=max(rule.BLOCK_M // 2, 16)) if sums and not vectorised else rule
+    crowded = not vectorised or (ITEM_BYTES[problem.dtype] > 2 and config._through_registers(problem.dtype, device))
+    return replace(rule, BLOCK_M=max(rule.BLOCK_M // 2, 16)) if sums and crowded else rule
 
 
 def _quickest(problem: Problem, kernel: str, rule: BoxConfig, others: list[BoxConfig]) -> BoxConfig:
