@@ -15,7 +15,7 @@ PACKAGE = Path(triton_conv.__file__).parent
 
 # A module may import those of earlier lines, not of its own: `tuning` and the commands see everything.
 LAYERS = [
-    {"version", "geometry", "devices", "unsupported", "invariance", "later", "frozen"},
+    {"version", "geometry", "devices", "epilogue", "unsupported", "invariance", "later", "frozen"},
     {"tiles", "reference", "branches_problem"},
     {"config"},
     {"causal_config", "key"},
@@ -44,10 +44,10 @@ LAYERS = [
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 NARROW = {
-    "kernels": {"geometry", "tiles", "causal_config", "branches_problem", "kernels"},
+    "kernels": {"geometry", "tiles", "epilogue", "causal_config", "branches_problem", "kernels"},
     "causal_config": {"config", "tiles", "devices"},
-    "reference": {"geometry"},
-    "config": {"geometry", "tiles", "devices"},
+    "reference": {"geometry", "epilogue"},
+    "config": {"geometry", "tiles", "devices", "epilogue"},
     "tiles": {"geometry"},
     "branches_problem": {"geometry", "devices"},
     "geometry": set(),

@@ -11,6 +11,7 @@ from . import cost, tiles
 from .branches_problem import Problem, Term, fitted
 from .config import ITEM_BYTES, BoxConfig, Config
 from .cost import Prediction, Roofline
+from .epilogue import PLAIN
 from .geometry import Axis, Role
 from .tiles import Tiles, ceil_div
 
@@ -84,7 +85,9 @@ def predict(problem: Problem, kernel: str, config: Config | BoxConfig) -> Predic
         found = steps(p, term, config)
         tiles_of[term.part] = found.total
         longest[term.part] = longest.get(term.part, 0) + found.longest
-        step = cost._step(p.role, term.geometry, fitted(p.role, term.geometry, config), item, item, channels_last)
+        step = cost._step(
+            p.role, term.geometry, fitted(p.role, term.geometry, config), item, item, channels_last, PLAIN
+        )
         _, registers = cost._residents(config, step, p.dtype, device)
         multiplying, busy = cost._busy(step, registers, p.dtype, p.precision, device)
         every += found.steps
@@ -93,7 +96,7 @@ def predict(problem: Problem, kernel: str, config: Config | BoxConfig) -> Predic
         fetched += found.steps * step.bytes
         flops += found.steps * step.flops
     widest = max(p.terms, key=lambda term: term.geometry.flops).geometry
-    step = cost._step(p.role, widest, config, item, item, channels_last)  # what a program has room for
+    step = cost._step(p.role, widest, config, item, item, channels_last, PLAIN)  # what a program has room for
     resident, registers = cost._residents(config, step, p.dtype, device)
     whole = Tiles(sum(tiles_of.values()), 1, 1, every, max(longest.values()))
     waves, loop = cost._waves(whole, busy_seconds / max(every, 1), step, resident, device) if resident else (0, inf)

@@ -204,7 +204,7 @@ def _write(call: Call, y: Tensor) -> None:
 
 def _plain(calls: Calls, output: Tensor) -> Tensor:
     """In plain torch, sums in the type that sums have and rounded once."""
-    wide = reference._wide(output.dtype)
+    wide = reference.wide_of(output.dtype)
     if len(set(calls.slices)) == len(calls.slices) and _covered(calls):
         for call, channels in zip(calls.each, calls.slices, strict=True):
             _slice(output, channels).copy_(execute.execute(call))

@@ -16,12 +16,16 @@ Programs are persistent: each takes every num_programs-th tile, so that one tile
 
 from __future__ import annotations
 
+from math import prod
+
 import triton
 import triton.language as tl
 
 from .. import tiles
+from ..epilogue import PLAIN
 from ..geometry import ConvGeometry, Role, Strides, describable, tap_step
-from .epilogue import finish
+from .epilogue import activate, scaled
+from .epilogue import constants as epilogue_constants
 from .indexing import matrix_product, residue_class, tap_of
 from .launch import Box, Launch
 
@@ -38,6 +42,36 @@ def in_steps(position, step):
     return shifted // step - BIAS, shifted % step
 
 
+@triton.jit
+def read_tile(
+    tensor,
+    at,
+    valid,
+    BLOCK_N: tl.constexpr,
+    PIXELS: tl.constexpr,
+    STORE_BOX: tl.constexpr,
+    STORE_PLANES: tl.constexpr,
+):
+    """[BLOCK_N, PIXELS] of a tensor like the destination: at coordinates of a descriptor, or offsets from a pointer."""
+    if STORE_BOX:
+        return tensor.load(at).reshape(PIXELS, BLOCK_N).trans()
+    elif STORE_PLANES:
+        return tensor.load(at).permute(1, 0, 2, 3, 4).reshape(BLOCK_N, PIXELS)
+    else:
+        return tl.load(tensor + at, mask=valid, other=0)
+
+
+@triton.jit
+def write_tile(tensor, at, valid, values, BN, BZ, BP, BQ, STORE_BOX: tl.constexpr, STORE_PLANES: tl.constexpr):
+    """Writes values [BLOCK_N, PIXELS] to where `read_tile` would read them."""
+    if STORE_BOX:
+        tensor.store(at, values.trans().reshape(tensor.block_shape))
+    elif STORE_PLANES:
+        tensor.store(at, values.reshape(values.shape[0], BN, BZ, BP, BQ).permute(1, 0, 2, 3, 4))
+    else:
+        tl.store(tensor + at, values, mask=valid)
+
+
 @triton.jit(do_not_specialize=IMAGE_SIZED, do_not_specialize_on_alignment=["scale_a", "scale_b", "dst_sc"])
 def box_kernel(
     src,  # (N, D, H, W, channels), or (N, H / s, s, W / s, s * channels)
@@ -45,7 +79,10 @@ def box_kernel(
     dst,  # as src, or None
     scale_a,
     scale_b,
+    scale,
     bias,
+    residual,  # as dst where that is not None, else a pointer, with dst's strides; so is what is kept
+    kept,
     dst_pointer,
     N,
     SRC_C,
@@ -71,7 +108,12 @@ def box_kernel(
     STORE_BOX: tl.constexpr,
     STORE_PLANES: tl.constexpr,
     HAS_SCALE: tl.constexpr,
+    SCALED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
+    KEEPS: tl.constexpr,
     INDEX: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -79,6 +121,11 @@ def box_kernel(
     BZ: tl.constexpr,
     BP: tl.constexpr,
     BQ: tl.constexpr,
+    PARTS: tl.constexpr,
+    PART_N: tl.constexpr,
+    PART_Z: tl.constexpr,
+    PART_P: tl.constexpr,
+    PART_Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
@@ -139,29 +186,65 @@ def box_kernel(
 
         channels = channel0 + tl.arange(0, BLOCK_N)
         channel_valid = channels < DST_C
+        scale_group = scale + group * DST_C if SCALED else scale
         bias_group = bias + group * DST_C if HAS_BIAS else bias
         dtype: tl.constexpr = dst_pointer.dtype.element_ty
-        out = finish(acc, scale_a, scale_b, bias_group, channels, channel_valid, HAS_SCALE, HAS_BIAS, dtype)
-        if STORE_BOX:
-            channel = (phase_w * groups + group) * DST_C + channel0
-            if DST_ROWS:
-                dst.store([n0, p0, phase_h, q0, channel], out.trans().reshape(BN, BP, 1, BQ, BLOCK_N))
+        parts: tl.tuple = (acc,)
+        if PARTS == 2:
+            parts = acc.reshape(BLOCK_N, 2, PIXELS // 2).permute(0, 2, 1).split()
+        for part in tl.static_range(PARTS):
+            sums = scaled(
+                parts[part],
+                scale_a,
+                scale_b,
+                scale_group,
+                bias_group,
+                channels,
+                channel_valid,
+                HAS_SCALE,
+                SCALED,
+                HAS_BIAS,
+            )
+            # the part's first pixel
+            n1 = n0 + part * (BN - PART_N)
+            z1 = z0 + part * (BZ - PART_Z)
+            p1 = p0 + part * (BP - PART_P)
+            q1 = q0 + part * (BQ - PART_Q)
+            at: tl.tuple = ()
+            valid = None
+            if STORE_BOX:
+                channel = (phase_w * groups + group) * DST_C + channel0
+                if DST_ROWS:
+                    at = (n1, p1, phase_h, q1, channel)
+                else:
+                    at = (n1, z1, p1, q1, channel)
+            elif STORE_PLANES:
+                at = (n1, group * DST_C + channel0, z1, p1, q1)
             else:
-                dst.store([n0, z0, p0, q0, channel], out.trans().reshape(BN, BZ, BP, BQ, BLOCK_N))
-        elif STORE_PLANES:
-            planes = out.reshape(BLOCK_N, BN, BZ, BP, BQ).permute(1, 0, 2, 3, 4)
-            dst.store([n0, group * DST_C + channel0, z0, p0, q0], planes)
-        else:
-            pixel = tl.arange(0, PIXELS)
-            ow = phase_w + (q0 + pixel % BQ) * axis_w.phases
-            oh = phase_h + (p0 + pixel // BQ % BP) * axis_h.phases
-            od = phase_d + (z0 + pixel // (BQ * BP) % BZ) * axis_d.phases
-            n = n0 + pixel // (BQ * BP * BZ)
-            valid = (n < N) & (od < dst_d) & (oh < dst_h) & (ow < dst_w)
-            offset = n.to(INDEX) * dst_sn + od.to(INDEX) * dst_sd + oh.to(INDEX) * dst_sh + ow.to(INDEX) * dst_sw
-            channel_offset = (group * DST_C + channels).to(INDEX) * dst_sc
-            target = dst_pointer + offset[None, :] + channel_offset[:, None]
-            tl.store(target, out, mask=channel_valid[:, None] & valid[None, :])
+                pixel = tl.arange(0, PIXELS // PARTS)
+                ow = phase_w + (q1 + pixel % PART_Q) * axis_w.phases
+                oh = phase_h + (p1 + pixel // PART_Q % PART_P) * axis_h.phases
+                od = phase_d + (z1 + pixel // (PART_Q * PART_P) % PART_Z) * axis_d.phases
+                n = n1 + pixel // (PART_Q * PART_P * PART_Z)
+                pixel_valid = (n < N) & (od < dst_d) & (oh < dst_h) & (ow < dst_w)
+                valid = channel_valid[:, None] & pixel_valid[None, :]
+                offset = n.to(INDEX) * dst_sn + od.to(INDEX) * dst_sd + oh.to(INDEX) * dst_sh + ow.to(INDEX) * dst_sw
+                at = offset[None, :] + ((group * DST_C + channels).to(INDEX) * dst_sc)[:, None]
+
+            # as `epilogue.store`, in the same order
+            if RESIDUAL == "before":
+                sums += read_tile(residual, at, valid, BLOCK_N, PIXELS // PARTS, STORE_BOX, STORE_PLANES).to(ACC)
+            if KEEPS:
+                unactivated = sums.to(dtype)
+                write_tile(kept, at, valid, unactivated, PART_N, PART_Z, PART_P, PART_Q, STORE_BOX, STORE_PLANES)
+            sums = activate(sums, SLOPE, ACTIVATION)
+            if RESIDUAL == "after":
+                sums += read_tile(residual, at, valid, BLOCK_N, PIXELS // PARTS, STORE_BOX, STORE_PLANES).to(ACC)
+            out = sums.to(dtype)
+            if STORE_BOX or STORE_PLANES:
+                write_tile(dst, at, valid, out, PART_N, PART_Z, PART_P, PART_Q, STORE_BOX, STORE_PLANES)
+            else:
+                write_tile(dst_pointer, at, valid, out, PART_N, PART_Z, PART_P, PART_Q, STORE_BOX, STORE_PLANES)
 
 
 def launch(
@@ -179,6 +262,7 @@ def launch(
     axes = g.axes(role)
     counted = tiles.box(role, g, config)
     bn, bz, bp, bq = config.box
+    part = part_of(config, numerics.epilogue)
     arguments = {
         "N": g.N,
         "SRC_C": src_c // g.groups,
@@ -204,7 +288,7 @@ def launch(
         "STORE_BOX": stores_box(role, g, strides, config.BLOCK_N),
         "STORE_PLANES": stores_planes(role, g, strides, config, vector),
         "HAS_SCALE": numerics.has_scale,
-        "HAS_BIAS": numerics.has_bias,
+        **epilogue_constants(numerics),
         "INDEX": getattr(tl, f"int{numerics.index_bits}"),
         "ACC": getattr(tl, numerics.accumulator),
         "PRECISION": numerics.precision,
@@ -212,6 +296,8 @@ def launch(
         "BZ": bz,
         "BP": bp,
         "BQ": bq,
+        "PARTS": config.BLOCK_M // prod(part),
+        **dict(zip(("PART_N", "PART_Z", "PART_P", "PART_Q"), part, strict=True)),
         "BLOCK_N": config.BLOCK_N,
         "BLOCK_K": config.BLOCK_K,
         "GROUP": 8,
@@ -221,12 +307,30 @@ def launch(
         "num_stages": config.num_stages,
     }
     src, dst = ("x", into or "y") if forward else ("y", into or "x")
-    boxes = _boxes(role, g, strides, config, src, dst, vector)
+    source, filters, stored = _boxes(role, g, strides, config, part, src, dst, vector)
+    *scales_and_bias, residual, kept = numerics.operands
+    if stored is not None:
+        residual, kept = (name and stored._replace(operand=name) for name in (residual, kept))
     programs = min(counted.total, device.multiprocessors * config.programs)
-    return Launch("box", box_kernel, programs, (*boxes, *numerics.epilogue, dst), arguments)
+    operands = (source, filters, stored, *scales_and_bias, residual, kept, dst)
+    return Launch("box", box_kernel, programs, operands, arguments)
 
 
-def _boxes(role: Role, geometry: ConvGeometry, strides: Strides, config, src: str, dst: str, vector: int) -> tuple:
+def part_of(config, epilogue) -> tuple[int, ...]:
+    """The sides of the box of pixels that is finished and stored at a time.
+
+    That is half a tile where its sums fill half of the registers, so that what an epilogue adds to them is not spilled.
+    """
+    full = 128 * 32 * config.num_warps <= config.BLOCK_M * config.BLOCK_N
+    if epilogue == PLAIN or not full:
+        return config.box
+    axis = next(axis for axis, side in enumerate(config.box) if side > 1)
+    return tuple(side // 2 if i == axis else side for i, side in enumerate(config.box))
+
+
+def _boxes(
+    role: Role, geometry: ConvGeometry, strides: Strides, config, part: tuple[int, ...], src: str, dst: str, vector: int
+) -> tuple:
     """(source, filters, destination or None) as the kernel's tensor descriptors."""
     g = geometry
     forward = role is Role.FPROP
@@ -239,13 +343,13 @@ def _boxes(role: Role, geometry: ConvGeometry, strides: Strides, config, src: st
     dst_sides = ((g.N, *g.output), g.K, strides.y) if forward else ((g.N, *g.input), g.C, strides.x)
     source = stepped(src, *src_sides, [a.src_step for a in axes], config.box, config.BLOCK_K)
     if stores_box(role, g, strides, config.BLOCK_N):
-        return source, filters, stepped(dst, *dst_sides, [a.phases for a in axes], config.box, config.BLOCK_N)
+        return source, filters, stepped(dst, *dst_sides, [a.phases for a in axes], part, config.BLOCK_N)
     if stores_planes(role, g, strides, config, vector):
         (n, *sizes), channels, (sn, sc, sd, sh, _) = dst_sides
         shape = (n, channels, *sizes)
         # strides of axes of extent 1 are free, and a descriptor wants them to be multiples of 16 bytes
         free = (stride if extent > 1 else sc for stride, extent in zip((sn, sc, sd, sh), shape, strict=False))
-        bn, *sides = config.box
+        bn, *sides = part
         return source, filters, Box(dst, shape, (*free, 1), (bn, config.BLOCK_N, *sides))
     return source, filters, None
 

@@ -1,9 +1,25 @@
-"""What happens to an accumulator before it is stored; shared by every kernel that writes activations."""
+"""What happens to an accumulator before it is stored; shared by every kernel that writes activations.
+
+`triton_conv.epilogue` has the formula. Constants that say what there is to do:
+
+| constant   | meaning                                                                               |
+|------------|---------------------------------------------------------------------------------------|
+| HAS_SCALE  | two numbers, those of 8-bit operands, are multiplied in                               |
+| SCALED     | a number for each destination channel is multiplied in                                |
+| HAS_BIAS   | a number for each destination channel is added                                        |
+| RESIDUAL   | a tensor like the destination is added "before" the activation or "after" it, or not: "" |
+| ACTIVATION | of `triton_conv.epilogue.ACTIVATIONS`, or ""; SLOPE is leaky_relu's                    |
+| KEEPS      | what the activation is applied to is stored as well                                   |
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+# 2 * sqrt(2 / pi), and that times the cubic term of gelu's approximation by tanh: Hendrycks and Gimpel (2016).
+GELU_LINEAR: tl.constexpr = tl.constexpr(1.5957691216057308)
+GELU_CUBIC: tl.constexpr = tl.constexpr(1.5957691216057308 * 0.044715)
 
 
 @triton.jit
@@ -16,3 +32,113 @@ def finish(
     if HAS_BIAS:
         acc += tl.load(bias + channels, mask=valid, other=0).to(acc.dtype)[:, None]
     return acc.to(dtype)
+
+
+@triton.jit
+def scaled(
+    acc,
+    scale_a,
+    scale_b,
+    scale,
+    bias,
+    channels,
+    valid,
+    HAS_SCALE: tl.constexpr,
+    SCALED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """acc [channels, pixels] times all scales, plus bias; scale and bias are pointers to the tile's group."""
+    if HAS_SCALE:
+        acc *= tl.load(scale_a) * tl.load(scale_b)
+    if SCALED:
+        acc *= tl.load(scale + channels, mask=valid, other=0).to(acc.dtype)[:, None]
+    if HAS_BIAS:
+        acc += tl.load(bias + channels, mask=valid, other=0).to(acc.dtype)[:, None]
+    return acc
+
+
+@triton.jit
+def store(
+    acc,
+    at,
+    valid,
+    residual,
+    kept,
+    dst,
+    RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
+    KEEPS: tl.constexpr,
+):
+    """Writes the outputs of scaled and biased sums, and what is kept, to these offsets of tensors that are alike.
+
+    Each is loaded or written as soon as may be: together they are more registers than the sums.
+    """
+    if RESIDUAL == "before":
+        acc += tl.load(residual + at, mask=valid, other=0).to(acc.dtype)
+    if KEEPS:
+        tl.store(kept + at, acc.to(dst.dtype.element_ty), mask=valid)
+    acc = activate(acc, SLOPE, ACTIVATION)
+    if RESIDUAL == "after":
+        acc += tl.load(residual + at, mask=valid, other=0).to(acc.dtype)
+    tl.store(dst + at, acc.to(dst.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def gelu(x):
+    """x times the normal distribution function of x, to within the rounding of x.
+
+    In float32, max(x, 0) - |x| q(|x|), where q(|x|) exp(x^2 / 2) is t times a polynomial of t = 1 / (1 + 0.28284 |x|),
+    as in Hastings, Approximations for Digital Computers (1955), with one term more: wrong by 1.4e-8 at most. The
+    compiler's erf takes twice the registers, and 1 + erf(x) cancels where x is negative.
+    """
+    if x.dtype == tl.float64:
+        return x * (0.5 + 0.5 * tl.erf(x * 0.7071067811865476))
+    else:
+        a = tl.abs(x)
+        a = tl.where(a > 16, 16, a)  # beyond it exp(-x^2 / 2) is 0; what is not a number stays that
+        t = 1 / (1 + 0.28284271 * a)
+        q = 0.354574758 - 0.10012989 * t
+        q = 0.080911209 + t * (0.234138515 + t * (-0.185455745 + t * q))
+        return tl.where(x > 0, x, 0) - a * t * (0.115961138 + t * q) * tl.exp(-0.5 * a * a)
+
+
+@triton.jit
+def activate(x, SLOPE: tl.constexpr, ACTIVATION: tl.constexpr):
+    """The activation of x, in its type; of NaN it is NaN, as PyTorch has it. Integers have relu alone.
+
+    Exponentials overflow to infinity only where they are divided by, and nothing cancels: gelu_tanh is written as
+    x * sigmoid(2 z), which is x / 2 * (1 + tanh(z)).
+    """
+    if ACTIVATION == "relu":
+        return tl.where(x <= 0, 0, x)
+    elif ACTIVATION == "relu6":
+        return tl.where(x <= 0, 0, tl.where(x >= 6, 6, x))
+    elif ACTIVATION == "leaky_relu":
+        return tl.where(x > 0, x, x * SLOPE)
+    elif ACTIVATION == "silu":
+        return x / (1 + tl.exp(-x))
+    elif ACTIVATION == "gelu":
+        return gelu(x)
+    elif ACTIVATION == "gelu_tanh":
+        return x / (1 + tl.exp(-x * (GELU_LINEAR + GELU_CUBIC * (x * x))))
+    elif ACTIVATION == "sigmoid":
+        return 1 / (1 + tl.exp(-x))
+    elif ACTIVATION == "hardswish":
+        y = x + 3
+        return x * tl.where(y <= 0, 0, tl.where(y >= 6, 6, y)) / 6
+    else:
+        return x
+
+
+def constants(numerics) -> dict:
+    """The compile-time arguments above, all but HAS_SCALE; the operands are `numerics.operands`."""
+    e = numerics.epilogue
+    return {
+        "SCALED": e.scale,
+        "HAS_BIAS": numerics.has_bias,
+        "RESIDUAL": e.residual,
+        "ACTIVATION": e.activation,
+        "SLOPE": e.slope if e.activation == "leaky_relu" else 0.0,  # or other slopes would be other kernels
+        "KEEPS": e.keep,
+    }
