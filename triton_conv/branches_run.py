@@ -27,13 +27,13 @@ Slice = tuple[int, int]  # (first channel, how many)
 class Calls(NamedTuple):
     """Convolutions of one role that read slices of `source` and add to slices of an output with `channels` channels.
 
-    Where several write a slice, it is the same one, and the output is zero where none writes. Outputs are channels-last
-    where the source or one of `filters` is.
+    The output is zero where none writes. It is channels-last where the source or one of `filters` is.
     """
 
     source: Tensor
     filters: tuple[Tensor, ...]
     each: tuple[Call, ...]
+    reads: tuple[Slice, ...]
     slices: tuple[Slice, ...]
     channels: int
 
@@ -53,24 +53,27 @@ def empty_output(calls: Calls) -> Tensor:
     return torch.empty(shape, dtype=source.dtype, device=source.device, memory_format=memory_format)
 
 
-def run(calls: Calls, one_launch: bool | None) -> Tensor:
-    """The output of several convolutions.
+def run(calls: Calls, one_launch: bool | None) -> tuple[Tensor, Bound | None]:
+    """The output of several convolutions, and what computes it another time, if that is known.
 
     Raises RuntimeError where one launch is asked for and cannot be had, but for input gradients, which nobody calls.
     """
     output = empty_output(calls)
     if output.numel() == 0:
-        return output
+        return output, None
     device = execute.device_of(calls.source.device)
     if device is None:
-        return _plain(calls, output)
+        return _plain(calls, output), None
     if one_launch is not False:
         plans = _plans(calls, output, device)
         if not isinstance(plans, str) and (one_launch or all(p.worth_it for p in plans)):
-            return _launched(calls, plans, output)
+            bound = Bound(calls, plans, output, device)
+            with execute._on_device(output.device):
+                biases = [call.bias for call in calls.each]
+                return bound.into(output, calls.source, calls.filters, biases), bound
         if isinstance(plans, str) and one_launch and calls.role is Role.FPROP:
             raise RuntimeError(f"one launch cannot compute these branches: {plans} ({_sizes(calls)})")
-    return _one_by_one(calls, output)
+    return _one_by_one(calls, output), None
 
 
 def _sizes(calls: Calls) -> str:
@@ -98,6 +101,10 @@ def problems(calls: Calls, output: Tensor, device: Device) -> list[Problem] | st
     precision = (call.precision or execute.default_precision()) if dtype == "float32" else "ieee"
     source, written = execute._strides(calls.source), execute._strides(output)
     x, y = (source, written) if call.role is Role.FPROP else (written, source)
+    sides = (calls.source.shape[1], output.shape[1])
+    channels = sides if call.role is Role.FPROP else sides[::-1]
+    vector = 16 // output.element_size()
+    whole = all(first % vector == 0 for first, _ in (*slices, *calls.reads))
     places = {id(c): i for i, c in enumerate(calls.each)}
     found = []
     for bunch in _bunches(calls):
@@ -106,14 +113,20 @@ def problems(calls: Calls, output: Tensor, device: Device) -> list[Problem] | st
             Term(i, slices.index(calls.slices[i]), c.geometry, execute._strides(c.b), c.bias is not None)
             for i, c in zip(numbers, bunch, strict=True)
         )
-        views = (t for i in numbers for t in (calls.each[i].a, calls.each[i].b, _slice(output, calls.slices[i])))
-        aligned = all(t.device.type == "meta" or t.data_ptr() % 16 == 0 for t in views)
-        problem = Problem(call.role, terms, dtype, precision, x, y, aligned, device)
+        alignable = whole and all(_aligned(c.b) for c in bunch)
+        views = (t for i in numbers for t in (calls.each[i].a, _slice(output, calls.slices[i])))
+        aligned = all(_aligned(c.b) for c in bunch) and all(map(_aligned, views))
+        problem = Problem(call.role, terms, dtype, precision, x, y, channels, aligned, alignable, device)
         why = branches_plan.obstacle(problem)
         if why:
             return why
         found.append(problem)
     return found
+
+
+def _aligned(t: Tensor) -> bool:
+    start = t.storage_offset() * t.element_size() if t.device.type == "meta" else t.data_ptr()
+    return start % 16 == 0
 
 
 def _plans(calls: Calls, output: Tensor, device: Device) -> list[BranchesPlan] | str:
@@ -129,24 +142,60 @@ def _covered(calls: Calls) -> bool:
     return sum(count for _, count in set(calls.slices)) == calls.channels
 
 
-def _launched(calls: Calls, plans: Sequence[BranchesPlan], output: Tensor) -> Tensor:
-    """All of them by the plans' kernels."""
-    if not _covered(calls):
-        output.zero_()
-    parts = sorted(set(calls.slices))
-    source, written = ("x", "y") if calls.role is Role.FPROP else ("y", "x")
-    tensors = {f"{written}{number}": _slice(output, channels) for number, channels in enumerate(parts)}
-    for number, call in enumerate(calls.each):
-        tensors |= {f"{source}{number}": call.a, f"w{number}": call.b}
-        if call.bias is not None:
-            tensors[f"bias{number}"] = call.bias.contiguous()
-    with execute._on_device(output.device):
+class Bound:
+    """Launches without their tensors: those of any call with operands and parameters alike.
+
+    Operands are alike that have the same shapes, strides, dtypes, devices and alignment.
+    """
+
+    def __init__(self, calls: Calls, plans: Sequence[BranchesPlan], output: Tensor, device: Device):
+        self.device = device  # held: its identity is part of a key
+        self.shape, self.strides, self.covered = output.shape, output.stride(), _covered(calls)
+        read, written = ("x", "y") if calls.role is Role.FPROP else ("y", "x")
+        parts = sorted(set(calls.slices))
+        self.each = []
         for p in plans:
-            for number in p.packs:
-                tensors[f"w{number}"] = tensors[f"w{number}"].permute(0, 2, 3, 1).contiguous()
-            for launch in p.direct:
+            mine = sorted({term.part for term in p.order})
+            self.each.append(
+                (
+                    p.direct,
+                    read in p.moves,
+                    written in p.moves,
+                    [(f"{written}{part}", parts[part]) for part in mine],
+                    [(f"{read}{t.number}", calls.reads[t.number], f"w{t.number}", t.number) for t in p.order],
+                    {t.number: f"bias{t.number}" for t in p.order if t.has_bias},
+                    frozenset(p.packs),
+                )
+            )
+
+    def __call__(self, source: Tensor, filters: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
+        output = source.new_empty_strided(self.shape, self.strides)
+        with execute._on_device(output.device):
+            return self.into(output, source, filters, biases)
+
+    def into(
+        self, output: Tensor, source: Tensor, filters: Sequence[Tensor], biases: Sequence[Tensor | None]
+    ) -> Tensor:
+        last = torch.channels_last
+        if not self.covered:
+            output.zero_()
+        for launches, reads_copy, writes_copy, parts, terms, with_bias, packs in self.each:
+            given = source.contiguous(memory_format=last) if reads_copy else source
+            target = torch.empty_like(output, memory_format=last) if writes_copy else output
+            tensors = {name: _slice(target, channels) for name, channels in parts}
+            for name, channels, flt, number in terms:
+                w = filters[number]
+                tensors[name] = _slice(given, channels)
+                tensors[flt] = w.permute(0, 2, 3, 1).contiguous() if number in packs else w
+            for number, name in with_bias.items():
+                bias = biases[number]
+                assert bias is not None
+                tensors[name] = bias.contiguous()
+            for launch in launches:
                 launch.run(tensors)
-    return output
+            for name, channels in parts if writes_copy else ():
+                _slice(output, channels).copy_(tensors[name])
+        return output
 
 
 def _one_by_one(calls: Calls, output: Tensor) -> Tensor:

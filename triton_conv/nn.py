@@ -25,6 +25,7 @@ from torch import Tensor
 
 from . import functional, ops
 from .causal_nn import CausalConv1d, CausalConv3d
+from .branch_modules import ASPP, InceptionBranches, SelectiveKernel
 from .functional import Ints, Modes, Padding
 from .fused_nn import Fusing
 from .geometry import PADDING_MODES
@@ -33,18 +34,21 @@ from .unsupported import not_scripted
 __all__ = [
     "CausalConv1d",
     "CausalConv3d",
+    "ASPP",
     "Conv1d",
     "Conv2d",
     "Conv3d",
     "ConvTranspose1d",
     "ConvTranspose2d",
     "ConvTranspose3d",
+    "InceptionBranches",
     "LazyConv1d",
     "LazyConv2d",
     "LazyConv3d",
     "LazyConvTranspose1d",
     "LazyConvTranspose2d",
     "LazyConvTranspose3d",
+    "SelectiveKernel",
 ]
 
 
