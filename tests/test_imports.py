@@ -31,7 +31,7 @@ LAYERS = [
     {"ops"},
     {"functional", "causal", "deform_ops"},
     {"separable", "deform"},
-    {"sharding"},
+    {"sharding", "deform_nn"},
     {"nn", "override", "explain", "check"},
     {"convert", "layers"},
     {"demo", "tuning"},

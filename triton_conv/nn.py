@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from . import functional, ops
+from .deform_nn import DeformConv2d, ModulatedDeformConv2d
 from .functional import Ints, Modes, Padding
 from .geometry import PADDING_MODES
 from .unsupported import not_scripted
@@ -32,12 +33,14 @@ __all__ = [
     "ConvTranspose1d",
     "ConvTranspose2d",
     "ConvTranspose3d",
+    "DeformConv2d",
     "LazyConv1d",
     "LazyConv2d",
     "LazyConv3d",
     "LazyConvTranspose1d",
     "LazyConvTranspose2d",
     "LazyConvTranspose3d",
+    "ModulatedDeformConv2d",
 ]
 
 
@@ -313,6 +316,21 @@ class ConvTranspose3d(_ConvTranspose, torch.nn.ConvTranspose3d):  # type: ignore
     """
 
     _function = staticmethod(functional.conv_transpose3d)
+
+
+class _Offsets(Conv2d):
+    """What a `ModulatedDeformConv2d` makes its offsets and mask with: zeros at first, and ones in its last biases."""
+
+    ones = 0
+
+    def reset_parameters(self) -> None:
+        torch.nn.init.zeros_(self.weight)
+        if self.bias is not None:
+            torch.nn.init.zeros_(self.bias)
+            torch.nn.init.ones_(self.bias[self.bias.numel() - self.ones :])
+
+
+ModulatedDeformConv2d.convolution = _Offsets
 
 
 class _LazyConv:
