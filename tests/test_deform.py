@@ -61,6 +61,10 @@ CASES = [
 ]
 
 
+# For the interpreter, which takes a millisecond for every step.
+SMALL = Case(x=(1, 2, 3, 3), w=(2, 2, 1), padding=((0, 0), (0, 1)))
+
+
 class Operands(NamedTuple):
     """What `deform_conv2d` takes, in its order up to bias."""
 
@@ -171,6 +175,7 @@ def check_kernels(case, given):
     """y and gradients by the kernels, against those of the reference in float64 from the same numbers."""
     wide, mine = leaves(given, torch.float64), Operands(*[t if t is None else t.requires_grad_() for t in given])
     y = convolve(case, mine)
+    torch.manual_seed(1)
     dy = draw(*y.shape)
     gradients = torch.autograd.grad(y, mine.there, dy.to(y))
     assert [g.dtype for g in gradients] == [t.dtype for t in mine.there]
@@ -198,22 +203,22 @@ LAYOUTS = (torch.contiguous_format, torch.channels_last)
 
 @pytest.mark.parametrize(("dtype", "memory_format"), half_of(DTYPES, LAYOUTS))
 def test_kernels_of_every_dtype(dtype, memory_format, kernels, poisoned):
-    case = Case(x=(1, 4, 4, 5), w=(3, 2, 2), offset_groups=2)
+    case = SMALL._replace(offset_groups=2)
     given = operands(case, dtype, memory_format=memory_format, device=kernels)
     y, gradients = check_kernels(case, given)
     assert y.is_contiguous(memory_format=memory_format)
     assert [g.stride() for g in gradients] == [t.stride() for t in given.there]
 
 
-@pytest.mark.parametrize("case", [c if i < 2 else pytest.param(c, marks=pytest.mark.slow) for i, c in enumerate(CASES)])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
 def test_kernels_of_every_shape(case, kernels, poisoned):
     check_kernels(case, operands(case, device=kernels))
 
 
 @pytest.mark.parametrize("dtype", [HALF[0], pytest.param(HALF[1], marks=pytest.mark.slow)], ids=str)
 def test_kernels_with_float32_offsets_beside_16_bits(dtype, kernels, poisoned):
-    case = Case(x=(1, 4, 4, 5), w=(3, 2, 2))
-    check_kernels(case, operands(case, dtype, torch.float32, device=kernels))
+    check_kernels(SMALL, operands(SMALL, dtype, torch.float32, device=kernels))
 
 
 def test_float32_offsets_keep_fractions_that_16_bits_lose():
@@ -225,19 +230,18 @@ def test_float32_offsets_keep_fractions_that_16_bits_lose():
 
 
 def test_channel_slices_of_one_tensor_are_taken_as_they_are(kernels):
-    case = Case(x=(2, 4, 4, 4), w=(4, 2, 2), bias=False)
-    given = operands(case, device=kernels)
+    given = operands(SMALL, device=kernels)
     both = torch.cat((given.offset, given.mask), 1).contiguous(memory_format=torch.channels_last)
-    views = Operands(given.input, both[:, :8], given.weight, None, both[:, 8:])
-    for ours, theirs in zip(check_kernels(case, views)[1], check_kernels(case, given)[1], strict=True):
+    views = given._replace(offset=both[:, :4], mask=both[:, 4:])
+    for ours, theirs in zip(check_kernels(SMALL, views)[1], check_kernels(SMALL, given)[1], strict=True):
         assert_close(ours, theirs, 100)
 
 
 def test_the_same_bits_every_time(kernels):
-    case = Case(x=(2, 4, 4, 4), w=(4, 2, 2))
+    case = SMALL
     given = operands(case, torch.float32, device=kernels)
     crowded = given._replace(offset=given.offset * 0 + 0.3)
-    dy = draw(2, 4, *case.output, dtype=torch.float32).to(kernels)
+    dy = draw(1, 2, *case.output, dtype=torch.float32).to(kernels)
     runs = []
     for _ in range(2):
         mine = Operands(*[t.detach().requires_grad_() for t in crowded])
@@ -261,8 +265,8 @@ def test_a_sample_does_not_depend_on_its_batch():
 
 
 def test_without_offsets_it_is_a_convolution(kernels):
-    x, w, bias = draw(2, 4, 5, 5), draw(6, 2, 3, 3), draw(6)
-    tensors = [t.to(kernels) for t in (x, torch.zeros(2, 18, 3, 3), w, bias)]
+    x, w, bias = draw(1, 4, 5, 5), draw(6, 2, 3, 3), draw(6)
+    tensors = [t.to(kernels) for t in (x, torch.zeros(1, 18, 3, 3), w, bias)]
     y = deform_conv2d(*(t.double() for t in tensors), stride=2, padding=1)
     assert_close(y.cpu(), functional.conv2d(x, w, bias, 2, 1, groups=2), 40)
 
@@ -307,7 +311,7 @@ def test_a_position_that_is_no_number_shows(kernels):
 
 @pytest.mark.parametrize("asked", ["input", "offset", "weight", "bias", "mask"])
 def test_only_what_is_asked_for_gets_a_gradient(asked, kernels):
-    case = Case(x=(1, 2, 3, 3), w=(2, 2, 2))
+    case = SMALL
     given = operands(case, device=kernels)
     getattr(given, asked).requires_grad_()
     convolve(case, given).sum().backward()
@@ -318,7 +322,7 @@ def test_only_what_is_asked_for_gets_a_gradient(asked, kernels):
     "wanted", [[True, False, False, False], [False, True, False, True], [False, False, True, False]]
 )
 def test_unwanted_gradients_are_empty(wanted, kernels):
-    case = Case(x=(1, 2, 3, 3), w=(2, 2, 2))
+    case = SMALL
     x, offset, weight, _, mask = operands(case, device=kernels)
     dy = draw(1, 2, *case.output).to(kernels)
     found = ops.deform_conv_backward(dy, x, offset, weight, mask, *_lists(case), wanted)
@@ -327,14 +331,13 @@ def test_unwanted_gradients_are_empty(wanted, kernels):
         assert torch.equal(part, all_of_it) if want else part.shape == (0,)
 
 
-@pytest.mark.parametrize(("N", "K"), [(0, 2), (1, 0)])
-def test_nothing_to_do(N, K, kernels):
-    x, offset = torch.ones(N, 2, 4, 4, device=kernels), torch.ones(N, 8, 3, 3, device=kernels)
-    weight = torch.ones(K, 2, 2, 2, device=kernels)
+def test_nothing_to_do(kernels):
+    x, offset = torch.ones(0, 2, 4, 4, device=kernels), torch.ones(0, 8, 3, 3, device=kernels)
+    weight = torch.ones(3, 2, 2, 2, device=kernels)
     for t in (x, offset, weight):
         t.requires_grad_()
     y = deform_conv2d(x, offset, weight)
-    assert y.shape == (N, K, 3, 3)
+    assert y.shape == (0, 3, 3, 3)
     y.sum().backward()
     assert all(torch.equal(t.grad, torch.zeros_like(t)) for t in (x, offset, weight))
 
@@ -345,9 +348,8 @@ def test_kernels_run_and_not_the_reference(kernels, monkeypatch):
 
     monkeypatch.setattr(deform_reference, "forward", refuse)
     monkeypatch.setattr(deform_reference, "gradients", refuse)
-    case = Case(x=(1, 2, 3, 3), w=(2, 2, 2))
-    given = Operands(*[t.requires_grad_() for t in operands(case, device=kernels)])
-    convolve(case, given).sum().backward()
+    given = Operands(*[t.requires_grad_() for t in operands(SMALL, device=kernels)])
+    convolve(SMALL, given).sum().backward()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -399,12 +401,11 @@ def test_convert_takes_torchvisions_modules():
 
 
 @needs_torchvision
-def test_override_covers_torchvisions_function(monkeypatch):
+def test_override_covers_torchvisions_function():
     case = Case(mask=False)
     given = operands(case)
     with triton_conv.override():
-        for module_or_function in (torchvision.ops.deform_conv2d,):
-            y = module_or_function(*given[:4], padding=1)
+        y = torchvision.ops.deform_conv2d(*given[:4], padding=1)
     assert torch.equal(y, convolve(case, given))
     mask = draw(2, 6, *case.output)
     with triton_conv.override():
@@ -542,7 +543,7 @@ def test_exported_traced_and_taken_by_fx():
 
 
 def test_torch_jit_script_is_refused():
-    with pytest.raises(RuntimeError, match="use torch.compile"):
+    with pytest.raises(RuntimeError, match="use torch\\.compile"):
         torch.jit.script(nn.DeformConv2d(2, 2, 3))
 
 
@@ -652,9 +653,9 @@ def test_a_modulated_module_makes_its_own_offsets_and_mask(modulation):
 
 
 def test_a_modulated_module_trains_under_autocast(kernels):
-    layer = nn.ModulatedDeformConv2d(2, 2, 2, device=kernels)
+    layer = nn.ModulatedDeformConv2d(2, 2, 1, device=kernels)
     with torch.autocast(kernels, torch.bfloat16):
-        y = layer(torch.randn(1, 2, 4, 4, device=kernels))
+        y = layer(torch.randn(1, 2, 3, 3, device=kernels))
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
     assert all(p.grad.isfinite().all() for p in layer.parameters())
@@ -693,12 +694,18 @@ def test_plans_are_those_of_calls(kernels, monkeypatch):
     seen = []
     run = deform.deform_run.plan
     monkeypatch.setattr(deform.deform_run, "plan", lambda *args: seen.append(run(*args)) or seen[-1])
-    case = Case(x=(1, 4, 3, 3), w=(4, 2, 2), offset_groups=2)
+    case = SMALL._replace(offset_groups=2)
     given = Operands(*[t.requires_grad_() for t in operands(case, torch.float32, device=kernels)])
     y = convolve(case, given)
     y.backward(torch.ones_like(y))
     shown = deform.plans(
-        case.x, tuple(given.weight.shape), device=seen[0].device, bias=True, offset_groups=2, padding=1, mask=True
+        case.x,
+        tuple(given.weight.shape),
+        device=seen[0].device,
+        bias=True,
+        offset_groups=2,
+        padding=case.padding,
+        mask=True,
     )
     assert {p.role: p.asked for p in seen} == {p.role: p.asked for p in shown.values()}
 
