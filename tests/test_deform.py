@@ -358,8 +358,9 @@ def test_kernels_run_and_not_the_reference(kernels, monkeypatch):
 
 @needs_torchvision
 @pytest.mark.parametrize("moved", [1.5, 0.0])
-@pytest.mark.parametrize("case", [c for c in CASES if all(a == b for a, b in c.padding)], ids=str)
-def test_values_and_gradients_are_torchvisions(case, moved, kernels):
+@pytest.mark.parametrize("case", [0, 1, 3, 4])
+def test_values_and_gradients_are_torchvisions(case, moved):
+    case = CASES[case]
     given = operands(case)
     given = given._replace(offset=given.offset * moved)
     padding = [pair[0] for pair in case.padding]

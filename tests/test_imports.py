@@ -15,7 +15,7 @@ PACKAGE = Path(triton_conv.__file__).parent
 
 # A module may import those of earlier lines, not of its own: `tuning` and the commands see everything.
 LAYERS = [
-    {"version", "geometry", "devices", "unsupported", "invariance", "later", "frozen"},
+    {"version", "geometry", "devices", "unsupported", "invariance", "later", "frozen", "epilogue"},
     {"tiles", "reference"},
     {"config", "deform_reference"},
     {"causal_config", "deform_config", "key"},
