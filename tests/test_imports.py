@@ -95,7 +95,14 @@ def test_imports_point_one_way(path):
         assert RANK[name] < RANK[mine] or name == mine, where
         assert mine not in NARROW or name in NARROW[mine], where
         assert name != "tuning" or mine in ("tuning", "commands"), where
-        assert name != "kernels" or mine in ("kernels", "plan", "causal_plan", "separable_plan", "deform_plan", "fast"), where
+        assert name != "kernels" or mine in (
+            "kernels",
+            "plan",
+            "causal_plan",
+            "separable_plan",
+            "deform_plan",
+            "fast",
+        ), where
 
 
 def test_the_parser_sees_every_form_of_import(tmp_path, monkeypatch):
