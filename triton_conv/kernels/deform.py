@@ -109,7 +109,9 @@ def deform_kernel(
         rows, there, past_h, past_w = corners(at_h, at_w, image, pixel_valid, H, W, x_sh, x_sw, X_VEC, INDEX)
         weights = corner_weights(past_h, past_w, modulation)
         source = x + segment * (L // C_VEC * C_VEC) * x_sc
-        tap_filters = filters_of + (tap // columns * sr + tap % columns * ss) * FLT_VEC + part * (L // C_VEC * C_VEC) * sc
+        tap_filters = (
+            filters_of + (tap // columns * sr + tap % columns * ss) * FLT_VEC + part * (L // C_VEC * C_VEC) * sc
+        )
         for block in range(tl.cdiv(L, BLOCK_K)):
             c, c_valid = channel_block(block * BLOCK_K, L, BLOCK_K, C_VEC)
             c = c.to(INDEX)[:, None]  # [BLOCK_K, 1]
