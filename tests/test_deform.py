@@ -14,7 +14,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional
 
 import triton_conv
-from triton_conv import deform, deform_conv2d, deform_nn, deform_reference, nn
+from triton_conv import deform, deform_conv2d, deform_nn, deform_ops, deform_plan, deform_reference, deform_run, nn
 
 try:
     import torchvision
@@ -183,7 +183,7 @@ def check_kernels(case, given):
         *wide[:3],
         wide.mask,
         wide.bias,
-        deform.deform_ops._checked(*wide[:3], wide.mask, None, *_lists(case)).geometry,
+        deform_ops._checked(*wide[:3], wide.mask, None, *_lists(case)).geometry,
         case.offset_groups,
     )
     expected = [sums, *torch.autograd.grad(sums, wide.there, dy.to(y).cpu().double())]
@@ -235,6 +235,30 @@ def test_channel_slices_of_one_tensor_are_taken_as_they_are(kernels):
     views = given._replace(offset=both[:, :4], mask=both[:, 4:])
     for ours, theirs in zip(check_kernels(SMALL, views)[1], check_kernels(SMALL, given)[1], strict=True):
         assert_close(ours, theirs, 100)
+
+
+@pytest.mark.parametrize("gain", [1.0, -1.0], ids=["copied", "in place"])
+def test_images_whose_channels_lie_apart(gain, kernels, poisoned, monkeypatch):
+    monkeypatch.setattr(deform_plan, "copy_seconds", lambda size, device: -gain)
+    deform_plan._make.cache_clear()
+    seen = watched(monkeypatch)
+    y, gradients = check_kernels(SMALL, operands(SMALL, torch.float32, device=kernels))
+    deform_plan._make.cache_clear()
+    assert {p.role.value: "".join(p.packs) for p in seen} == {
+        "forward": "xw" if gain > 0 else "",
+        "input gradient": "yw" if gain > 0 else "",
+        "offset and mask gradient": "xyw" if gain > 0 else "",
+        "weight gradient": "xy" if gain > 0 else "",
+    }
+    assert y.is_contiguous()
+    assert all(g.is_contiguous() for g in gradients)
+
+
+def watched(monkeypatch):
+    """The plans that are run from here on."""
+    seen, plan = [], deform_run.plan
+    monkeypatch.setattr(deform_run, "plan", lambda *args: seen.append(plan(*args)) or seen[-1])
+    return seen
 
 
 def test_the_same_bits_every_time(kernels):
@@ -691,10 +715,17 @@ def test_plans_need_no_gpu():
         deform.plans(*shapes, padding=1, offset_groups=3)
 
 
+def test_copies_are_named_where_they_are_predicted_to_pay():
+    how = {"dtype": torch.float16, "padding": 1}
+    for channels_last, copied in ((False, "x, w copied"), (True, "channels_last\n")):
+        p = deform.plans((8, 256, 56, 56), (256, 256, 3, 3), channels_last=channels_last, **how)["forward"]
+        assert copied in str(p)
+        assert p.workspace_bytes == (0 if channels_last else 2 * (8 * 256 * 56 * 56 + 256 * 256 * 9))
+        assert p.seconds > p.prediction.seconds or channels_last
+
+
 def test_plans_are_those_of_calls(kernels, monkeypatch):
-    seen = []
-    run = deform.deform_run.plan
-    monkeypatch.setattr(deform.deform_run, "plan", lambda *args: seen.append(run(*args)) or seen[-1])
+    seen = watched(monkeypatch)
     case = SMALL._replace(offset_groups=2)
     given = Operands(*[t.requires_grad_() for t in operands(case, torch.float32, device=kernels)])
     y = convolve(case, given)
