@@ -69,7 +69,7 @@ def convert(model: torch.nn.Module) -> Conversion:
         raise TypeError(f"convert(): argument 'model' must be torch.nn.Module, not {type(model).__name__}")
     converted, skipped = [], []
     for name, module in model.named_modules():
-        if not isinstance(module, (_ConvNd, DeformConv2d, *_torchvisions())):
+        if not _convolves(module):
             continue
         reason = _reason_to_skip(module)
         if reason:
@@ -80,14 +80,18 @@ def convert(model: torch.nn.Module) -> Conversion:
     return Conversion(tuple(converted), tuple(skipped))
 
 
-def _reason_to_skip(module: _ConvNd) -> str:
+def _convolves(module: torch.nn.Module) -> bool:
+    return isinstance(module, (_ConvNd, DeformConv2d, *_torchvisions()))
+
+
+def _reason_to_skip(module: torch.nn.Module) -> str:
     """Why `convert` leaves a module alone; "" if it need not."""
     cls = parametrize.type_before_parametrizations(module)
     if isinstance(module, (_Ours, DeformConv2d)):
         return "already converted"
     known = OURS | _torchvisions()
     if cls not in known:
-        base = next((c for c in cls.__mro__ if c in known), _ConvNd)
+        base: type = next((c for c in cls.__mro__ if c in known), _ConvNd)
         ours = f"; derive it from triton_conv.nn.{base.__name__}" if base in known else ""
         theirs = "torch.nn" if base not in _torchvisions() else "torchvision.ops"
         return f"{cls.__module__}.{cls.__qualname__} is a subclass of {theirs}.{base.__name__}{ours}"
@@ -101,7 +105,7 @@ def _torchvisions() -> dict[type, type]:
     return {cls: DeformConv2d} if isinstance(cls, type) else {}
 
 
-def _our_class(module: _ConvNd) -> type:
+def _our_class(module: torch.nn.Module) -> type:
     cls, known = type(module), OURS | _torchvisions()
     if not parametrize.is_parametrized(module):
         return known[cls]
