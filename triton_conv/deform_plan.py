@@ -1,4 +1,4 @@
-"""What a deformable convolution launches, as a pure function of numbers: shapes, dtypes, strides, device in, plan out.
+"""What a deformable convolution launches, as a pure function of numbers: shapes, strides and device in, plan out.
 
 A plan prints itself (`str(plan)`).
 """
@@ -20,6 +20,7 @@ from .devices import Device
 from .frozen import Frozen
 from .plan import ACCUMULATORS, span
 from .tiles import Tiles
+from .ways import dense_strides
 
 if TYPE_CHECKING:
     from .kernels.direct import Direct
@@ -43,26 +44,19 @@ _REASONS = {
 }
 
 
-# What each role reads of x, w and y.
-_READ = {
-    DeformRole.FORWARD: ("x", "w"),
-    DeformRole.INPUT: ("y", "w"),
-    DeformRole.OFFSET: ("x", "y", "w"),
-    DeformRole.WEIGHT: ("x", "y"),
-}
-
-
 @dataclass(frozen=True)
 class DeformPlan(Frozen):
     """A kernel and everything it is launched with, for tensors of any address.
 
-    `packs` names those of x, w and y that are copied to channels_last before it.
+    `asked` is the caller's problem, `problem` the one that is left when the tensors that `packs` names are copied to
+    channels-last.
     """
 
     asked: DeformProblem
+    problem: DeformProblem
+    packs: tuple[str, ...]
     config: Config
     numerics: Numerics
-    packs: tuple[str, ...] = ()
 
     @property
     def kernel(self) -> str:
@@ -86,17 +80,7 @@ class DeformPlan(Frozen):
 
     @property
     def tiles(self) -> Tiles:
-        return configs.tiles(self.asked, self.config)
-
-    @cached_property
-    def problem(self) -> DeformProblem:
-        """What the kernel computes: the problem asked for, after copies."""
-        return _packed(self.asked, self.packs)
-
-    @property
-    def _copies(self) -> tuple[int, ...]:
-        """The sizes of copies, in bytes."""
-        return tuple(prod(self.asked.geometry.shape(name)) * self.asked.item_bytes for name in self.packs)
+        return configs.tiles(self.problem, self.config)
 
     @property
     def dtypes(self) -> dict[str, str]:
@@ -125,6 +109,10 @@ class DeformPlan(Frozen):
             lists, pixels, cells = self.lists_shape
             return copies + lists * (pixels * (4 + 4 + 8) + cells * (4 + 4))
         return copies + (prod(self.slabs_shape) * max(self.asked.item_bytes, 4) if self.slabs_shape else 0)
+
+    @property
+    def _copies(self) -> list[int]:
+        return [prod(self.asked.geometry.shape(name)) * self.asked.item_bytes for name in self.packs]
 
     @cached_property
     def launches(self) -> tuple[Launch, ...]:
@@ -166,41 +154,41 @@ class DeformPlan(Frozen):
 
     @property
     def seconds(self) -> float:
-        """The predicted time of everything."""
+        """The predicted time of everything: copies, sort and kernels."""
         return self.prediction.seconds + sum(copy_seconds(size, self.device) for size in self._copies)
 
     def __str__(self) -> str:
         numerics = self.numerics
         products = f"float32 products as {numerics.precision}" if self.dtype == "float32" else f"{self.dtype} products"
+        copies = [f"copy {'dw from' if self._writes(name) else name + ' to'} channels_last" for name in self.packs]
         lines = [
             f"kernel     {self.kernel} ({self.role.value})",
             f"geometry   {self.asked}",
             f"config     {self.config}",
             f"numbers    {products}, {numerics.accumulator} accumulator, {numerics.index_bits}-bit offsets",
-            f"layout     {self._layout()}",
+            f"layout     {'; '.join(copies) or 'as given, no copies'}",
             f"workspace  {self.workspace_bytes} bytes{self._workspace_use()}",
             f"reason     {_REASONS[self.role]}",
         ]
         return "\n".join(lines)
 
-    def _layout(self) -> str:
-        apart = [name for name in _READ[self.role] if name != "w" and _apart(self.problem, name)]
-        if apart:
-            return f"channels of {', '.join(apart)} apart in memory: gathered one by one"
-        copied = f": {', '.join(self.packs)} copied" if self.packs else ""
-        return f"channels_last{copied}"
+    def _writes(self, name: str) -> bool:
+        return self.role is DeformRole.WEIGHT and name == "w"
 
     def _workspace_use(self) -> str:
-        uses = [f"{', '.join(self.packs)} in channels_last"] if self.packs else []
+        uses = [f"a copy of {'d' if self._writes(name) else ''}{name}" for name in self.packs]
         if self.role is DeformRole.INPUT:
             uses.append("output pixels sorted by where they sample")
-        if self.slabs_shape:
+        elif self.slabs_shape:
             uses.append(f"{self.config.splits} slabs of dw, summed in order")
         return f" ({'; '.join(uses)})" if uses else ""
 
 
 def make(problem: DeformProblem) -> DeformPlan:
-    """The plan of a problem; the second time a look-up. Raises NotImplementedError for a dtype without kernels."""
+    """The plan of a problem; the second time it is a look-up.
+
+    Raises NotImplementedError for a dtype without kernels.
+    """
     return _make(problem, None if problem.role is DeformRole.WEIGHT else invariance.batch())
 
 
@@ -210,36 +198,35 @@ def _make(problem: DeformProblem, batch: int | None) -> DeformPlan:
         raise NotImplementedError(
             f"deformable convolutions have no kernel for x of {problem.dtype} with offset of {problem.offset_dtype}"
         )
-    alike = problem if batch is None else problem._replace(geometry=replace(problem.geometry, N=batch))
-    chosen = with_config(alike, configs.default(alike))
-    return chosen if batch is None else _assembled(problem, chosen.config, chosen.packs)
+    _, left = packed(problem)
+    model = left if batch is None else left._replace(geometry=replace(problem.geometry, N=batch))
+    return with_config(problem, configs.default(model))
 
 
 def with_config(problem: DeformProblem, config: Config) -> DeformPlan:
-    """The plan of a problem with this config; copies come first where they are predicted to pay."""
-    apart = tuple(name for name in _READ[problem.role] if _apart(problem, name))
-    plans = [_assembled(problem, config, packs) for packs in dict.fromkeys(((), apart))]
-    return min(plans, key=lambda p: p.seconds)
+    """The plan of a problem with this config."""
+    packs, left = packed(problem)
+    bits = 64 if _reach(left, config) >= 2**31 else 32
+    numerics = Numerics(bits, ACCUMULATORS[problem.dtype], problem.precision, problem.has_bias)
+    return DeformPlan(problem, left, packs, config, numerics)
 
 
-def _assembled(problem: DeformProblem, config: Config, packs: tuple[str, ...]) -> DeformPlan:
-    reach = max(_reach(problem, config), _reach(_packed(problem, packs), config))
-    numerics = Numerics(64 if reach >= 2**31 else 32, ACCUMULATORS[problem.dtype], problem.precision, problem.has_bias)
-    return DeformPlan(problem, config, numerics, packs)
+# As many channels make it worth copying a tensor whose channels do not lie side by side: they are gathered in vectors.
+_WORTH_PACKING = 8
 
 
-def _apart(p: DeformProblem, name: str) -> bool:
-    """Whether neighbouring channels of a tensor are no neighbours in memory."""
-    return p.geometry.shape(name)[1] > 1 and getattr(p.strides, name)[1] != 1
+def packed(p: DeformProblem) -> tuple[tuple[str, ...], DeformProblem]:
+    """(tensors that are copied to channels-last, the problem with these copied).
 
-
-def _packed(p: DeformProblem, packs: tuple[str, ...]) -> DeformProblem:
-    """The same with these tensors in channels_last."""
-    strides = {}
-    for name in packs:
-        _, C, _, H, W = p.geometry.shape(name)
-        strides[name] = (H * W * C, 1, 0, W * C, C)
-    return p._replace(strides=p.strides._replace(**strides))
+    Those are filters, which kernels take tap by tap, and activations that are read; of what is written, dw.
+    """
+    g = p.geometry
+    written = {DeformRole.FORWARD: "y", DeformRole.INPUT: "x"}.get(p.role)
+    channels = {"x": p.segment, "w": g.C // g.groups, "y": g.K // g.groups}
+    strides = p.strides._asdict()
+    packs = [n for n, c in channels.items() if n != written and strides[n][1] != 1 and c >= _WORTH_PACKING]
+    dense = {name: dense_strides(g.shape(name), channels_last=True) for name in packs}
+    return tuple(packs), p._replace(strides=p.strides._replace(**dense))
 
 
 def _reach(p: DeformProblem, config: Config) -> int:
