@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.nn import Module
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
@@ -68,16 +69,16 @@ def convert(model: torch.nn.Module) -> Conversion:
     for name, module in model.named_modules():
         if not isinstance(module, _ConvNd):
             continue
-        reason = _reason_to_skip(module)
+        reason = reason_to_skip(module)
         if reason:
             skipped.append((name, reason))
         else:
-            module.__class__ = _our_class(module)
+            module.__class__ = our_class(module)
             converted.append(name)
     return Conversion(tuple(converted), tuple(skipped))
 
 
-def _reason_to_skip(module: _ConvNd) -> str:
+def reason_to_skip(module: _ConvNd) -> str:
     """Why `convert` leaves a module alone; "" if it need not."""
     cls = parametrize.type_before_parametrizations(module)
     if isinstance(module, _Ours):
@@ -90,9 +91,13 @@ def _reason_to_skip(module: _ConvNd) -> str:
     return f"{patched[0]} was replaced on the instance; convert before that" if patched else ""
 
 
-def _our_class(module: _ConvNd) -> type:
-    cls = type(module)
+def our_class(module: _ConvNd) -> type:
+    return class_over(module, OURS[parametrize.type_before_parametrizations(module)])
+
+
+def class_over(module: Module, cls: type) -> type:
+    """`cls`, for a module that may be parametrized."""
     if not parametrize.is_parametrized(module):
-        return OURS[cls]
-    # register_parametrization gave the module a class of its own, with a property per tensor: the same over our class.
-    return type(cls.__name__, (OURS[cls.__bases__[0]],), dict(vars(cls)))
+        return cls
+    # register_parametrization gave the module a class of its own, with a property per tensor: the same over another.
+    return type(type(module).__name__, (cls,), dict(vars(type(module))))

@@ -50,22 +50,26 @@ def convolved(
     precision: str | None = None,
 ) -> Tensor:
     """`function` of these tensors, with the parameters of a module of torch's or ours."""
-    padding = module.padding
-    if module.padding_mode != "zeros":
-        # What torch hands to F.pad in these modes; code that patches torch's modules sets this one attribute.
-        border = module._reversed_padding_repeated_twice
-        padding = tuple((border[i], border[i + 1]) for i in range(len(border) - 2, -1, -2))  # lists are not remembered
     return function(
         input,
         weight,
         bias,
         module.stride,
-        padding,
+        padding_of(module),
         module.dilation,
         module.groups,
         padding_mode=module.padding_mode,
         precision=precision,
     )
+
+
+def padding_of(module: Any) -> Any:
+    """The padding of a module that is not transposed, as functions take it."""
+    if module.padding_mode == "zeros":
+        return module.padding
+    # What torch hands to F.pad in the other modes; code that patches torch's modules sets this one attribute.
+    border = module._reversed_padding_repeated_twice
+    return tuple((border[i], border[i + 1]) for i in range(len(border) - 2, -1, -2))  # lists are not remembered
 
 
 def transposed(
@@ -76,6 +80,21 @@ def transposed(
     precision: str | None = None,
 ) -> Tensor:
     """The same of a transposed convolution."""
+    return function(
+        input,
+        module.weight,
+        module.bias,
+        module.stride,
+        module.padding,
+        output_padding_of(module, input, output_size),
+        module.groups,
+        module.dilation,
+        precision=precision,
+    )
+
+
+def output_padding_of(module: Any, input: Tensor, output_size: Sequence[int] | None) -> tuple[int, ...]:
+    """That of a transposed module, for an output of this size."""
     output_padding = module._output_padding(
         input,
         output_size,
@@ -86,17 +105,7 @@ def transposed(
         len(module.kernel_size),
         module.dilation,
     )
-    return function(
-        input,
-        module.weight,
-        module.bias,
-        module.stride,
-        module.padding,
-        tuple(int(p) for p in output_padding),
-        module.groups,
-        module.dilation,
-        precision=precision,
-    )
+    return tuple(int(p) for p in output_padding)
 
 
 class _Ours:
