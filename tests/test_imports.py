@@ -15,7 +15,7 @@ PACKAGE = Path(triton_conv.__file__).parent
 
 # A module may import those of earlier lines, not of its own: `tuning` and the commands see everything.
 LAYERS = [
-    {"version", "geometry", "devices", "unsupported", "invariance", "later", "frozen"},
+    {"version", "geometry", "devices", "unsupported", "invariance", "later", "frozen", "epilogue"},
     {"tiles", "reference"},
     {"config"},
     {"causal_config", "key"},
@@ -24,11 +24,13 @@ LAYERS = [
     {"choose", "causal_cost"},
     {"ways"},
     {"backends"},
-    {"plan", "causal_plan"},
+    {"plan", "causal_plan", "activation_plan"},
     {"separable_plan"},
     {"execute"},
     {"fast"},
     {"ops"},
+    {"activation"},
+    {"fused"},
     {"functional", "causal"},
     {"separable"},
     {"sharding"},
@@ -46,7 +48,7 @@ RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 NARROW = {
     "kernels": {"geometry", "tiles", "causal_config", "kernels"},
     "causal_config": {"config", "tiles", "devices"},
-    "reference": {"geometry"},
+    "reference": {"geometry", "epilogue"},
     "config": {"geometry", "tiles", "devices"},
     "tiles": {"geometry"},
     "geometry": set(),
@@ -98,7 +100,14 @@ def test_imports_point_one_way(path):
         assert RANK[name] < RANK[mine] or name == mine, where
         assert mine not in NARROW or name in NARROW[mine], where
         assert name != "tuning" or mine in ("tuning", "commands"), where
-        assert name != "kernels" or mine in ("kernels", "plan", "causal_plan", "separable_plan", "fast"), where
+        assert name != "kernels" or mine in (
+            "kernels",
+            "plan",
+            "causal_plan",
+            "separable_plan",
+            "activation_plan",
+            "fast",
+        ), where
 
 
 def test_the_parser_sees_every_form_of_import(tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from torch._prims_common import suggest_memory_format
 from . import backends, devices, invariance, plan, reference
 from .backends import default_precision
 from .devices import INTERPRETER, Device
+from .epilogue import Epilogue
 from .geometry import ConvGeometry, Role, Strides
 
 # What kernels call the operands of a role, and its output.
@@ -43,6 +44,10 @@ class Call:
     weight_stride: tuple[int, ...] = ()
     scales: tuple[Tensor, Tensor] | None = None
     out_dtype: torch.dtype | None = None
+    epilogue: Epilogue = Epilogue()  # noqa: RUF009
+    scale: Tensor | None = None
+    residual: Tensor | None = None
+    kept: Tensor | None = None
 
     @property
     def output_shape(self) -> list[int]:
@@ -290,8 +295,18 @@ def _reference(call: Call, output: Tensor) -> Tensor:
     if invariance.batch() is not None and call.role is not Role.WGRAD and call.geometry.N > 1:
         one = replace(call.geometry, N=1)
         for a, y in zip(call.a.split(1), output.split(1), strict=True):
-            _reference(replace(call, geometry=one, a=a.clone()), y)
+            _reference(replace(call, geometry=one, a=a.clone()), y)  # XXX residual
         return output
+    if call.epilogue != Epilogue():
+        wide = reference._wide(call.a.dtype)
+        plain = replace(
+            call, a=call.a.to(wide), b=call.b.to(wide), bias=None, epilogue=Epilogue(), scale=None, residual=None
+        )
+        z = _reference(plain, torch.empty_like(output, dtype=wide))
+        y, kept = reference.finished(z, call.scale, call.bias, call.residual, call.epilogue)
+        if call.kept is not None:
+            call.kept.copy_(kept)
+        return output.copy_(y)
     a, b, g = _five(call.a), _five(call.b), call.geometry
     if call.out_dtype is None:
         fprop = partial(reference.fprop, a, b, call.bias, g)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import fast, ops
+from . import fast, fused, ops
 from .geometry import PADDING_MODES, same_padding
 from .unsupported import check_kind, refuse_script
 
@@ -49,6 +49,11 @@ def conv1d(
     *,
     padding_mode: Modes = "zeros",
     precision: str | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
+    residual_after_activation: bool = False,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """1-D convolution; `torch.nn.functional.conv1d` with `padding_mode` and `precision`.
 
@@ -59,7 +64,8 @@ def conv1d(
     Shapes: input (N, C, W) or (C, W), weight (K, C / groups, S), bias (K); returns (N, K, Q) or (K, Q).
     See `conv2d` for dtypes and errors.
     """
-    return _conv(1, input, weight, bias, stride, padding, dilation, groups, padding_mode, precision)
+    fusion = fused.asked(activation, negative_slope, residual, residual_after_activation, scale)
+    return _conv(1, input, weight, bias, stride, padding, dilation, groups, padding_mode, precision, fusion)
 
 
 def conv2d(
@@ -73,6 +79,11 @@ def conv2d(
     *,
     padding_mode: Modes = "zeros",
     precision: str | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
+    residual_after_activation: bool = False,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """2-D convolution; `torch.nn.functional.conv2d` with `padding_mode` and `precision`.
 
@@ -93,7 +104,8 @@ def conv2d(
     Method: implicit GEMM, the filter taps walked by index maps instead of an im2col buffer (Chetlur et al. 2014,
     cuDNN); on a CPU, PyTorch's own convolution.
     """
-    return _conv(2, input, weight, bias, stride, padding, dilation, groups, padding_mode, precision)
+    fusion = fused.asked(activation, negative_slope, residual, residual_after_activation, scale)
+    return _conv(2, input, weight, bias, stride, padding, dilation, groups, padding_mode, precision, fusion)
 
 
 def conv3d(
@@ -107,6 +119,11 @@ def conv3d(
     *,
     padding_mode: Modes = "zeros",
     precision: str | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
+    residual_after_activation: bool = False,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """3-D convolution; `torch.nn.functional.conv3d` with `padding_mode` and `precision`.
 
@@ -118,7 +135,8 @@ def conv3d(
     Shapes: input (N, C, D, H, W) or (C, D, H, W), weight (K, C / groups, T, R, S), bias (K); returns (N, K, Z, P, Q)
     or (K, Z, P, Q). See `conv2d` for dtypes and errors.
     """
-    return _conv(3, input, weight, bias, stride, padding, dilation, groups, padding_mode, precision)
+    fusion = fused.asked(activation, negative_slope, residual, residual_after_activation, scale)
+    return _conv(3, input, weight, bias, stride, padding, dilation, groups, padding_mode, precision, fusion)
 
 
 def conv_transpose1d(
@@ -133,6 +151,11 @@ def conv_transpose1d(
     *,
     padding_mode: Modes = "zeros",
     precision: str | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
+    residual_after_activation: bool = False,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """1-D transposed convolution; `torch.nn.functional.conv_transpose1d` with `padding_mode` and `precision`.
 
@@ -142,8 +165,9 @@ def conv_transpose1d(
     Shapes: input (N, K, Q) or (K, Q), weight (K, C / groups, S), bias (C); returns (N, C, W) or (C, W).
     See `conv_transpose2d` for the rest.
     """
+    fusion = fused.asked(activation, negative_slope, residual, residual_after_activation, scale)
     return _conv_transpose(
-        1, input, weight, bias, stride, padding, output_padding, groups, dilation, padding_mode, precision
+        1, input, weight, bias, stride, padding, output_padding, groups, dilation, padding_mode, precision, fusion
     )
 
 
@@ -159,6 +183,11 @@ def conv_transpose2d(
     *,
     padding_mode: Modes = "zeros",
     precision: str | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
+    residual_after_activation: bool = False,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """2-D transposed convolution; `torch.nn.functional.conv_transpose2d` with `padding_mode` and `precision`.
 
@@ -173,8 +202,9 @@ def conv_transpose2d(
     here: with "circular", the transpose of a circular convolution, so that what leaves on one side comes back on
     the other. PyTorch has only "zeros".
     """
+    fusion = fused.asked(activation, negative_slope, residual, residual_after_activation, scale)
     return _conv_transpose(
-        2, input, weight, bias, stride, padding, output_padding, groups, dilation, padding_mode, precision
+        2, input, weight, bias, stride, padding, output_padding, groups, dilation, padding_mode, precision, fusion
     )
 
 
@@ -190,6 +220,11 @@ def conv_transpose3d(
     *,
     padding_mode: Modes = "zeros",
     precision: str | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
+    residual_after_activation: bool = False,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """3-D transposed convolution; `torch.nn.functional.conv_transpose3d` with `padding_mode` and `precision`.
 
@@ -199,8 +234,9 @@ def conv_transpose3d(
     Shapes: input (N, K, Z, P, Q) or (K, Z, P, Q), weight (K, C / groups, T, R, S), bias (C); returns
     (N, C, D, H, W) or (C, D, H, W). See `conv_transpose2d` for the rest.
     """
+    fusion = fused.asked(activation, negative_slope, residual, residual_after_activation, scale)
     return _conv_transpose(
-        3, input, weight, bias, stride, padding, output_padding, groups, dilation, padding_mode, precision
+        3, input, weight, bias, stride, padding, output_padding, groups, dilation, padding_mode, precision, fusion
     )
 
 
@@ -373,12 +409,13 @@ def int_conv3d(
     return _int_conv(3, input, weight, bias, stride, padding, dilation, groups, padding_mode)
 
 
-def _conv(rank, input, weight, bias, stride, padding, dilation, groups, padding_mode, precision) -> Tensor:
+def _conv(rank, input, weight, bias, stride, padding, dilation, groups, padding_mode, precision, fusion) -> Tensor:
     name = f"conv{rank}d"
-    if has_torch_function((input, weight, bias)):
-        args = (input, weight, bias, stride, padding, dilation, groups)
-        return _hand_over(name, args[:3], args, padding_mode=padding_mode, precision=precision)
-    spelled = _spelled(rank, weight, padding, (stride, padding, dilation, groups, padding_mode, precision))
+    tensors = (input, weight, bias)
+    if has_torch_function(tensors if fusion is None else (*tensors, fusion.residual, fusion.scale)):
+        args = (*tensors, stride, padding, dilation, groups)
+        return _hand_over(name, tensors, args, fusion, padding_mode=padding_mode, precision=precision)
+    spelled = _spelled(rank, weight, padding, (stride, padding, dilation, groups, padding_mode, precision, fusion))
     known = _parameters_of.get(spelled) if spelled else None
     if known is not None:
         again = ops.again(ops.conv, input, weight, bias, known)
@@ -387,6 +424,8 @@ def _conv(rank, input, weight, bias, stride, padding, dilation, groups, padding_
     batched = _check_tensors(name, rank, _DTYPES, input=input, weight=weight, bias=bias)
     params = _parameters(name, rank, weight, stride, padding, dilation, groups, padding_mode)
     params = (*params, _precision(name, precision))
+    if fusion is not None:
+        return fused.convolved(name, fused.CONV, input, weight, bias, params, fusion, batched)
     y = ops.fprop(input if batched else input.unsqueeze(0), weight, bias, params)
     _remember(spelled, params)
     return y if batched else y.squeeze(0)
@@ -429,13 +468,14 @@ def _parameters(name, rank, weight, stride, padding, dilation, groups, padding_m
 
 
 def _conv_transpose(
-    rank, input, weight, bias, stride, padding, output_padding, groups, dilation, padding_mode, precision
+    rank, input, weight, bias, stride, padding, output_padding, groups, dilation, padding_mode, precision, fusion
 ) -> Tensor:
     name = f"conv_transpose{rank}d"
-    if has_torch_function((input, weight, bias)):
-        args = (input, weight, bias, stride, padding, output_padding, groups, dilation)
-        return _hand_over(name, args[:3], args, padding_mode=padding_mode, precision=precision)
-    spelling = (stride, padding, output_padding, groups, dilation, padding_mode, precision)
+    tensors = (input, weight, bias)
+    if has_torch_function(tensors if fusion is None else (*tensors, fusion.residual, fusion.scale)):
+        args = (*tensors, stride, padding, output_padding, groups, dilation)
+        return _hand_over(name, tensors, args, fusion, padding_mode=padding_mode, precision=precision)
+    spelling = (stride, padding, output_padding, groups, dilation, padding_mode, precision, fusion)
     spelled = _spelled(-rank, weight, padding, spelling)
     known = _parameters_of.get(spelled) if spelled else None
     if known is not None:
@@ -456,6 +496,8 @@ def _conv_transpose(
         _modes(name, padding_mode, rank),
         _precision(name, precision),
     )
+    if fusion is not None:
+        return fused.convolved(name, fused.CONV_TRANSPOSE, input, weight, bias, params, fusion, batched)
     y = ops.recordable(ops.conv_transpose)(input if batched else input.unsqueeze(0), weight, bias, *params)
     _remember(spelled, params)
     return y if batched else y.squeeze(0)
@@ -486,8 +528,11 @@ def _remember(spelled: Any, params: tuple) -> None:
         _parameters_of.remember(spelled, tuple(tuple(p) if isinstance(p, list) else p for p in params))
 
 
-def _hand_over(name: str, tensors: tuple, args: tuple, **keywords: Any) -> Tensor:
+def _hand_over(name: str, tensors: tuple, args: tuple, fusion: fused.Fusion | None = None, **keywords: Any) -> Tensor:
     """To whoever overrides torch functions: tensor subclasses, fx's proxies, function modes."""
+    if fusion is not None:
+        keywords |= fusion._asdict()
+        tensors = (*tensors, fusion.residual, fusion.scale)
     return handle_torch_function(globals()[name], tensors, *args, **keywords)
 
 

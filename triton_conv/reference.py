@@ -13,8 +13,21 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from .epilogue import Epilogue
 from .geometry import ConvGeometry, output_extent, transposed_extent
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "": lambda z: z,
+    "relu": torch.relu,
+    "relu6": functional.relu6,
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda z: functional.gelu(z, approximate="tanh"),
+    "sigmoid": torch.sigmoid,
+    "hardswish": functional.hardswish,
+}
 
 
 def fprop(x: Tensor, w: Tensor, bias: Tensor | None, geometry: ConvGeometry) -> Tensor:
@@ -124,6 +137,23 @@ def complex_as_real(
     real = primitive(a.real, b.real) - primitive(a.imag, b.imag)
     imag = primitive(a.real, b.imag) + primitive(a.imag, b.real)
     return add_bias(torch.complex(real, imag), bias)
+
+
+def activate(z: Tensor, activation: str, slope: float) -> Tensor:
+    """The activation of z; "" is none."""
+    return functional.leaky_relu(z, slope) if activation == "leaky_relu" else _ACTIVATIONS[activation](z)
+
+
+def finished(
+    z: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None, epilogue: Epilogue
+) -> tuple[Tensor, Tensor]:
+    """(output, what its activation is applied to) of sums z (N, K, ...) with scale and bias (K), all in z's type."""
+    scale, bias, residual = (None if t is None else t.to(z.dtype) for t in (scale, bias, residual))
+    z = add_bias(z if scale is None else z * scale.view(1, -1, *(1,) * (z.dim() - 2)), bias)
+    if residual is not None and epilogue.residual == "before":
+        z = z + residual
+    y = activate(z, epilogue.activation, epilogue.slope)
+    return (y + residual if residual is not None and epilogue.residual == "after" else y), z
 
 
 def add_bias(y: Tensor, bias: Tensor | None) -> Tensor:

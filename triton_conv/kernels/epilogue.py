@@ -5,6 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# 2 * sqrt(2 / pi), and that times the cubic term of gelu's approximation by tanh: Hendrycks and Gimpel (2016).
+GELU_LINEAR: tl.constexpr = tl.constexpr(1.5957691216057308)
+GELU_CUBIC: tl.constexpr = tl.constexpr(1.5957691216057308 * 0.044715)
+SQRT_HALF: tl.constexpr = tl.constexpr(0.7071067811865476)
+
 
 @triton.jit
 def finish(
