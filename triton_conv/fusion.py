@@ -50,7 +50,8 @@ class FusionReport:
 
     model: the fused model.
     convolutions: a `Fused` for each, in the order of `named_modules()` of the model that was given.
-    untraced: (module, reason) of each module that torch.fx could not take apart; those inside it were, if they could be.
+    untraced: (module, reason) of each module that torch.fx could not take apart; those inside it were, if they could
+    be.
     """
 
     model: Module
@@ -89,23 +90,24 @@ def fuse(model: Module) -> FusionReport:
     (both), sigmoid and hardswish, as modules, functions and methods, in place or not; sums: `+`, `+=`, `torch.add`,
     `add`, `add_`. In training mode batch norms stay, and convolutions are fused with what follows them directly.
 
-    The result is in the report, not in place as `convert` does it: a graph of other calls is another model. `report.model`
-    is a `torch.fx.GraphModule` with names of modules and parameters as before, and shares the parameters and buffers of
-    `model` but for those that took a batch norm in; so an optimizer made before goes on. `model` stays what it was. Where
-    torch.fx cannot trace a module (control flow that depends on data, grad or autocast modes in its code) it stays
-    what it is and its parts are fused by themselves. Convolutions with nothing to fuse stay as they are: `convert`, before
-    or after, makes them ours. What a graph does not keep: methods other than forward; code that asks `self.training`
-    is fixed to the mode of now; an argument that has a default keeps it, and another value raises ValueError. Fuse before
-    wrapping in DDP or FSDP, and before `torch.compile`.
+    The result is in the report, not in place as `convert` does it: a graph of other calls is another model.
+    `report.model` is a `torch.fx.GraphModule` with names of modules and parameters as before, and shares the parameters
+    and buffers of `model` but for those that took a batch norm in; so an optimizer made before goes on. `model` stays
+    what it was. Where torch.fx cannot trace a module (control flow that depends on data, grad or autocast modes in its
+    code) it stays what it is and its parts are fused by themselves. Convolutions with nothing to fuse stay as they are:
+    `convert`, before or after, makes them ours. What a graph does not keep: methods other than forward; code that asks
+    `self.training` is fixed to the mode of now; an argument that has a default keeps it, and another value raises
+    ValueError. Fuse before wrapping in DDP or FSDP, and before `torch.compile`.
 
-    A residual that is repeated along an axis or has another dtype is found out when the model runs, and added afterwards
-    as before. Left alone, with the reason in the report: outputs that something else reads too, convolutions called more
-    than once, modules with hooks, subclasses, what something between writes to in place, functions (`F.conv2d`).
+    A residual that is repeated along an axis or has another dtype is found out when the model runs, and added
+    afterwards as before. Left alone, with the reason in the report: outputs that something else reads too, convolutions
+    called more than once, modules with hooks, subclasses, what something between writes to in place, functions
+    (`F.conv2d`).
 
-    Results differ by rounding: what lies between is no longer rounded to the dtype, but kept as the sums are, and folded
-    weights are rounded once. With a, the sum of the magnitudes of all that is added up behind an element (products,
-    bias, batch norm's mean and shift, residual), and eps that of the dtype, an element differs by at most 4 eps a times
-    the steepest slope of the activation (at most 1.5), and by what two orders of summation differ by.
+    Results differ by rounding: what lies between is no longer rounded to the dtype, but kept as the sums are, and
+    folded weights are rounded once. With a, the sum of the magnitudes of all that is added up behind an element
+    (products, bias, batch norm's mean and shift, residual), and eps that of the dtype, an element differs by at most 4
+    eps a times the steepest slope of the activation (at most 1.5), and by what two orders of summation differ by.
 
     Raises TypeError if `model` is not a `torch.nn.Module`.
     """
@@ -143,7 +145,7 @@ class _Part:
         self.graph, self.root = part.graph, part.module
 
     def made(self) -> tuple[Module, list[Fused]]:
-        """The module itself if nothing was fused, else one of the graph as it is now; and a row for each convolution."""
+        """The module itself if nothing was fused, else one of the graph as it is now; a row for each convolution."""
         rows = []
         for node in self.graph.nodes:
             module = module_of(node, self.root)

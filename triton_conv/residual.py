@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.overrides import has_torch_function
 
 from . import functional, nn
-from .activation import activate
 from .geometry import output_extent, transposed_extent
+from .reference import activate
 
 
 class _Adding:

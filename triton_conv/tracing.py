@@ -18,7 +18,6 @@ from torch.nn import Module
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import handle_torch_function, has_torch_function
 
-
 NO_FORWARD = "it has no forward"  # as torch.nn.ModuleList
 
 
