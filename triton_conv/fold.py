@@ -98,7 +98,7 @@ def fold_batchnorm(model: Module) -> Folding:
             after = following(node, part.module)
             norm = module_of(after, part.module) if isinstance(after, Node) else None
             if isinstance(norm, _BatchNorm):
-                skipped[norm] = uses.obstacle(convolution, norm)
+                skipped[norm] = obstacle_of_arguments(node) or uses.obstacle(convolution, norm)
                 if not skipped[norm]:
                     pairs.append((convolution, norm))
             elif isinstance(after, str):
@@ -205,6 +205,15 @@ def following(node: Node, root: Module) -> Node | str:
         node = users[0]
 
 
+def obstacle_of_arguments(node: Node) -> str:
+    """Why a call of a convolution is more than that; "" if it is not."""
+    sizes = {"output_size"} & node.kwargs.keys()
+    more = len(node.args) + len(node.kwargs) - len(sizes) > 1 and not all(
+        isinstance(a, (int, list, tuple)) for a in node.args[1:]
+    )
+    return "it is given a residual" if more else ""
+
+
 def obstacle_of_class(convolution: _ConvNd) -> str:
     """Why a convolution is not known to be what its parameters say."""
     cls = parametrize.type_before_parametrizations(convolution)
@@ -216,7 +225,7 @@ def obstacle_of_class(convolution: _ConvNd) -> str:
     patched = sorted({"forward", "_conv_forward"} & vars(convolution).keys())
     if patched:
         return f"{patched[0]} was replaced on the instance"
-    if getattr(convolution, "activation", None) or getattr(convolution, "scale", None) is not None:
+    if getattr(convolution, "activation", None) or getattr(convolution, "has_scale", False):
         return "it has an activation or a scale of its own"
     return ""
 

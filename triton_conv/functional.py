@@ -7,7 +7,8 @@
 
 Beyond PyTorch: `padding` takes (lower, upper) pairs, one per axis; `padding_mode` is "zeros", "reflect",
 "replicate" or "circular", for all axes or one name per axis, and builds no padded copy in the kernels; `precision`
-chooses how float32 is multiplied ("ieee", "tf32", "tf32x3"; None follows PyTorch's own settings).
+chooses how float32 is multiplied ("ieee", "tf32", "tf32x3"; None follows PyTorch's own settings); `activation`,
+`residual` and `scale` say what else is done to the sums in the same kernel.
 """
 
 from __future__ import annotations
@@ -55,14 +56,14 @@ def conv1d(
     residual_after_activation: bool = False,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """1-D convolution; `torch.nn.functional.conv1d` with `padding_mode` and `precision`.
+    """1-D convolution; `torch.nn.functional.conv1d` with `padding_mode`, `precision` and an epilogue.
 
         >>> causal = triton_conv.conv1d(torch.randn(2, 4, 100), torch.randn(8, 4, 3), padding=((2, 0),))
         >>> causal.shape
         torch.Size([2, 8, 100])
 
     Shapes: input (N, C, W) or (C, W), weight (K, C / groups, S), bias (K); returns (N, K, Q) or (K, Q).
-    See `conv2d` for dtypes and errors.
+    See `conv2d` for dtypes, errors and the epilogue.
     """
     fusion = fused.asked(activation, negative_slope, residual, residual_after_activation, scale)
     return _conv(1, input, weight, bias, stride, padding, dilation, groups, padding_mode, precision, fusion)
@@ -85,7 +86,7 @@ def conv2d(
     residual_after_activation: bool = False,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """2-D convolution; `torch.nn.functional.conv2d` with `padding_mode` and `precision`.
+    """2-D convolution; `torch.nn.functional.conv2d` with `padding_mode`, `precision` and an epilogue.
 
         >>> triton_conv.conv2d(torch.randn(1, 3, 8, 8), torch.randn(4, 3, 3, 3), padding=((0, 1), 1)).shape
         torch.Size([1, 4, 7, 8])
@@ -97,6 +98,21 @@ def conv2d(
     padding: an int, one int or (lower, upper) pair per axis, "valid", or "same" (stride 1; an even filter gets its
     odd element above). padding_mode: one name, or one per axis; as in `torch.nn.functional.pad`, reflect needs
     padding below the extent, circular no more than the extent.
+
+    In the same kernel, rounded once: activation(scale[k] * sum + bias[k] + residual), or with
+    `residual_after_activation` activation(scale[k] * sum + bias[k]) + residual.
+
+        >>> block, shortcut = torch.randn(4, 4, 3, 3), torch.randn(1, 4, 8, 8)
+        >>> y = triton_conv.conv2d(shortcut, block, padding=1, activation="relu", residual=shortcut)
+        >>> torch.allclose(y, (triton_conv.conv2d(shortcut, block, padding=1) + shortcut).relu(), atol=1e-5)
+        True
+
+    activation: "relu", "relu6", "leaky_relu" (of `negative_slope`), "silu", "gelu", "gelu_tanh" (torch's
+    `approximate="tanh"`), "sigmoid" or "hardswish". residual: of the output's shape and dtype, in any memory format;
+    that of the output is read without a copy. scale: (K), float32 or the input's dtype. Every gradient exists, of
+    any order; `triton_conv.fused` says what is saved for it. Under torch.func's transforms and forward-mode AD, and for
+    complex numbers and integers, several kernels compute it; integers have relu and relu6 alone, complex numbers
+    sigmoid and silu: NotImplementedError for others, ValueError for an activation that there is not.
 
     Raises what PyTorch raises for the same mistake, before anything is computed: TypeError for arguments of the
     wrong type, RuntimeError for shapes, dtypes and devices that do not fit, ValueError for an unknown mode.
@@ -125,7 +141,7 @@ def conv3d(
     residual_after_activation: bool = False,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """3-D convolution; `torch.nn.functional.conv3d` with `padding_mode` and `precision`.
+    """3-D convolution; `torch.nn.functional.conv3d` with `padding_mode`, `precision` and an epilogue.
 
         >>> video, filters = torch.randn(1, 3, 9, 16, 16), torch.randn(8, 3, 3, 3, 3)
         >>> modes = ("replicate", "zeros", "zeros")
@@ -133,7 +149,7 @@ def conv3d(
         torch.Size([1, 8, 9, 16, 16])
 
     Shapes: input (N, C, D, H, W) or (C, D, H, W), weight (K, C / groups, T, R, S), bias (K); returns (N, K, Z, P, Q)
-    or (K, Z, P, Q). See `conv2d` for dtypes and errors.
+    or (K, Z, P, Q). See `conv2d` for dtypes, errors and the epilogue.
     """
     fusion = fused.asked(activation, negative_slope, residual, residual_after_activation, scale)
     return _conv(3, input, weight, bias, stride, padding, dilation, groups, padding_mode, precision, fusion)
@@ -157,7 +173,7 @@ def conv_transpose1d(
     residual_after_activation: bool = False,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """1-D transposed convolution; `torch.nn.functional.conv_transpose1d` with `padding_mode` and `precision`.
+    """1-D transposed convolution; `torch.nn.functional.conv_transpose1d`, with all that `conv1d` has more.
 
         >>> triton_conv.conv_transpose1d(torch.randn(2, 4, 50), torch.randn(4, 8, 4), stride=2, padding=1).shape
         torch.Size([2, 8, 100])
@@ -189,14 +205,14 @@ def conv_transpose2d(
     residual_after_activation: bool = False,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """2-D transposed convolution; `torch.nn.functional.conv_transpose2d` with `padding_mode` and `precision`.
+    """2-D transposed convolution; `torch.nn.functional.conv_transpose2d`, with all that `conv2d` has more.
 
         >>> x, w = torch.randn(1, 8, 14, 14), torch.randn(8, 4, 3, 3)
         >>> triton_conv.conv_transpose2d(x, w, stride=2, padding=1, output_padding=1).shape
         torch.Size([1, 4, 28, 28])
 
     Shapes: input (N, K, P, Q) or (K, P, Q), weight (K, C / groups, R, S), bias (C); returns (N, C, H, W) or
-    (C, H, W). Dtypes and errors as in `conv2d`.
+    (C, H, W). Dtypes, errors and epilogue as in `conv2d`; scale, like bias, is of the output's channels (C).
 
     It is the input gradient of the convolution that has these parameters, and that is what `padding_mode` means
     here: with "circular", the transpose of a circular convolution, so that what leaves on one side comes back on
@@ -226,7 +242,7 @@ def conv_transpose3d(
     residual_after_activation: bool = False,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """3-D transposed convolution; `torch.nn.functional.conv_transpose3d` with `padding_mode` and `precision`.
+    """3-D transposed convolution; `torch.nn.functional.conv_transpose3d`, with all that `conv3d` has more.
 
         >>> triton_conv.conv_transpose3d(torch.randn(1, 4, 4, 8, 8), torch.randn(4, 2, 2, 2, 2), stride=2).shape
         torch.Size([1, 2, 8, 16, 16])

@@ -225,15 +225,14 @@ def _composed(
     *conv, activation, slope, after = params
     op = ops.conv_transpose if kind.transposed else ops._fprop_op(conv)
     z = ops.recordable(op)(x, w, bias if scale is None else None, *conv)
-    late = None if scale is None else bias
-    return _finished(z, _along(scale, z, 1), _along(late, z, 1), residual, activation, slope, after)
+    channels = [None if scale is None or t is None else _along(t, z, 1) for t in (scale, bias)]
+    return _finished(z, channels[0], channels[1], residual, activation, slope, after)
 
 
-def _along(values: Tensor | None, like: Tensor, axis: int) -> Tensor | None:
+def _along(values: Tensor, like: Tensor, axis: int) -> Tensor:
     """One value a channel, or a batch of them in front, to be combined with `like`, whose channels are on `axis`."""
-    if values is None:
-        return None
-    return values.reshape(*values.shape[:-1], *(1,) * (axis + 1 - values.dim()), -1, *(1,) * (like.dim() - axis - 1))
+    between = (1,) * (axis + 1 - values.dim())
+    return values.reshape(*values.shape[:-1], *between, -1, *(1,) * (like.dim() - axis - 1))
 
 
 def _finished(
@@ -367,7 +366,7 @@ def _vmap(kind: Kind, keeping: bool):
         else:
             z, _ = ops._activation_vmap(op, axis)(info, (*in_dims[:2], None), x, w, None, *conv)
         channels = [
-            _along(t if t is None or dim is None else t.movedim(dim, 0), z, 2)
+            None if t is None else _along(t if dim is None else t.movedim(dim, 0), z, 2)
             for t, dim in ((scale, in_dims[3]), (bias, in_dims[2]))
         ]
         residual = None if residual is None else ops._front(residual, in_dims[4], size)
