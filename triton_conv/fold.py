@@ -98,7 +98,7 @@ def fold_batchnorm(model: Module) -> Folding:
             after = following(node, part.module)
             norm = module_of(after, part.module) if isinstance(after, Node) else None
             if isinstance(norm, _BatchNorm):
-                skipped[norm] = obstacle_of_arguments(node) or uses.obstacle(convolution, norm)
+                skipped[norm] = obstacle_of_arguments(node, convolution) or uses.obstacle(convolution, norm)
                 if not skipped[norm]:
                     pairs.append((convolution, norm))
             elif isinstance(after, str):
@@ -205,13 +205,10 @@ def following(node: Node, root: Module) -> Node | str:
         node = users[0]
 
 
-def obstacle_of_arguments(node: Node) -> str:
+def obstacle_of_arguments(node: Node, convolution: _ConvNd) -> str:
     """Why a call of a convolution is more than that; "" if it is not."""
-    sizes = {"output_size"} & node.kwargs.keys()
-    more = len(node.args) + len(node.kwargs) - len(sizes) > 1 and not all(
-        isinstance(a, (int, list, tuple)) for a in node.args[1:]
-    )
-    return "it is given a residual" if more else ""
+    given = [*node.args[2 if convolution.transposed else 1 :], node.kwargs.get("residual")]
+    return "it is given a residual" if any(a is not None for a in given) else ""
 
 
 def obstacle_of_class(convolution: _ConvNd) -> str:

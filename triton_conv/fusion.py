@@ -24,7 +24,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from .convert import class_over
-from .fold import Uses, fold, following, obstacle_of_class
+from .fold import Uses, fold, following, obstacle_of_arguments, obstacle_of_class
 from .nn import OURS
 from .patterns import Activation, Sum, activation, described, is_convolution, module_of, overwritten, summed
 from .residual import ADDING
@@ -170,7 +170,8 @@ class _Part:
 
     def _fused(self, node: Node, convolution: _ConvNd) -> Fused:
         name = self.uses.names[convolution][0]
-        left = self.uses.obstacle_to_call(convolution) or obstacle_of_class(convolution)
+        left = obstacle_of_class(convolution) or obstacle_of_arguments(node, convolution)
+        left = left or self.uses.obstacle_to_call(convolution)
         if not left and not convolution.weight.is_floating_point():
             left = f"{convolution.weight.dtype} has no activations"
         if left:
