@@ -13,7 +13,7 @@ from math import pi, sqrt
 import torch
 from torch import Tensor
 
-from . import activation_plan, execute, fast, ops
+from . import activation_plan, execute, fast, ops, reference
 from .activation_plan import ActivationProblem
 from .epilogue import ACTIVATIONS
 
@@ -24,20 +24,16 @@ _lib.define(
 )
 _op = torch.ops.triton_conv.activation_backward.default
 
-_LINEAR, _CUBIC = (
-    2 * sqrt(2 / pi),
-    2 * sqrt(2 / pi) * 0.044715,
-)  # gelu_tanh(z) = z * sigmoid(_LINEAR * z + _CUBIC * z^3)
+activate = reference.activated
+
+# gelu_tanh(z) = z * sigmoid(_LINEAR * z + _CUBIC * z^3)
+_LINEAR = 2 * sqrt(2 / pi)
+_CUBIC = 0.044715 * _LINEAR
 
 
 def tells_gradient(activation: str, slope: float) -> bool:
     """Whether the output of an activation says what its gradient is."""
     return activation in ("relu", "relu6", "sigmoid") or (activation == "leaky_relu" and slope >= 0)
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The type in which elements of a dtype are computed."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def backward(dy: Tensor, saved: Tensor, activation: str, slope: float, of_output: bool) -> Tensor:
@@ -51,7 +47,7 @@ def backward(dy: Tensor, saved: Tensor, activation: str, slope: float, of_output
 
 def _reference(dy: Tensor, saved: Tensor, activation: str, slope: float, of_output: bool) -> Tensor:
     """In plain torch, of functions that have derivatives of any order."""
-    g, s = dy.to(wide(dy.dtype)), saved.to(wide(saved.dtype))
+    g, s = dy.to(reference.wide_of(dy.dtype)), saved.to(reference.wide_of(saved.dtype))
     return _gradient(g, s, activation, slope, of_output).to(dy.dtype)
 
 

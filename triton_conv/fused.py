@@ -245,13 +245,15 @@ def _finished(
     after: bool,
 ) -> tuple[Tensor, Tensor]:
     """(output, what the activation is applied to), where everything broadcasts."""
-    dtype, wide = sums.dtype, activations.wide(sums.dtype)
+    dtype = sums.dtype
+    wide = reference.wide_of(dtype) if dtype.is_floating_point else dtype  # integers wrap at each step, as PyTorch's do
+    wide = torch.complex64 if dtype is torch.complex32 else wide
     scale, bias, residual = (None if t is None else t.to(wide) for t in (scale, bias, residual))
     z = sums.to(wide)
     z = z if scale is None else z * scale
     z = z if bias is None else z + bias
     z = z if residual is None or after else z + residual
-    y = reference.activate(z, activation, slope)
+    y = reference.activated(z, activation, slope)
     y = y + residual if residual is not None and after else y
     return y.to(dtype), z.to(dtype)
 
@@ -295,7 +297,7 @@ class _Fused(ops._SingleLevelFunction):
         dx, dw = gradients(dz, x, filters, ctx.params, of_x, of_w or of_scale)
         dscale = None
         if of_scale:
-            dscale = _sum_of_channels(w * dw.to(activations.wide(w.dtype)), ctx).to(scale.dtype)
+            dscale = _sum_of_channels(w * dw.to(reference.wide_of(w.dtype)), ctx).to(scale.dtype)
         if of_w and scales is not None:
             dw = (dw * scales).to(w.dtype)
         dbias = ops._bias_gradient(dz) if of_bias else None
