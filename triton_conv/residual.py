@@ -14,7 +14,7 @@ from torch.overrides import has_torch_function
 
 from . import functional, nn
 from .geometry import output_extent, transposed_extent
-from .reference import activate
+from .reference import activated
 
 
 class _Adding:
@@ -28,9 +28,9 @@ class _Adding:
         y = self._alone(input, *rest, **keywords)
         activation = self.activation or ""
         if self.residual_after_activation:
-            y, activation = activate(y, activation, self.negative_slope), ""
+            y, activation = activated(y, activation, self.negative_slope), ""
         y = y.add_(residual) if self.in_place else y + residual
-        return activate(y, activation, self.negative_slope)
+        return activated(y, activation, self.negative_slope)
 
     def _fits(self: Any, residual: Any, input: Tensor, *rest: Any, **keywords: Any) -> bool:
         """Whether the sum has the dtype and the shape of both."""
