@@ -481,6 +481,7 @@ def test_copies(clone):
     assert convolutions(twin, x) == ["triton_conv::conv_fused"] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 def test_compiles_whole(training):
     model = net(lambda m, x: m.relu(m.conv(x) + x) + m.other(x), training=training)

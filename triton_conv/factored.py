@@ -215,7 +215,7 @@ class SpatiallySeparableConv2d(_Factored):
             above,
             (dilations[0], 1),
             bias=middle_bias,
-            padding_mode=(modes[0], "zeros"),
+            padding_mode=modes[0],
             **options,
         )
         self.horizontal: Any = self.convolution(
@@ -226,7 +226,7 @@ class SpatiallySeparableConv2d(_Factored):
             beside,
             (1, dilations[1]),
             bias=bias,
-            padding_mode=("zeros", modes[1]),
+            padding_mode=modes[1],
             **options,
         )
 
