@@ -189,7 +189,7 @@ FORWARDS = {
     ),
     "grad mode": (
         lambda m, x: m.norm(torch.no_grad()(m.conv)(x)),
-        "'the model' cannot be traced: torch.fx: RuntimeError: a part runs in another grad",
+        "'the model' cannot be traced: torch.fx: RuntimeError: a part changes grad",
     ),
 }
 

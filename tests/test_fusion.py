@@ -12,9 +12,11 @@ from heard import convolutions as heard_convolutions
 from models import FUSED, MODELS
 from test_fold import lively
 from test_models import assert_same
+from tolerance import assert_close
 from torch import nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
 import triton_conv
 from triton_conv import fusion
@@ -436,7 +438,7 @@ def test_arguments_with_defaults_keep_them():
 
 def test_hooks_of_modules_that_are_taken_apart_still_run():
     model, heard = nn.Sequential(Inner(), Inner()).double().eval(), []
-    model[0].register_forward_hook(lambda m, args, y: heard.append("inner") or 2 * y)
+    model[0].register_forward_hook(lambda m, args, kwargs, y: heard.append("inner") or 2 * y, with_kwargs=True)
     model.register_forward_pre_hook(lambda m, args: heard.append("outer"))
     x = sample()
     expected = model(x)
@@ -461,6 +463,35 @@ def test_grad_modes_inside_are_kept():
     x = sample()
     assert not report.model.get_submodule("0")(x).requires_grad
     torch.testing.assert_close(report.model(x), model(x))
+
+
+class Checkpointed(Inner):
+    def __init__(self):
+        super().__init__()
+        self.first = Inner()
+
+    def forward(self, x):
+        return super().forward(checkpoint(self.first, x, use_reentrant=False))
+
+
+def test_checkpoints_are_kept():
+    model = nn.Sequential(Checkpointed(), Inner()).double()
+    report = fused_equals(model, sample(), **{"0.first.conv": ("relu",), "1.conv": ("relu",)})
+    ((name, why),) = report.untraced
+    assert name == "0"
+    assert "checkpointed" in why
+
+
+def test_shapes_of_parameters_may_be_asked_for():
+    def forward(m, x):
+        x = x if m.conv.weight.shape[0] == 4 else -x
+        return m.relu(m.norm(m.conv(x))) * m.factor
+
+    model = net(forward)
+    model.register_buffer("factor", torch.tensor(3.0), persistent=False)
+    report = fused_equals(model, sample(), conv=("batch norm norm", "relu"))
+    assert "factor" not in report.model.state_dict()
+    assert "conv_weight" not in report.model.code
 
 
 def test_names_modes_and_state_dict_are_kept():
@@ -490,6 +521,13 @@ def test_compiles_whole(training):
     assert_same([compiled(x)], [fused(x)], 1e-12)
     if training:
         same_gradients(step(compiled._orig_mod, x)[1], step(fused, x)[1])
+
+
+def test_exports():
+    model = net(lambda m, x: m.relu(m.norm(m.conv(x)) + x))
+    fused, x = triton_conv.fuse(model).model, sample()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.export.export(fused, (x,)).module()(x), model(x))
 
 
 def test_torch_fx_traces_converted_and_fused_models():
@@ -557,12 +595,23 @@ def test_values_differ_by_no_more_than_said(name, dtype):
     assert difference.max() > 0  # they do differ
 
 
-def test_kernels(kernels, poisoned):
-    model = net(lambda m, x: m.relu(m.norm(m.conv(x)) + x)).float()
-    x = sample(1, 4, 5, 6, dtype=torch.float32)
-    expected = copy.deepcopy(model).double()(x.double())
-    fused = triton_conv.fuse(model).model.to(kernels)
-    torch.testing.assert_close(fused(x.to(kernels)).cpu().double(), expected, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("conv", [nn.Conv2d(4, 4, 3, padding=1), nn.ConvTranspose2d(4, 4, 3, padding=1)], ids=type)
+def test_kernels(conv, kernels, poisoned):
+    model = net(lambda m, x: m.norm(m.conv(x)).sigmoid() + x, conv)
+    x = sample(1, 4, 5, 6)
+    expected = model(x).detach()
+    fused = triton_conv.fuse(model).model.float().to(kernels)
+    assert_close(fused(x.float().to(kernels)).detach().cpu(), expected, 36)
+
+
+def test_gradients_of_kernels(kernels, poisoned):
+    model = net(lambda m, x: functional.silu(m.conv(x) + x), training=True)
+    model.norm, model.other = None, None
+    (y, gradients), x = step(model, x := sample(1, 4, 4, 5)), x.float().to(kernels)
+    z, found = step(triton_conv.fuse(model.float()).model.to(kernels), x)
+    assert_close(z.cpu(), y, 36)
+    for name, expected in gradients.items():
+        assert_close(found[name].cpu(), expected, 36)
 
 
 def test_documented_examples():

@@ -188,7 +188,7 @@ def called(part: Traced) -> Iterator[Module]:
 def _read(part: Traced) -> Iterator[object]:
     """Tensors that the graph reads by itself."""
     for node in part.graph.nodes:
-        if node.op == "get_attr":
+        if node.op == "get_attr" and node.users:
             owner, _, name = str(node.target).rpartition(".")
             yield getattr(part.module.get_submodule(owner), name)
 

@@ -160,12 +160,18 @@ class _Part:
                 rows.append(self._fused(node, module))
         if not any(row.parts for row in rows):
             return self.root, rows
+        for node in reversed(list(self.graph.nodes)):
+            if node.op == "get_attr" and not node.users:
+                self.graph.erase_node(node)
         self.graph.lint()
         made = GraphModule(self.root, self.graph, type(self.root).__name__)
         for name, module in made.named_modules():
-            module.training = self.root.get_submodule(name).training
-        for key in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-            getattr(made, key).update(getattr(self.root, key))
+            old = self.root.get_submodule(name)
+            module.training = old.training
+            module._non_persistent_buffers_set = old._non_persistent_buffers_set & module._buffers.keys()
+        for key in vars(Module()):
+            if "hook" in key:
+                setattr(made, key, getattr(self.root, key))
         return made, rows
 
     def _fused(self, node: Node, convolution: _ConvNd) -> Fused:

@@ -6,11 +6,12 @@ dtype than either. `fuse` puts these classes into graphs, where they find out at
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import has_torch_function
+from torch.fx import Proxy
 
 from . import functional, nn
 from .geometry import output_extent, transposed_extent
@@ -23,7 +24,8 @@ class _Adding:
     in_place = False  # the sum keeps the shape and dtype of the convolution's output, as += does
 
     def forward(self: Any, input: Tensor, *rest: Any, residual: Any, **keywords: Any) -> Tensor:
-        if has_torch_function((input, residual)) or self._fits(residual, input, *rest, **keywords):
+        traced = isinstance(input, Proxy) or isinstance(residual, Proxy)  # a graph of a graph: it has no shapes either
+        if traced or self._fits(residual, input, *rest, **keywords):
             return super().forward(input, *rest, residual=residual, **keywords)  # type: ignore[misc]
         y = self._alone(input, *rest, **keywords)
         activation = self.activation or ""
@@ -49,10 +51,8 @@ class _Forward(_Adding):
         return nn.convolved(self, self._function, input, self.weight, self.bias, self.precision)
 
     def _extents(self: Any, input: Tensor) -> tuple[int, ...]:
-        rank, stride, dilation = len(self.kernel_size), self.stride, self.dilation
-        flat = functional._padding("forward", nn.padding_of(self), rank, self.weight, stride, dilation)
-        axes = zip(input.shape[-rank:], flat[::2], flat[1::2], self.kernel_size, stride, dilation, strict=True)
-        return tuple(output_extent(*axis) for axis in axes)
+        how = (nn.padding_of(self), self.kernel_size, self.stride, self.dilation)
+        return _computed(_convolved, tuple(input.shape[-len(self.kernel_size) :]), *how)
 
 
 class _Transposed(_Adding):
@@ -60,11 +60,34 @@ class _Transposed(_Adding):
         return nn.transposed(self, self._function, input, output_size, self.precision)
 
     def _extents(self: Any, input: Tensor, output_size: Any = None) -> tuple[int, ...]:
-        rank, stride, dilation = len(self.kernel_size), self.stride, self.dilation
-        flat = functional._padding("forward", self.padding, rank, self.weight, stride, dilation)
         more = nn.output_padding_of(self, input, output_size)
-        axes = zip(input.shape[-rank:], flat[::2], flat[1::2], self.kernel_size, stride, dilation, more, strict=True)
-        return tuple(transposed_extent(*axis) for axis in axes)
+        how = (self.padding, self.kernel_size, self.stride, self.dilation, more)
+        return _computed(_transposed, tuple(input.shape[-len(self.kernel_size) :]), *how)
+
+
+def _computed(function: Any, *args: Any) -> tuple[int, ...]:
+    """Remembered, but for torch.compile, which reads through it."""
+    return (function.__wrapped__ if torch.compiler.is_compiling() else function)(*args)
+
+
+@lru_cache(4096)
+def _convolved(spatial: Any, padding: Any, taps: Any, stride: Any, dilation: Any) -> tuple[int, ...]:
+    if padding == "same":
+        return spatial
+    axes = zip(spatial, *_sides(0 if padding == "valid" else padding, len(taps)), taps, stride, dilation, strict=True)
+    return tuple(output_extent(*axis) for axis in axes)
+
+
+@lru_cache(4096)
+def _transposed(spatial: Any, padding: Any, taps: Any, stride: Any, dilation: Any, more: Any) -> tuple[int, ...]:
+    axes = zip(spatial, *_sides(padding, len(taps)), taps, stride, dilation, more, strict=True)
+    return tuple(transposed_extent(*axis) for axis in axes)
+
+
+def _sides(padding: Any, rank: int) -> tuple[list[int], list[int]]:
+    """Lower and upper padding of each axis."""
+    flat = functional._padding("forward", padding, rank, None, [], [])  # type: ignore[arg-type]
+    return flat[::2], flat[1::2]
 
 
 class Conv1d(_Forward, nn.Conv1d):  # type: ignore[misc]

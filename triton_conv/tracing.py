@@ -1,8 +1,8 @@
 """Graphs of a model by torch.fx: one where all of it traces, else one of each part that traces by itself.
 
 What torch.fx would lose without a word makes a module a part of its own: hooks, a forward put on the instance, grad and
-autocast modes that its code changes. An argument of forward that has a default is traced with that default, and the
-graph refuses another value.
+autocast modes that its code changes, checkpointing. An argument of forward that has a default is traced with that
+default, and the graph refuses another value.
 """
 
 from __future__ import annotations
@@ -112,14 +112,16 @@ def _no_autocast() -> Iterator[None]:
         yield
 
 
-def _modes() -> tuple[bool, ...]:
-    modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
-    return (*modes, torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
+def _as_outside() -> bool:
+    """Whether code runs in the modes that `_graph` set: those of a graph are of whoever calls it."""
+    grad = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    checkpointing = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    return grad and not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda") or checkpointing)
 
 
 class _Tracer(Tracer):
     def __init__(self, apart: set[Module]) -> None:
-        super().__init__()
+        super().__init__(param_shapes_constant=True)
         self.apart, self.failed = apart, None
         self._error: Exception | None = None
 
@@ -130,13 +132,13 @@ class _Tracer(Tracer):
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception as error:
-            if self._error is not error:  # the innermost of the modules it passes through
+            if self._error is not error and not self.is_leaf_module(m, ""):  # whose code raised it, the innermost
                 self._error, self.failed = error, m  # type: ignore[assignment]
             raise
 
     def create_node(self, *args: Any, **kwargs: Any) -> Node:
-        if _modes() != (True, False, False, False):
-            raise RuntimeError("a part runs in another grad or autocast mode, which a graph does not show")
+        if not _as_outside():
+            raise RuntimeError("a part changes grad or autocast mode or is checkpointed, which a graph does not show")
         return super().create_node(*args, **kwargs)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
