@@ -240,6 +240,20 @@ def test_what_is_written_to_elsewhere_does_not_matter():
     )
 
 
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_outputs_that_are_written_to_in_training(name):
+    model = net(lambda m, x: m.act(m.conv(x)).mul_(2), training=True)
+    model.act, model.norm, model.other = ACTIVATIONS[name][0], None, None
+    if name in ("relu", "sigmoid"):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            step(model, sample())  # without us
+    elif name in ("relu6", "leaky_relu"):
+        report = fused_equals(model, sample())
+        assert reasons(report) == {"conv": f"{name}'s output is written to, and backward needs it"}
+    else:
+        fused_equals(model, sample(), conv=(name,))
+
+
 def test_functions_are_in_the_report():
     report = triton_conv.fuse(net(lambda m, x: functional.conv2d(x, m.conv.weight).relu()))
     assert ("conv2d", (), "it is a call of a function, not a module") in report.convolutions

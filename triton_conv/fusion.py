@@ -26,11 +26,14 @@ from torch.nn.utils import parametrize
 from .convert import class_over
 from .fold import Uses, fold, following, obstacle_of_arguments, obstacle_of_class
 from .nn import OURS
-from .patterns import Activation, Sum, activation, described, is_convolution, module_of, overwritten, summed
+from .patterns import Activation, Sum, activation, described, is_convolution, module_of, overwritten, summed, written
 from .residual import ADDING
 from .tracing import NO_FORWARD, Traced, hooked
 
 __all__ = ["FusionReport", "fuse"]
+
+# Activations whose output is saved for backward here, and whose input is in PyTorch.
+_NEED_OUTPUT = ("relu6", "leaky_relu")
 
 
 class Fused(NamedTuple):
@@ -244,6 +247,8 @@ class _Chain:
         if isinstance(module, _ConvNd) and node.kwargs.get("residual") is last:
             return f"it is the residual of {node.target}"
         function = None if self.activation else activation(node, self.root)
+        if function and function.name in _NEED_OUTPUT and any(node in written(u, self.root) for u in node.users):
+            return f"{function.name}'s output is written to, and backward needs it"
         if function:
             self.activation = function
             return self._took(node, function.name)
@@ -255,8 +260,12 @@ class _Chain:
         self.sum, self.after = added, self.activation is not None
         return self._took(node, "residual")
 
+    @property
+    def _convolution(self) -> Any:
+        return module_of(self.nodes[0], self.root)
+
     def _take_norm(self, node: Node, norm: _BatchNorm) -> str:
-        convolution: Any = module_of(self.nodes[0], self.root)
+        convolution = self._convolution
         if norm.training or convolution.training:
             return f"batch norm {self.uses.names[norm][0]} is in training mode"
         why = self.uses.obstacle(convolution, norm)

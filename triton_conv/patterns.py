@@ -132,7 +132,7 @@ def overwritten(value: Node, after: Node, before: Node, root: Module) -> bool:
     between, base = _between(after, before), _origin(value, root)
     new = {after, *between}
     for node in between:
-        for target in _written(node, root):
+        for target in written(node, root):
             origin = _origin(target, root)
             if origin in new:
                 continue  # shares no memory with what is older
@@ -159,7 +159,7 @@ _PURE = {"torch", "_operator", "operator", "builtins", "math", "triton_conv"}
 def _origin(node: Node, root: Module) -> Node | None:
     """The node that allocated what this one returns, as far as is known."""
     while not _allocates(node, root):
-        if node.args and node.args[0] in _written(node, root) and isinstance(node.args[0], Node):
+        if node.args and node.args[0] in written(node, root) and isinstance(node.args[0], Node):
             node = node.args[0]
         else:
             return None
@@ -175,7 +175,7 @@ def _allocates(node: Node, root: Module) -> bool:
     )
 
 
-def _written(node: Node, root: Module) -> list[Node]:
+def written(node: Node, root: Module) -> list[Node]:
     """Nodes whose tensors the node may write to."""
     first = [n for n in node.args[:1] if isinstance(n, Node)]
     module = module_of(node, root)
