@@ -6,6 +6,7 @@
 >>> print(report)
 1 of 1 convolution fused with what follows it
   0: batch norm 1, relu
+outputs of these differ by rounding: at most 6 eps of the magnitudes added up, see fuse
 >>> report.model(torch.randn(1, 3, 8, 8)).shape
 torch.Size([1, 8, 6, 6])
 """
@@ -68,7 +69,9 @@ class FusionReport:
         total = len(self.convolutions)
         what = "convolution fused with what follows it" if total == 1 else "convolutions fused with what follows them"
         lines = [f"{len(self)} of {total} {what}", *(f"  {c}" for c in self.convolutions)]
-        lines += [f"  {name or 'the model'} does not trace: {reason}" for name, reason in self.untraced]
+        if len(self):
+            lines.append("outputs of these differ by rounding: at most 6 eps of the magnitudes added up, see fuse")
+        lines += [f"{name or 'the model'} does not trace: {reason}" for name, reason in self.untraced]
         return "\n".join(lines)
 
 
@@ -87,6 +90,7 @@ def fuse(model: Module) -> FusionReport:
         1 of 2 convolutions fused with what follows them
           conv: batch norm norm, residual, relu
           last: nothing, as tanh follows
+        outputs of these differ by rounding: at most 6 eps of the magnitudes added up, see fuse
 
     Found by torch.fx, in this order: batch norm, where the model is in eval mode (see `fold_batchnorm` for which);
     an activation and a residual, in either order, each at most once. Activations: relu, relu6, leaky_relu, silu, gelu
@@ -96,11 +100,12 @@ def fuse(model: Module) -> FusionReport:
     The result is in the report, not in place as `convert` does it: a graph of other calls is another model.
     `report.model` is a `torch.fx.GraphModule` with names of modules and parameters as before, and shares the parameters
     and buffers of `model` but for those that took a batch norm in; so an optimizer made before goes on. `model` stays
-    what it was. Where torch.fx cannot trace a module (control flow that depends on data, grad or autocast modes in its
-    code) it stays what it is and its parts are fused by themselves. Convolutions with nothing to fuse stay as they are:
-    `convert`, before or after, makes them ours. What a graph does not keep: methods other than forward; code that asks
-    `self.training` is fixed to the mode of now; an argument that has a default keeps it, and another value raises
-    ValueError. Fuse before wrapping in DDP or FSDP, and before `torch.compile`.
+    what it was. Where torch.fx cannot trace a module (control flow or asserts that depend on data or shapes; grad
+    modes, autocast or checkpointing in its code) it stays what it is and its parts are fused by themselves.
+    Convolutions with nothing to fuse stay as they are: `convert`, before or after, makes them ours. What a graph does
+    not keep: methods other than forward; code that asks `self.training` is fixed to the mode of now; an argument that
+    has a default keeps it, and another value raises ValueError. Fuse before wrapping in DDP or FSDP, and before
+    `torch.compile`.
 
     A residual that is repeated along an axis or has another dtype is found out when the model runs, and added
     afterwards as before. Left alone, with the reason in the report: outputs that something else reads too, convolutions
