@@ -464,6 +464,22 @@ def test_hooks_of_modules_that_are_taken_apart_still_run():
     assert heard == ["outer", "inner"] * 2
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("how", ["torch.compile", "torch.jit.trace"])
+def test_what_was_compiled_stays_what_it_is(how):
+    def compiled(module):
+        return torch.compile(module, backend="eager") if how == "torch.compile" else torch.jit.trace(module, sample())
+
+    inside = lively(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()).double())
+    model, x = nn.Sequential(compiled(inside), lively(copy.deepcopy(inside))).eval(), sample()
+    report = fused_equals(model, x, **{"1.0": ("batch norm 1.1", "relu")})
+    if how == "torch.compile":
+        assert reasons(report) == {"0._orig_mod.0": "'0' cannot be traced: OptimizedModule has been compiled"}
+    expected = model(x)
+    assert triton_conv.fold_batchnorm(model).folded == (("1.0", "1.1"),)
+    torch.testing.assert_close(model(x), expected)
+
+
 def test_grad_modes_inside_are_kept():
     class Frozen(Inner):
         @torch.no_grad()

@@ -175,8 +175,9 @@ class _Part:
         made = GraphModule(self.root, self.graph, type(self.root).__name__)
         for name, module in made.named_modules():
             old = self.root.get_submodule(name)
-            module.training = old.training
-            module._non_persistent_buffers_set = old._non_persistent_buffers_set & module._buffers.keys()
+            if module is not old:  # an empty one, put there to hold what the graph calls
+                module.training = old.training
+                module._non_persistent_buffers_set = old._non_persistent_buffers_set & module._buffers.keys()
         for key in vars(Module()):
             if "hook" in key:
                 setattr(made, key, getattr(self.root, key))

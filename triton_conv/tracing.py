@@ -100,7 +100,7 @@ def _patched(module: Module) -> bool:
 
 def _closed(module: Module) -> bool:
     """Whether what the module runs is no longer the code of its class."""
-    return isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_torchdynamo_orig_callable")
+    return isinstance(module, torch.jit.ScriptModule) or "_orig_mod" in module._modules  # torch.compile's
 
 
 @contextlib.contextmanager
