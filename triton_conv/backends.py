@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .epilogue import PLAIN
 from .geometry import ConvGeometry, Role
 from .ways import Problem
 
@@ -112,6 +113,7 @@ def comparable(problem: Problem) -> bool:
         problem.dtype in ("float16", "bfloat16", "float32", "float64")
         and problem.out_dtype == problem.dtype
         and not problem.has_scale
+        and problem.epilogue == PLAIN
         and all(mode == "zeros" for mode in g.modes)
         and all(lower == upper >= 0 for lower, upper in g.padding)
         and all(extra < limit for extra, limit in zip(_cut_off(g), most, strict=True))

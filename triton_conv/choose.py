@@ -16,6 +16,7 @@ from . import cost, tiles
 from .config import ITEM_BYTES, BoxConfig, Config
 from .cost import Prediction
 from .devices import Device
+from .epilogue import PLAIN, Epilogue
 from .geometry import ConvGeometry, Role
 
 # Other tiles are another compilation, and predictions no measurements: they have to promise this much.
@@ -34,6 +35,7 @@ def quickest(
     device: Device,
     channels_last: bool,
     out_dtype: str | None = None,
+    epilogue: Epilogue = PLAIN,
 ) -> AnyConfig:
     """The config of least predicted time around the rule's; of equals the first, which is the rule's.
 
@@ -43,7 +45,8 @@ def quickest(
 
     @cache
     def predicted(config: AnyConfig) -> Prediction:
-        return cost.predict(geometry, role, kernel, config, dtype, precision, device, channels_last, out_dtype)
+        how = (dtype, precision, device, channels_last, out_dtype, epilogue)
+        return cost.predict(geometry, role, kernel, config, *how)
 
     others: list[Any] = _other_splits(kernel, rule, geometry) if role is Role.WGRAD else []
     if predicted(rule).tiles < device.multiprocessors or not predicted(rule).resident:

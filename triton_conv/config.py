@@ -14,6 +14,7 @@ from . import tiles
 from .devices import DEVICES as DEVICES
 from .devices import INTERPRETER as INTERPRETER
 from .devices import Device as Device
+from .epilogue import PLAIN, Epilogue
 from .geometry import ConvGeometry, Role
 from .tiles import ceil_div
 
@@ -180,12 +181,18 @@ class Numerics(NamedTuple):
     precision: str
     has_bias: bool
     has_scale: bool = False
+    epilogue: Epilogue = PLAIN
 
     @property
-    def epilogue(self) -> tuple[str | None, ...]:
-        """The operands that an accumulator meets before it is stored, None for those that are not there."""
-        scales = ("scale_a", "scale_b") if self.has_scale else (None, None)
-        return (*scales, "bias" if self.has_bias else None)
+    def operands(self) -> tuple[str | None, ...]:
+        """The operands that an accumulator meets before it is stored, None for those that are not there.
+
+        These are "scale_a", "scale_b", "scale", "bias", "residual" and "kept", which is written.
+        """
+        e = self.epilogue
+        there = {"scale_a": self.has_scale, "scale_b": self.has_scale, "scale": e.scale, "bias": self.has_bias}
+        there |= {"residual": bool(e.residual), "kept": e.keep}
+        return tuple(name if is_there else None for name, is_there in there.items())
 
 
 # A program is worth splitting off when it still has this many steps of its main loop.

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from . import tiles as counting
 from .config import ITEM_BYTES, BandedConfig, BoxConfig, DepthwiseConfig, KernelConfig
 from .devices import H200, Device
+from .epilogue import PLAIN, Epilogue
 from .geometry import ConvGeometry, Role
 from .tiles import Tiles, ceil_div
 
@@ -36,6 +37,10 @@ LINK = 64  # bytes that a multiprocessor gets from L2 in a clock
 ISSUED = 0.7  # share of its instruction slots that a multiprocessor uses without a dot
 SPILLED = 4  # how many times longer a step takes whose accumulator does not fit into registers
 
+# Instructions of a thread for each output of an activation, as compiled, and how many times as many of float64.
+ACTIVATION = {"": 0, "relu": 2, "relu6": 4, "leaky_relu": 3, "silu": 8, "gelu": 25, "gelu_tanh": 12, "sigmoid": 8}
+ACTIVATION |= {"hardswish": 6}
+DOUBLE = 10
 BANDED_STEP, BANDED_WGRAD_STEP = 100, 190  # instructions of a thread in a step of banded kernels, as compiled
 BANDED_LOAD = 12  # more for each load, as compiled
 BANDED_GATHER = 36  # instructions for each sum that banded weight gradients gather from a diagonal, as compiled
@@ -101,7 +106,13 @@ class Prediction:
 
 
 def roofline(
-    geometry: ConvGeometry, role: Role, dtype: str, precision: str, device: Device, out_dtype: str | None = None
+    geometry: ConvGeometry,
+    role: Role,
+    dtype: str,
+    precision: str,
+    device: Device,
+    out_dtype: str | None = None,
+    epilogue: Epilogue = PLAIN,
 ) -> Roofline:
     """The least time of a convolution on a device; `out_dtype` is the operands' where it is None.
 
@@ -117,6 +128,7 @@ def roofline(
     output = {Role.FPROP: "y", Role.DGRAD: "x", Role.WGRAD: "w"}[role]
     wider = ITEM_BYTES[out_dtype or dtype] - ITEM_BYTES[dtype]
     moved = sum(elements.values()) * ITEM_BYTES[dtype] + elements[output] * wider
+    moved += _epilogue_bytes(g, role, out_dtype or dtype, epilogue)
     matrix, vector = _matrix_rate(dtype, precision, device) * _fill(g, role), _vector_rate(dtype, device)
     computing, moving = flops / max(matrix, vector), moved / device.bandwidth
     limit = "memory bandwidth" if moving >= computing else "matrix rate" if matrix > vector else "vector rate"
@@ -152,19 +164,20 @@ def predict(
     device: Device,
     channels_last: bool = True,
     out_dtype: str | None = None,
+    epilogue: Epilogue = PLAIN,
 ) -> Prediction:
     """The predicted time of `kernel` ("gather", "box", "depthwise", "wgrad", ...) on a canonical geometry.
 
     `channels_last` is the layout of both activations.
     """
     if isinstance(config, DepthwiseConfig):
-        return _depthwise(geometry, role, config, dtype, device, channels_last, out_dtype)
+        return _depthwise(geometry, role, config, dtype, device, channels_last, out_dtype, epilogue)
     g, item, out_item = geometry, ITEM_BYTES[dtype], ITEM_BYTES[out_dtype or dtype]
     tiles, banded = TILES[kernel](role, g, config), isinstance(config, BandedConfig)
     if isinstance(config, BandedConfig):
         step = _banded_step(role, g, config, item, tiles.steps / max(tiles.total, 1))
     else:
-        step = _step(role, g, config, item, out_item, channels_last)
+        step = _step(role, g, config, item, out_item, channels_last, epilogue)
     resident, registers = _residents(config, step, dtype, device)
     matrix = step.dot and _matrix_rate(dtype, precision, device)
     share = MATRIX_SHARE * (FEW_ROWS if step.rows < 64 and device.capability in (90, 100) else 1)
@@ -173,9 +186,11 @@ def predict(
     busy = (max(multiplying, issuing) if matrix else multiplying + issuing) * device.multiprocessors
     busy = max(busy, step.bytes / (LINK * device.clock)) * (SPILLED if registers > MOST_REGISTERS else 1)
     waves, loop = _waves(tiles, busy, step, resident, device) if resident else (0, inf)
+    loop += _finishing(g, role, dtype, device, epilogue)
     fetching = tiles.steps * step.bytes / device.l2_bandwidth
 
-    least, bandwidth = roofline(g, role, dtype, precision, device, out_dtype), device.bandwidth * MEMORY_SHARE
+    least = roofline(g, role, dtype, precision, device, out_dtype, epilogue)
+    bandwidth = device.bandwidth * MEMORY_SHARE
     passes = ceil_div(tiles.tiles_m * tiles.tiles_n, max(resident, 1) * device.multiprocessors)
     memory = (least.bytes + _read_again(role, g, step, item, config.splits, passes, device)) / bandwidth
     split = prod(g.shape("w")) * 2 * config.splits * max(item, 4) / bandwidth if config.splits > 1 else 0.0
@@ -199,10 +214,30 @@ def predict(
     )
 
 
-def fold_seconds(geometry: ConvGeometry, dtype: str, device: Device) -> float:
+def epilogue_seconds(g: ConvGeometry, role: Role, out_dtype: str, device: Device, epilogue: Epilogue) -> float:
+    """Of what an epilogue reads and writes beside the output, as far as memory goes."""
+    return _epilogue_bytes(g, role, out_dtype, epilogue) / (device.bandwidth * MEMORY_SHARE)
+
+
+def _epilogue_bytes(g: ConvGeometry, role: Role, out_dtype: str, epilogue: Epilogue) -> int:
+    """Of the residual that is read and of what is kept, which is written."""
+    output = prod(g.shape("x" if role is Role.DGRAD else "y"))
+    return output * ITEM_BYTES[out_dtype] * (bool(epilogue.residual) + epilogue.keep)
+
+
+def _finishing(g: ConvGeometry, role: Role, dtype: str, device: Device, epilogue: Epilogue) -> float:
+    """Seconds of the epilogue's instructions, which nothing is multiplied meanwhile."""
+    each = ACTIVATION[epilogue.activation] * (DOUBLE if dtype == "float64" else 1)
+    each += 2 * bool(epilogue.residual) + epilogue.scale + epilogue.keep
+    output = prod(g.shape("x" if role is Role.DGRAD else "y"))
+    return output * each / (LANES * device.clock * device.multiprocessors)
+
+
+def fold_seconds(geometry: ConvGeometry, dtype: str, device: Device, epilogue: Epilogue = PLAIN) -> float:
     """Of folding a padded gradient onto dx; it is written and read as wide as accumulators are."""
     item = ITEM_BYTES[dtype]
-    moved = prod(geometry.padded().shape("x")) * (2 * max(item, 4) - item) + prod(geometry.shape("x")) * item
+    moved = _epilogue_bytes(geometry, Role.DGRAD, dtype, epilogue)
+    moved += prod(geometry.padded().shape("x")) * (2 * max(item, 4) - item) + prod(geometry.shape("x")) * item
     return moved / (device.bandwidth * MEMORY_SHARE) + LAUNCH
 
 
@@ -231,6 +266,7 @@ def _depthwise(
     device: Device,
     channels_last: bool,
     out_dtype: str | None,
+    epilogue: Epilogue,
 ) -> Prediction:
     """Of kernels that issue an instruction for each product, for each source value they widen, and some for loads."""
     tiles, axes, item = counting.depthwise(role, g, config), g.axes(role), ITEM_BYTES[dtype]
@@ -262,7 +298,8 @@ def _depthwise(
     resident = max(device.registers // (min(registers, MOST_REGISTERS) * threads), 1)
     waves = ceil_div(tiles.total, resident * device.multiprocessors)
 
-    bandwidth, least = device.bandwidth * MEMORY_SHARE, roofline(g, role, dtype, "ieee", device, out_dtype)
+    bandwidth = device.bandwidth * MEMORY_SHARE
+    least = roofline(g, role, dtype, "ieee", device, out_dtype, epilogue)
     activations = (prod(g.shape("x")) + prod(g.shape("y"))) * item
     lost = max(0.0, 1 - device.l2_bytes / max(activations / config.splits, 1))  # before a chunk reads it again
     again = activations * (tiles.tiles_m - 1) * lost if role is Role.WGRAD else 0.0
@@ -270,7 +307,7 @@ def _depthwise(
     split = prod(g.shape("w")) * 2 * config.splits * max(item, 4) / bandwidth if config.splits > 1 else 0.0
     launch = LAUNCH * (2 if config.splits > 1 else 1)
     waiting = TILE + tiles.longest * LATENCY  # for data: no step is loaded ahead, but other programs go on meanwhile
-    loop = max(issuing + TILE, waves * (waiting + alone))
+    loop = max(issuing + TILE, waves * (waiting + alone)) + _finishing(g, role, dtype, device, epilogue)
     # what several taps of a row read comes from L1 but for the first time
     fetching = tiles.steps * values * rows * own * parts * s / g.filter[2] * item / device.l2_bandwidth
     return Prediction(
@@ -341,7 +378,9 @@ def _banded_step(role: Role, g: ConvGeometry, config: BandedConfig, item: int, s
     )
 
 
-def _step(role: Role, g: ConvGeometry, config: Any, item: int, out_item: int, channels_last: bool) -> _Step:
+def _step(
+    role: Role, g: ConvGeometry, config: Any, item: int, out_item: int, channels_last: bool, epilogue: Epilogue
+) -> _Step:
     C, K = g.C // g.groups, g.K // g.groups
     boxed = isinstance(config, BoxConfig)
     persistent = boxed and role is not Role.WGRAD

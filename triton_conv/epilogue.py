@@ -27,3 +27,6 @@ class Epilogue(NamedTuple):
     residual: str = ""
     scale: bool = False
     keep: bool = False
+
+
+PLAIN = Epilogue()

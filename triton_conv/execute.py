@@ -19,6 +19,7 @@ from torch._prims_common import suggest_memory_format
 from . import backends, devices, invariance, plan, reference
 from .backends import default_precision
 from .devices import INTERPRETER, Device
+from .epilogue import PLAIN, Epilogue
 from .geometry import ConvGeometry, Role, Strides
 
 # What kernels call the operands of a role, and its output.
@@ -31,7 +32,9 @@ class Call:
 
     a, b are (x, w) for fprop, (dy, w) for dgrad, (dy, x) for wgrad; bias goes with the first two. With `scales`, one
     element of float32 each, the sum is multiplied by both before bias is added. The output and bias have `out_dtype`,
-    which is the operands' own where it is None.
+    which is the operands' own where it is None. Of fprop and dgrad the `epilogue` asks for `scale` (one number of
+    float32 or the output's dtype for each of its channels), for a `residual` like the output, of any strides, and for
+    `kept`, which is written: it has the output's strides too.
     """
 
     role: Role
@@ -43,6 +46,10 @@ class Call:
     weight_stride: tuple[int, ...] = ()
     scales: tuple[Tensor, Tensor] | None = None
     out_dtype: torch.dtype | None = None
+    epilogue: Epilogue = PLAIN
+    scale: Tensor | None = None
+    residual: Tensor | None = None
+    kept: Tensor | None = None
 
     @property
     def output_shape(self) -> list[int]:
@@ -129,9 +136,10 @@ def execute(call: Call) -> Tensor:
     if device is None:
         return _reference(call, output)
     if call.a.numel() == 0 or call.b.numel() == 0:
-        return reference.add_bias(output.zero_(), call.bias)
+        return _finished(call, torch.zeros_like(output, dtype=reference.wide_of(output.dtype)), output)
     if call.a.is_complex():
-        return output.copy_(reference.complex_as_real(partial(_part, call), call.a, call.b, call.bias))
+        a, b = (t.to(reference.wide_of(t.dtype)) for t in (call.a, call.b))
+        return _finished(call, reference.complex_as_real(partial(_part, call), a, b), output)
     if invariance.batch() is not None and call.role is not Role.WGRAD and call.a.data_ptr() % 16:
         call = replace(call, a=call.a.clone())  # what kernels may run must not depend on where the first sample is
     problem = problem_of(call, device, output)
@@ -200,16 +208,35 @@ def problem_of(call: Call, device: Device, output: Tensor | None = None) -> plan
         Role.WGRAD: Strides(x=b, w=out, y=a),
     }[call.role]
     precision = (call.precision or default_precision()) if dtype == "float32" else "ieee"
-    aligned = all(t.device.type == "meta" or t.data_ptr() % 16 == 0 for t in (call.a, call.b, output))
-    has_bias, has_scale = call.bias is not None, call.scales is not None
-    return plan.Problem(
-        call.role, call.geometry, dtype, out_dtype, strides, precision, has_bias, has_scale, aligned, device
-    )
+    written = (output,) if call.kept is None else (output, call.kept)
+    aligned = all(map(_aligned, (call.a, call.b, *written)))
+    has_bias, has_scale, epilogue = call.bias is not None, call.scales is not None, call.epilogue
+    moves = call.residual is not None and not (_aligned(call.residual) and _lies_as(call.residual, output))
+    how = (precision, has_bias, has_scale, aligned, device, epilogue, moves)
+    return plan.Problem(call.role, call.geometry, dtype, out_dtype, strides, *how)
+
+
+def _aligned(t: Tensor) -> bool:
+    """Whether its first element is at a multiple of 16 bytes."""
+    return t.device.type == "meta" or t.data_ptr() % 16 == 0
+
+
+def _lies_as(t: Tensor, other: Tensor) -> bool:
+    """Whether the elements of two tensors of one shape are equally far apart."""
+    return all(a == b or n == 1 for a, b, n in zip(t.stride(), other.stride(), other.shape, strict=True))
 
 
 def _part(call: Call, a: Tensor, b: Tensor) -> Tensor:
     """The real convolution of a component of each operand of a complex one."""
-    return execute(replace(call, a=a, b=b, bias=None))
+    return execute(Call(call.role, call.geometry, a, b, None, call.precision, call.weight_stride))
+
+
+def _finished(call: Call, sums: Tensor, output: Tensor) -> Tensor:
+    """The output of sums that no kernel has finished, in their dtype and rounded once; fills what is kept."""
+    out, unactivated = reference.finished(sums, call.scale, call.bias, call.residual, call.epilogue)
+    if call.kept is not None:
+        call.kept.copy_(unactivated)
+    return output.copy_(out)
 
 
 def _strides(t: Tensor) -> tuple[int, ...]:
@@ -242,6 +269,13 @@ def prepared(p: plan.Plan, call: Call, output: Tensor) -> tuple[dict[str, Tensor
             tensors[name] = torch.empty_like(t, memory_format=torch.contiguous_format)
         else:
             tensors[name] = _five(t).permute(0, 2, 3, 4, 1).contiguous() if p.channels_last else t.contiguous()
+    if call.scale is not None:
+        tensors["scale"] = call.scale.contiguous()
+    written = tensors[names[2]]
+    if call.residual is not None:
+        tensors["residual"] = _empty_as(written).copy_(call.residual) if p.copies_residual else call.residual
+    if call.kept is not None:
+        tensors["kept"] = _empty_as(written) if p.copies_kept else call.kept
     blocks = dense = None
     if p.bundle > 1:
         K, C, T, R, S = p.asked.shape("w")
@@ -255,9 +289,15 @@ def prepared(p: plan.Plan, call: Call, output: Tensor) -> tuple[dict[str, Tensor
         if call.role is Role.WGRAD and blocks is not None and dense is not None:
             dense.copy_(blocks)
         if names[2] in p.packs:
-            output.copy_(tensors[names[2]])
+            output.copy_(written)
+        if call.kept is not None and p.copies_kept:
+            call.kept.copy_(tensors["kept"])
 
     return tensors, finish
+
+
+def _empty_as(t: Tensor) -> Tensor:
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
 
 
 def workspace(p: plan.Plan, device: torch.device) -> dict[str, Tensor]:
@@ -289,9 +329,15 @@ def _five(t: Tensor) -> Tensor:
 def _reference(call: Call, output: Tensor) -> Tensor:
     if invariance.batch() is not None and call.role is not Role.WGRAD and call.geometry.N > 1:
         one = replace(call.geometry, N=1)
-        for a, y in zip(call.a.split(1), output.split(1), strict=True):
-            _reference(replace(call, geometry=one, a=a.clone()), y)
+        for n in range(call.geometry.N):
+            sample = slice(n, n + 1)
+            extra = {name: t[sample] for name in ("residual", "kept") if (t := getattr(call, name)) is not None}
+            _reference(replace(call, geometry=one, a=call.a[sample].clone(), **extra), output[sample])
         return output
+    if call.epilogue != PLAIN:
+        wide = reference.wide_of(output.dtype)
+        plain = Call(call.role, call.geometry, call.a.to(wide), call.b.to(wide), None, call.precision)
+        return _finished(call, _reference(plain, torch.empty_like(output, dtype=wide)), output)
     a, b, g = _five(call.a), _five(call.b), call.geometry
     if call.out_dtype is None:
         fprop = partial(reference.fprop, a, b, call.bias, g)

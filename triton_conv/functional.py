@@ -7,7 +7,8 @@
 
 Beyond PyTorch: `padding` takes (lower, upper) pairs, one per axis; `padding_mode` is "zeros", "reflect",
 "replicate" or "circular", for all axes or one name per axis, and builds no padded copy in the kernels; `precision`
-chooses how float32 is multiplied ("ieee", "tf32", "tf32x3"; None follows PyTorch's own settings).
+chooses how float32 is multiplied ("ieee", "tf32", "tf32x3"; None follows PyTorch's own settings); `activation`,
+`residual` and `scale` say what else is done to the sums in the same kernel.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import fast, ops
+from . import fast, fused, ops
 from .geometry import PADDING_MODES, same_padding
 from .unsupported import check_kind, refuse_script
 
@@ -49,17 +50,23 @@ def conv1d(
     *,
     padding_mode: Modes = "zeros",
     precision: str | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
+    residual_after_activation: bool = False,
+    scale: Tensor | None = None,
 ) -> Tensor:
-    """1-D convolution; `torch.nn.functional.conv1d` with `padding_mode` and `precision`.
+    """1-D convolution; `torch.nn.functional.conv1d` with `padding_mode`, `precision` and an epilogue.
 
         >>> causal = triton_conv.conv1d(torch.randn(2, 4, 100), torch.randn(8, 4, 3), padding=((2, 0),))
         >>> causal.shape
         torch.Size([2, 8, 100])
 
     Shapes: input (N, C, W) or (C, W), weight (K, C / groups, S), bias (K); returns (N, K, Q) or (K, Q).
-    See `conv2d` for dtypes and errors.
+    See `conv2d` for dtypes, errors and the epilogue.
     """
-    return _conv(1, input, weight, bias, stride, padding, dilation, groups, padding_mode, precision)
+    fusion = fused.asked(activation, negative_slope, residual, residual_after_activation, scale)
+    return _conv(1, input, weight, bias, stride, padding, dilation, groups, padding_mode, precision, fusion)
 
 
 def conv2d(
@@ -73,8 +80,13 @@ def conv2d(
     *,
     padding_mode: Modes = "zeros",
     precision: str | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
+    residual_after_activation: bool = False,
+    scale: Tensor | None = None,
 ) -> Tensor:
-    """2-D convolution; `torch.nn.functional.conv2d` with `padding_mode` and `precision`.
+    """2-D convolution; `torch.nn.functional.conv2d` with `padding_mode`, `precision` and an epilogue.
 
         >>> triton_conv.conv2d(torch.randn(1, 3, 8, 8), torch.randn(4, 3, 3, 3), padding=((0, 1), 1)).shape
         torch.Size([1, 4, 7, 8])
@@ -87,13 +99,29 @@ def conv2d(
     odd element above). padding_mode: one name, or one per axis; as in `torch.nn.functional.pad`, reflect needs
     padding below the extent, circular no more than the extent.
 
+    In the same kernel, rounded once: activation(scale[k] * sum + bias[k] + residual), or with
+    `residual_after_activation` activation(scale[k] * sum + bias[k]) + residual.
+
+        >>> block, shortcut = torch.randn(4, 4, 3, 3), torch.randn(1, 4, 8, 8)
+        >>> y = triton_conv.conv2d(shortcut, block, padding=1, activation="relu", residual=shortcut)
+        >>> torch.allclose(y, (triton_conv.conv2d(shortcut, block, padding=1) + shortcut).relu(), atol=1e-5)
+        True
+
+    activation: "relu", "relu6", "leaky_relu" (of `negative_slope`), "silu", "gelu", "gelu_tanh" (torch's
+    `approximate="tanh"`), "sigmoid" or "hardswish". residual: of the output's shape and dtype, in any memory format;
+    that of the output is read without a copy. scale: (K), float32 or the input's dtype. Every gradient exists, of
+    any order; `triton_conv.fused` says what is saved for it. Under torch.func's transforms and forward-mode AD, and for
+    complex numbers and integers, several kernels compute it; integers have relu and relu6 alone, complex numbers
+    sigmoid and silu: NotImplementedError for others, ValueError for an activation that there is not.
+
     Raises what PyTorch raises for the same mistake, before anything is computed: TypeError for arguments of the
     wrong type, RuntimeError for shapes, dtypes and devices that do not fit, ValueError for an unknown mode.
 
     Method: implicit GEMM, the filter taps walked by index maps instead of an im2col buffer (Chetlur et al. 2014,
     cuDNN); on a CPU, PyTorch's own convolution.
     """
-    return _conv(2, input, weight, bias, stride, padding, dilation, groups, padding_mode, precision)
+    fusion = fused.asked(activation, negative_slope, residual, residual_after_activation, scale)
+    return _conv(2, input, weight, bias, stride, padding, dilation, groups, padding_mode, precision, fusion)
 
 
 def conv3d(
@@ -107,8 +135,13 @@ def conv3d(
     *,
     padding_mode: Modes = "zeros",
     precision: str | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
+    residual_after_activation: bool = False,
+    scale: Tensor | None = None,
 ) -> Tensor:
-    """3-D convolution; `torch.nn.functional.conv3d` with `padding_mode` and `precision`.
+    """3-D convolution; `torch.nn.functional.conv3d` with `padding_mode`, `precision` and an epilogue.
 
         >>> video, filters = torch.randn(1, 3, 9, 16, 16), torch.randn(8, 3, 3, 3, 3)
         >>> modes = ("replicate", "zeros", "zeros")
@@ -116,9 +149,10 @@ def conv3d(
         torch.Size([1, 8, 9, 16, 16])
 
     Shapes: input (N, C, D, H, W) or (C, D, H, W), weight (K, C / groups, T, R, S), bias (K); returns (N, K, Z, P, Q)
-    or (K, Z, P, Q). See `conv2d` for dtypes and errors.
+    or (K, Z, P, Q). See `conv2d` for dtypes, errors and the epilogue.
     """
-    return _conv(3, input, weight, bias, stride, padding, dilation, groups, padding_mode, precision)
+    fusion = fused.asked(activation, negative_slope, residual, residual_after_activation, scale)
+    return _conv(3, input, weight, bias, stride, padding, dilation, groups, padding_mode, precision, fusion)
 
 
 def conv_transpose1d(
@@ -133,8 +167,13 @@ def conv_transpose1d(
     *,
     padding_mode: Modes = "zeros",
     precision: str | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
+    residual_after_activation: bool = False,
+    scale: Tensor | None = None,
 ) -> Tensor:
-    """1-D transposed convolution; `torch.nn.functional.conv_transpose1d` with `padding_mode` and `precision`.
+    """1-D transposed convolution; `torch.nn.functional.conv_transpose1d`, with all that `conv1d` has more.
 
         >>> triton_conv.conv_transpose1d(torch.randn(2, 4, 50), torch.randn(4, 8, 4), stride=2, padding=1).shape
         torch.Size([2, 8, 100])
@@ -142,8 +181,9 @@ def conv_transpose1d(
     Shapes: input (N, K, Q) or (K, Q), weight (K, C / groups, S), bias (C); returns (N, C, W) or (C, W).
     See `conv_transpose2d` for the rest.
     """
+    fusion = fused.asked(activation, negative_slope, residual, residual_after_activation, scale)
     return _conv_transpose(
-        1, input, weight, bias, stride, padding, output_padding, groups, dilation, padding_mode, precision
+        1, input, weight, bias, stride, padding, output_padding, groups, dilation, padding_mode, precision, fusion
     )
 
 
@@ -159,22 +199,28 @@ def conv_transpose2d(
     *,
     padding_mode: Modes = "zeros",
     precision: str | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
+    residual_after_activation: bool = False,
+    scale: Tensor | None = None,
 ) -> Tensor:
-    """2-D transposed convolution; `torch.nn.functional.conv_transpose2d` with `padding_mode` and `precision`.
+    """2-D transposed convolution; `torch.nn.functional.conv_transpose2d`, with all that `conv2d` has more.
 
         >>> x, w = torch.randn(1, 8, 14, 14), torch.randn(8, 4, 3, 3)
         >>> triton_conv.conv_transpose2d(x, w, stride=2, padding=1, output_padding=1).shape
         torch.Size([1, 4, 28, 28])
 
     Shapes: input (N, K, P, Q) or (K, P, Q), weight (K, C / groups, R, S), bias (C); returns (N, C, H, W) or
-    (C, H, W). Dtypes and errors as in `conv2d`.
+    (C, H, W). Dtypes, errors and epilogue as in `conv2d`; scale, like bias, is of the output's channels (C).
 
     It is the input gradient of the convolution that has these parameters, and that is what `padding_mode` means
     here: with "circular", the transpose of a circular convolution, so that what leaves on one side comes back on
     the other. PyTorch has only "zeros".
     """
+    fusion = fused.asked(activation, negative_slope, residual, residual_after_activation, scale)
     return _conv_transpose(
-        2, input, weight, bias, stride, padding, output_padding, groups, dilation, padding_mode, precision
+        2, input, weight, bias, stride, padding, output_padding, groups, dilation, padding_mode, precision, fusion
     )
 
 
@@ -190,8 +236,13 @@ def conv_transpose3d(
     *,
     padding_mode: Modes = "zeros",
     precision: str | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
+    residual_after_activation: bool = False,
+    scale: Tensor | None = None,
 ) -> Tensor:
-    """3-D transposed convolution; `torch.nn.functional.conv_transpose3d` with `padding_mode` and `precision`.
+    """3-D transposed convolution; `torch.nn.functional.conv_transpose3d`, with all that `conv3d` has more.
 
         >>> triton_conv.conv_transpose3d(torch.randn(1, 4, 4, 8, 8), torch.randn(4, 2, 2, 2, 2), stride=2).shape
         torch.Size([1, 2, 8, 16, 16])
@@ -199,8 +250,9 @@ def conv_transpose3d(
     Shapes: input (N, K, Z, P, Q) or (K, Z, P, Q), weight (K, C / groups, T, R, S), bias (C); returns
     (N, C, D, H, W) or (C, D, H, W). See `conv_transpose2d` for the rest.
     """
+    fusion = fused.asked(activation, negative_slope, residual, residual_after_activation, scale)
     return _conv_transpose(
-        3, input, weight, bias, stride, padding, output_padding, groups, dilation, padding_mode, precision
+        3, input, weight, bias, stride, padding, output_padding, groups, dilation, padding_mode, precision, fusion
     )
 
 
@@ -373,12 +425,13 @@ def int_conv3d(
     return _int_conv(3, input, weight, bias, stride, padding, dilation, groups, padding_mode)
 
 
-def _conv(rank, input, weight, bias, stride, padding, dilation, groups, padding_mode, precision) -> Tensor:
+def _conv(rank, input, weight, bias, stride, padding, dilation, groups, padding_mode, precision, fusion) -> Tensor:
     name = f"conv{rank}d"
-    if has_torch_function((input, weight, bias)):
-        args = (input, weight, bias, stride, padding, dilation, groups)
-        return _hand_over(name, args[:3], args, padding_mode=padding_mode, precision=precision)
-    spelled = _spelled(rank, weight, padding, (stride, padding, dilation, groups, padding_mode, precision))
+    tensors = (input, weight, bias)
+    if has_torch_function(tensors if fusion is None else (*tensors, fusion.residual, fusion.scale)):
+        args = (*tensors, stride, padding, dilation, groups)
+        return _hand_over(name, tensors, args, fusion, padding_mode=padding_mode, precision=precision)
+    spelled = _spelled(rank, weight, padding, (stride, padding, dilation, groups, padding_mode, precision, fusion))
     known = _parameters_of.get(spelled) if spelled else None
     if known is not None:
         again = ops.again(ops.conv, input, weight, bias, known)
@@ -387,6 +440,8 @@ def _conv(rank, input, weight, bias, stride, padding, dilation, groups, padding_
     batched = _check_tensors(name, rank, _DTYPES, input=input, weight=weight, bias=bias)
     params = _parameters(name, rank, weight, stride, padding, dilation, groups, padding_mode)
     params = (*params, _precision(name, precision))
+    if fusion is not None:
+        return fused.convolved(name, fused.CONV, input, weight, bias, params, fusion, batched)
     y = ops.fprop(input if batched else input.unsqueeze(0), weight, bias, params)
     _remember(spelled, params)
     return y if batched else y.squeeze(0)
@@ -429,13 +484,14 @@ def _parameters(name, rank, weight, stride, padding, dilation, groups, padding_m
 
 
 def _conv_transpose(
-    rank, input, weight, bias, stride, padding, output_padding, groups, dilation, padding_mode, precision
+    rank, input, weight, bias, stride, padding, output_padding, groups, dilation, padding_mode, precision, fusion
 ) -> Tensor:
     name = f"conv_transpose{rank}d"
-    if has_torch_function((input, weight, bias)):
-        args = (input, weight, bias, stride, padding, output_padding, groups, dilation)
-        return _hand_over(name, args[:3], args, padding_mode=padding_mode, precision=precision)
-    spelling = (stride, padding, output_padding, groups, dilation, padding_mode, precision)
+    tensors = (input, weight, bias)
+    if has_torch_function(tensors if fusion is None else (*tensors, fusion.residual, fusion.scale)):
+        args = (*tensors, stride, padding, output_padding, groups, dilation)
+        return _hand_over(name, tensors, args, fusion, padding_mode=padding_mode, precision=precision)
+    spelling = (stride, padding, output_padding, groups, dilation, padding_mode, precision, fusion)
     spelled = _spelled(-rank, weight, padding, spelling)
     known = _parameters_of.get(spelled) if spelled else None
     if known is not None:
@@ -456,6 +512,8 @@ def _conv_transpose(
         _modes(name, padding_mode, rank),
         _precision(name, precision),
     )
+    if fusion is not None:
+        return fused.convolved(name, fused.CONV_TRANSPOSE, input, weight, bias, params, fusion, batched)
     y = ops.recordable(ops.conv_transpose)(input if batched else input.unsqueeze(0), weight, bias, *params)
     _remember(spelled, params)
     return y if batched else y.squeeze(0)
@@ -486,8 +544,11 @@ def _remember(spelled: Any, params: tuple) -> None:
         _parameters_of.remember(spelled, tuple(tuple(p) if isinstance(p, list) else p for p in params))
 
 
-def _hand_over(name: str, tensors: tuple, args: tuple, **keywords: Any) -> Tensor:
+def _hand_over(name: str, tensors: tuple, args: tuple, fusion: fused.Fusion | None = None, **keywords: Any) -> Tensor:
     """To whoever overrides torch functions: tensor subclasses, fx's proxies, function modes."""
+    if fusion is not None:
+        keywords |= fusion._asdict()
+        tensors = (*tensors, fusion.residual, fusion.scale)
     return handle_torch_function(globals()[name], tensors, *args, **keywords)
 
 

@@ -4,11 +4,14 @@
     >>> triton_conv.nn.Conv1d(4, 8, 3, padding=((2, 0),), padding_mode="replicate")
     Conv1d(4, 8, kernel_size=(3,), stride=(1,), padding=((2, 0),), padding_mode=replicate)
 
-Each class derives from torch's class of the same name: constructor, parameters, initialisation, state_dict and repr
-are torch's, and `isinstance(module, torch.nn.Conv2d)` holds. Beyond torch, `padding` takes (lower, upper) pairs,
-one per axis; `padding_mode` takes one name per axis, and builds no padded copy in the kernels; `precision` is that
-of `triton_conv.functional`. Tuples must have one entry per axis, or one entry for all. A lazy class takes the number of
-input channels from its first input, and becomes the class it is named after.
+Each class that torch has too derives from torch's: constructor, parameters, initialisation, state_dict and repr are
+torch's, and `isinstance(module, torch.nn.Conv2d)` holds. Beyond torch, `padding` takes (lower, upper) pairs, one per
+axis; `padding_mode` takes one name per axis, and builds no padded copy in the kernels; `precision` is that of
+`triton_conv.functional`. So are `activation` and `negative_slope`, computed in the convolution's kernel; `forward`
+takes a residual, which is added there too, with `residual_after_activation` after the activation; with `scale` the
+module has a parameter of that name, one number for each output channel, that multiplies the sums before the bias is
+added. Tuples must have one entry per axis, or one entry for all. A lazy class takes the number of input channels from
+its first input, and becomes the class it is named after.
 """
 
 from __future__ import annotations
@@ -22,7 +25,14 @@ from torch import Tensor
 
 from . import functional, ops
 from .deform_nn import DeformConv2d, ModulatedDeformConv2d
+from .factored import (
+    DepthwiseSeparableConv1d,
+    DepthwiseSeparableConv2d,
+    DepthwiseSeparableConv3d,
+    SpatiallySeparableConv2d,
+)
 from .functional import Ints, Modes, Padding
+from .fused_nn import Fusing
 from .geometry import PADDING_MODES
 from .unsupported import not_scripted
 
@@ -34,6 +44,9 @@ __all__ = [
     "ConvTranspose2d",
     "ConvTranspose3d",
     "DeformConv2d",
+    "DepthwiseSeparableConv1d",
+    "DepthwiseSeparableConv2d",
+    "DepthwiseSeparableConv3d",
     "LazyConv1d",
     "LazyConv2d",
     "LazyConv3d",
@@ -41,6 +54,7 @@ __all__ = [
     "LazyConvTranspose2d",
     "LazyConvTranspose3d",
     "ModulatedDeformConv2d",
+    "SpatiallySeparableConv2d",
 ]
 
 
@@ -51,24 +65,30 @@ def convolved(
     weight: Tensor,
     bias: Tensor | None,
     precision: str | None = None,
+    **fusion: Any,
 ) -> Tensor:
-    """`function` of these tensors, with the parameters of a module of torch's or ours."""
-    padding = module.padding
-    if module.padding_mode != "zeros":
-        # What torch hands to F.pad in these modes; code that patches torch's modules sets this one attribute.
-        border = module._reversed_padding_repeated_twice
-        padding = tuple((border[i], border[i + 1]) for i in range(len(border) - 2, -1, -2))  # lists are not remembered
+    """`function` of these tensors, with the parameters of a module of torch's or ours; `fusion` goes with them."""
     return function(
         input,
         weight,
         bias,
         module.stride,
-        padding,
+        padding_of(module),
         module.dilation,
         module.groups,
         padding_mode=module.padding_mode,
         precision=precision,
+        **fusion,
     )
+
+
+def padding_of(module: Any) -> Any:
+    """The padding of a module that is not transposed, as functions take it."""
+    if module.padding_mode == "zeros":
+        return module.padding
+    # What torch hands to F.pad in the other modes; code that patches torch's modules sets this one attribute.
+    border = module._reversed_padding_repeated_twice
+    return tuple((border[i], border[i + 1]) for i in range(len(border) - 2, -1, -2))  # lists are not remembered
 
 
 def transposed(
@@ -77,8 +97,25 @@ def transposed(
     input: Tensor,
     output_size: Sequence[int] | None,
     precision: str | None = None,
+    **fusion: Any,
 ) -> Tensor:
     """The same of a transposed convolution."""
+    return function(
+        input,
+        module.weight,
+        module.bias,
+        module.stride,
+        module.padding,
+        output_padding_of(module, input, output_size),
+        module.groups,
+        module.dilation,
+        precision=precision,
+        **fusion,
+    )
+
+
+def output_padding_of(module: Any, input: Tensor, output_size: Sequence[int] | None) -> tuple[int, ...]:
+    """That of a transposed module, for an output of this size."""
     output_padding = module._output_padding(
         input,
         output_size,
@@ -89,20 +126,10 @@ def transposed(
         len(module.kernel_size),
         module.dilation,
     )
-    return function(
-        input,
-        module.weight,
-        module.bias,
-        module.stride,
-        module.padding,
-        tuple(int(p) for p in output_padding),
-        module.groups,
-        module.dilation,
-        precision=precision,
-    )
+    return tuple(int(p) for p in output_padding)
 
 
-class _Ours:
+class _Ours(Fusing):
     """What all classes add to torch's. `convert` swaps classes alone, so every attribute here has a default."""
 
     _function: ClassVar[Callable[..., Tensor]]
@@ -110,9 +137,12 @@ class _Ours:
     kernel_size: tuple[int, ...]
     padding: Any
 
-    def _construct(self, padding: Any, precision: str | None, **arguments: Any) -> None:
-        """torch's constructor, then the pairs and the precision it does not know."""
+    def _construct(
+        self, padding: Any, precision: str | None, fusion: tuple[str | None, float, bool, bool], **arguments: Any
+    ) -> None:
+        """torch's constructor, then what it does not know: pairs, precision and `fusion`, as `_set_fusion` takes it."""
         ops.check_precision(precision)
+        self._check_fusion(*fusion[:2])
         pairs = _is_sequence(padding) and any(_is_sequence(p) for p in padding)
         super().__init__(padding=0 if pairs else padding, **arguments)  # type: ignore[call-arg]
         if pairs:
@@ -120,9 +150,10 @@ class _Ours:
             self._reversed_padding_repeated_twice = [p for pair in self.padding[::-1] for p in _pair(pair)]
         if precision is not None:
             self.precision = precision
+        self._set_fusion(*fusion, arguments["out_channels"], arguments["device"], arguments["dtype"])
 
     def extra_repr(self) -> str:
-        text = super().extra_repr()  # type: ignore[misc]
+        text = super().extra_repr() + self._fusion_repr()  # type: ignore[misc]
         return text if self.precision is None else f"{text}, precision={self.precision}"
 
     def __prepare_scriptable__(self) -> None:
@@ -135,6 +166,8 @@ class _Conv(_Ours):
     dilation: tuple[int, ...]
     groups: int
     padding_mode: Modes
+    weight: Tensor
+    bias: Tensor | None
     _reversed_padding_repeated_twice: list[int]
 
     def __init__(
@@ -152,11 +185,16 @@ class _Conv(_Ours):
         dtype: torch.dtype | None = None,
         *,
         precision: str | None = None,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
+        residual_after_activation: bool = False,
+        scale: bool = False,
     ) -> None:
         modes = _is_sequence(padding_mode)
         self._construct(
             padding,
             precision,
+            (activation, negative_slope, residual_after_activation, scale),
             in_channels=in_channels,
             out_channels=out_channels,
             kernel_size=kernel_size,
@@ -171,8 +209,16 @@ class _Conv(_Ours):
         if modes:
             self.padding_mode = _mode_entries(padding_mode, len(self.kernel_size))
 
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return convolved(self, self._function, input, weight, bias, self.precision)
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The convolution of `input`, with a residual of the output's shape added where one is given."""
+        if residual is None:  # the signature that subclasses override
+            return self._conv_forward(input, self.weight, self.bias)
+        return self._conv_forward(input, self.weight, self.bias, residual)
+
+    def _conv_forward(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None
+    ) -> Tensor:
+        return convolved(self, self._function, input, weight, bias, self.precision, **self._fusion(residual))
 
 
 class _ConvTranspose(_Ours):
@@ -200,11 +246,16 @@ class _ConvTranspose(_Ours):
         dtype: torch.dtype | None = None,
         *,
         precision: str | None = None,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
+        residual_after_activation: bool = False,
+        scale: bool = False,
     ) -> None:
         self._check_mode(padding_mode)
         self._construct(
             padding,
             precision,
+            (activation, negative_slope, residual_after_activation, scale),
             in_channels=in_channels,
             out_channels=out_channels,
             kernel_size=kernel_size,
@@ -225,14 +276,16 @@ class _ConvTranspose(_Ours):
                 f"triton_conv.{self._function.__name__} has them all"
             )
 
-    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+    def forward(
+        self, input: Tensor, output_size: Sequence[int] | None = None, residual: Tensor | None = None
+    ) -> Tensor:
         """The transposed convolution of `input`, with spatial extents `output_size` where it is given.
 
         A stride above 1 leaves several output extents possible; `output_size` (spatial extents alone, or a full
         shape) picks one, and overrides `output_padding`. Raises ValueError for an extent that is not possible.
         """
         self._check_mode(self.padding_mode)
-        return transposed(self, self._function, input, output_size, self.precision)
+        return transposed(self, self._function, input, output_size, self.precision, **self._fusion(residual))
 
 
 class Conv1d(_Conv, torch.nn.Conv1d):  # type: ignore[misc]
@@ -256,8 +309,19 @@ class Conv2d(_Conv, torch.nn.Conv2d):  # type: ignore[misc]
 
     Shapes: (N, C, H, W) or (C, H, W) to (N, K, P, Q) or (K, P, Q); dtypes as in `triton_conv.conv2d`.
 
+    What follows may be computed in the same kernel, as in `triton_conv.conv2d`: `activation`, a residual that `forward`
+    is given, and with `scale` a learned factor of each output channel, which starts as one.
+
+        >>> layer = triton_conv.nn.Conv2d(8, 8, 3, padding=1, activation="silu", scale=True)
+        >>> layer
+        Conv2d(8, 8, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), activation=silu, scale=True)
+        >>> x = torch.randn(1, 8, 16, 16)
+        >>> layer(x, residual=x).shape
+        torch.Size([1, 8, 16, 16])
+
     Raises ValueError, in the constructor, for groups that do not divide the channels, an unknown padding string,
-    mode or precision, "same" with a stride, and padding pairs or modes whose number is not that of the axes.
+    mode, precision or activation, "same" with a stride, and padding pairs or modes whose number is not that of the
+    axes.
     """
 
     _function = staticmethod(functional.conv2d)
@@ -333,7 +397,7 @@ class _Offsets(Conv2d):
 ModulatedDeformConv2d.convolution = _Offsets
 
 
-class _LazyConv:
+class _LazyConv(Fusing):
     """The constructor of torch's lazy classes, with what ours add to it."""
 
     def __init__(
@@ -350,15 +414,21 @@ class _LazyConv:
         dtype: torch.dtype | None = None,
         *,
         precision: str | None = None,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
+        residual_after_activation: bool = False,
+        scale: bool = False,
     ) -> None:
         ops.check_precision(precision)
         arguments = (out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype)
+        self._check_fusion(activation, negative_slope)
         super().__init__(*arguments)  # type: ignore[call-arg]
         if precision is not None:
             self.precision = precision
+        self._set_fusion(activation, negative_slope, residual_after_activation, scale, out_channels, device, dtype)
 
 
-class _LazyConvTranspose:
+class _LazyConvTranspose(Fusing):
     def __init__(
         self,
         out_channels: int,
@@ -374,12 +444,18 @@ class _LazyConvTranspose:
         dtype: torch.dtype | None = None,
         *,
         precision: str | None = None,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
+        residual_after_activation: bool = False,
+        scale: bool = False,
     ) -> None:
         ops.check_precision(precision)
+        self._check_fusion(activation, negative_slope)
         rest = (output_padding, groups, bias, dilation, padding_mode, device, dtype)
         super().__init__(out_channels, kernel_size, stride, padding, *rest)  # type: ignore[call-arg]
         if precision is not None:
             self.precision = precision
+        self._set_fusion(activation, negative_slope, residual_after_activation, scale, out_channels, device, dtype)
 
 
 class LazyConv1d(_LazyConv, torch.nn.LazyConv1d, Conv1d):  # type: ignore[misc]
@@ -481,6 +557,11 @@ def _own_constructor(cls: Any) -> None:
 
 for _cls in OURS.values():
     _own_constructor(_cls)
+
+
+DepthwiseSeparableConv1d.convolution = Conv1d
+DepthwiseSeparableConv2d.convolution = SpatiallySeparableConv2d.convolution = Conv2d
+DepthwiseSeparableConv3d.convolution = Conv3d
 
 
 def _is_sequence(value: Any) -> bool:

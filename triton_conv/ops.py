@@ -9,7 +9,8 @@
     triton_conv::conv_int        forward convolution of int8, to int32
 
 The first five are one of three bilinear primitives, fprop(x, w), dgrad(dy, w) and wgrad(dy, x), and the derivative of
-each is made of the other two, so gradients of any order exist; the last two have none. Arguments: `padding` holds
+each is made of the other two, so gradients of any order exist; the last two have none. `triton_conv.fused` has more,
+for what else a kernel does to its sums; those have no other name for a dilation. Arguments: `padding` holds
 (lower, upper) of each axis in turn, `padding_mode` is one name for all axes, or one per axis joined by commas
 (torch.jit.trace and ONNX cannot record lists of strings), `precision` is one of `config.PRECISIONS` or None (PyTorch's
 settings, read at each call). Inputs are batched; `triton_conv.functional` takes everything else.
@@ -17,7 +18,7 @@ settings, read at each call). Inputs are batched; `triton_conv.functional` takes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -70,11 +71,18 @@ conv_int = torch.ops.triton_conv.conv_int.default
 
 # torch.jit.trace records no list of SymInts: while it runs, calls go to an overload with plain ones.
 _TRACED: dict[Any, Any] = {}
+
+
+def define_traced(lib: torch.library.Library, op: Any, schemas: Mapping[str, str]) -> None:
+    """Gives `op` that overload; `schemas` has its own under its name."""
+    name = op._schema.name.split("::")[1]
+    lib.define(f"{name}.traced{schemas[name].replace('SymInt', 'int')}")
+    lib.impl(f"{name}.traced", op, "CompositeImplicitAutograd")
+    _TRACED[op] = getattr(torch.ops.triton_conv, name).traced
+
+
 for _op in (conv, conv_dilated, conv_transpose, conv_scaled, conv_int):
-    _name = _op._schema.name.split("::")[1]
-    _lib.define(f"{_name}.traced{_SCHEMAS[_name].replace('SymInt', 'int')}")
-    _lib.impl(f"{_name}.traced", _op, "CompositeImplicitAutograd")
-    _TRACED[_op] = getattr(torch.ops.triton_conv, _name).traced
+    define_traced(_lib, _op, _SCHEMAS)
 
 
 def recordable(op):
@@ -358,9 +366,7 @@ class _Fprop(_SingleLevelFunction):
         if dy is None:
             return (None,) * (4 + len(ctx.params))
         (x, w), needs = ctx.saved_tensors, ctx.needs_input_grad
-        call = _caller(dy, x, w)
-        dx = call(conv_dgrad, dy, w.conj(), x.shape, *ctx.params) if needs[1] else None
-        dw = call(conv_wgrad, dy, x.conj(), w.shape, _gradient_strides(w), *ctx.params) if needs[2] else None
+        dx, dw = fprop_gradients(dy, x, w, ctx.params, needs[1], needs[2])
         return None, dx, dw, _bias_gradient(dy) if needs[3] else None, *[None] * len(ctx.params)
 
     @staticmethod
@@ -373,6 +379,16 @@ class _Fprop(_SingleLevelFunction):
         return _sum_of(parts, dbias, ctx.output_shape)
 
 
+def fprop_gradients(
+    dy: Tensor, x: Tensor, w: Tensor, params: Sequence[Any], of_x: bool, of_w: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dx, dw) of a convolution with these parameters, where they are asked for."""
+    call = _caller(dy, x, w)
+    dx = call(conv_dgrad, dy, w.conj(), x.shape, *params) if of_x else None
+    dw = call(conv_wgrad, dy, x.conj(), w.shape, _gradient_strides(w), *params) if of_w else None
+    return dx, dw
+
+
 class _Transpose(_SingleLevelFunction):
     @staticmethod
     def forward(op, x, w, bias, *params):
@@ -382,7 +398,6 @@ class _Transpose(_SingleLevelFunction):
     def setup_context(ctx, inputs, output):
         _, x, w, _, *ctx.params = inputs
         ctx.output_shape = output.shape
-        ctx.forward_params = _forward_params(ctx.params)
         _save(ctx, x, w)
 
     @staticmethod
@@ -390,9 +405,7 @@ class _Transpose(_SingleLevelFunction):
         if dy is None:
             return (None,) * (4 + len(ctx.params))
         (x, w), needs = ctx.saved_tensors, ctx.needs_input_grad
-        dx = _fprop_cropped(dy, w.conj(), x, ctx.forward_params) if needs[1] else None
-        how = (w.shape, _gradient_strides(w), *ctx.forward_params)
-        dw = _caller(x, dy)(conv_wgrad, x.conj(), dy, *how) if needs[2] else None
+        dx, dw = transpose_gradients(dy, x, w, ctx.params, needs[1], needs[2])
         return None, dx, dw, _bias_gradient(dy) if needs[3] else None, *[None] * len(ctx.params)
 
     @staticmethod
@@ -403,6 +416,17 @@ class _Transpose(_SingleLevelFunction):
             None if dw is None else conv_transpose(x, dw, None, *ctx.params),
         ]
         return _sum_of(parts, dbias, ctx.output_shape)
+
+
+def transpose_gradients(
+    dy: Tensor, x: Tensor, w: Tensor, params: Sequence[Any], of_x: bool, of_w: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dx, dw) of a transposed convolution with these parameters, where they are asked for."""
+    forward = _forward_params(params)
+    dx = _fprop_cropped(dy, w.conj(), x, forward) if of_x else None
+    how = (w.shape, _gradient_strides(w), *forward)
+    dw = _caller(x, dy)(conv_wgrad, x.conj(), dy, *how) if of_w else None
+    return dx, dw
 
 
 def _forward_params(params: Sequence[Any]) -> tuple:
@@ -540,7 +564,6 @@ class _FpropAgain(_Again):
 class _TransposeAgain(_Again):
     @staticmethod
     def backward(ctx, dy):
-        ctx.forward_params = _forward_params(ctx.params)
         return _Transpose.backward(ctx, dy)[:4]
 
 
@@ -673,14 +696,19 @@ def _autocast(value: Any, dtype: torch.dtype, device_type: str) -> Any:
     return value.to(dtype) if eligible and value.device.type == device_type else value
 
 
-def _autocast_kernel(op, device_type: str):
+def _autocast_kernel(op, device_type: str, wide: Sequence[int] = ()):
+    """Casts its arguments, but for those at the places in `wide` if they are float32."""
     key = getattr(torch._C.DispatchKey, {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}[device_type])
     keys = torch._C.DispatchKeySet(key)
 
     def kernel(*args):
         dtype = torch.get_autocast_dtype(device_type)
+        cast = [_autocast(a, dtype, device_type) for a in args]
+        for place in wide:
+            if args[place] is not None and args[place].dtype is torch.float32:
+                cast[place] = args[place]
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            return op(*[_autocast(a, dtype, device_type) for a in args])
+            return op(*cast)
 
     return kernel
 
@@ -724,12 +752,14 @@ _register(conv_int, _conv_int_call, _NoGradient, _activation_vmap(conv_int, 0), 
 
 
 def _register_flop_formulas() -> None:
-    from torch.utils.flop_counter import register_flop_formula
+    from torch.utils.flop_counter import flop_registry, register_flop_formula
 
     def formula(call: Callable[..., Call]) -> Callable[..., int]:
         return lambda *args, out_val=None, **kwargs: call(*args, **kwargs).geometry.flops
 
     for op, call in _CALLS.items():
+        if op.overloadpacket in flop_registry:
+            continue
         register_flop_formula(op.overloadpacket, get_raw=True)(formula(call))
 
 

@@ -15,6 +15,7 @@ from . import backends, choose, cost, invariance, stored, tiles, ways
 from . import config as configs
 from .config import ITEM_BYTES, BandedConfig, BoxConfig, Device, KernelConfig, Numerics
 from .cost import Prediction, Roofline
+from .epilogue import PLAIN, Epilogue
 from .frozen import Frozen
 from .geometry import ConvGeometry, Role, Strides
 from .ways import Layout, Problem, Way, dense_strides
@@ -22,6 +23,9 @@ from .ways import Layout, Problem, Way, dense_strides
 if TYPE_CHECKING:
     from .kernels.direct import Direct
     from .kernels.launch import Launch
+
+# What kernels call what a role writes.
+_WRITTEN = {Role.FPROP: "y", Role.DGRAD: "x", Role.WGRAD: "w"}
 
 # Accumulators by dtype; a dtype that is not here has no kernel. Complex runs as real convolutions.
 ACCUMULATORS = {
@@ -56,7 +60,8 @@ class Plan(Frozen):
     `geometry` and `strides` are canonical: they describe the same memory as the caller's tensors, in fewer axes.
     `asked` is the caller's geometry. `packs` names the tensors that are copied to another memory format, `bundle` says
     how many of the caller's groups are computed as one (`ways.Layout`). `measured` and the rival are as in `ways.Way`.
-    Where `rival_runs`, PyTorch computes this in place of the kernel (`backends`).
+    Where `rival_runs`, PyTorch computes this in place of the kernel (`backends`). `moves_residual` is as in
+    `ways.Problem`.
     """
 
     kernel: str
@@ -81,6 +86,7 @@ class Plan(Frozen):
     rival: float | None = None
     rival_name: str = ""
     rival_runs: bool = False
+    moves_residual: bool = False
 
     @property
     def N(self) -> int:
@@ -94,8 +100,8 @@ class Plan(Frozen):
     @property
     def dtypes(self) -> dict[str, str]:
         """The dtype of every operand that a launch may name."""
-        output = {Role.FPROP: "y", Role.DGRAD: "x", Role.WGRAD: "w"}[self.role]
-        operands = dict.fromkeys(("x", "w", "y"), self.dtype) | {output: self.out_dtype, "bias": self.out_dtype}
+        operands = dict.fromkeys(("x", "w", "y"), self.dtype)
+        operands |= dict.fromkeys((_WRITTEN[self.role], "bias", "scale", "residual", "kept"), self.out_dtype)
         return operands | {"scale_a": "float32", "scale_b": "float32", "workspace": self.workspace_dtype}
 
     @property
@@ -108,7 +114,24 @@ class Plan(Frozen):
     def _copies(self) -> dict[str, int]:
         """The size in bytes of every tensor that stands for another."""
         names = (*self.packs, "w") if self.bundle > 1 else self.packs
-        return {name: prod(self.geometry.shape(name)) * ITEM_BYTES[self.dtype] for name in names}
+        copies = {name: prod(self.geometry.shape(name)) * ITEM_BYTES[self.dtype] for name in names}
+        more = [name for name, there in (("residual", self.copies_residual), ("kept", self.copies_kept)) if there]
+        return copies | dict.fromkeys(more, prod(self.asked.shape(_WRITTEN[self.role])) * ITEM_BYTES[self.out_dtype])
+
+    @property
+    def epilogue(self) -> Epilogue:
+        """What the last kernel does to its sums before it stores them."""
+        return (self.fold or self).numerics.epilogue
+
+    @property
+    def copies_residual(self) -> bool:
+        """Whether kernels read a copy of the residual, which lies as what they write."""
+        return bool(self.epilogue.residual) and (self.moves_residual or _WRITTEN[self.role] in self.packs)
+
+    @property
+    def copies_kept(self) -> bool:
+        """Whether kernels write what is kept into a copy, which lies as their output."""
+        return self.epilogue.keep and _WRITTEN[self.role] in self.packs
 
     @cached_property
     def launches(self) -> tuple[Launch, ...]:
@@ -143,14 +166,14 @@ class Plan(Frozen):
     def roofline(self) -> Roofline:
         """The least time of what the plan computes, by whatever kernel."""
         what = (self.role, self.dtype, self.numerics.precision, self.device, self.out_dtype)
-        return cost.roofline(self.asked, *what)
+        return cost.roofline(self.asked, *what, self.epilogue)
 
     @cached_property
     def prediction(self) -> Prediction:
         """The predicted time of the kernel."""
         channels_last = ways.reads_channels_last(self.role, self.strides)
         what = (self.geometry, self.role, self.kernel, self.config, self.dtype, self.numerics.precision, self.device)
-        return cost.predict(*what, channels_last, self.out_dtype)
+        return cost.predict(*what, channels_last, self.out_dtype, self.numerics.epilogue)
 
     @cached_property
     def seconds(self) -> float:
@@ -159,22 +182,29 @@ class Plan(Frozen):
 
     @property
     def measured_seconds(self) -> float | None:
-        """The time of everything where the kernel's was measured; what stands around the kernel is predicted."""
-        return None if self.measured is None else self.measured + self._around
+        """The time of everything where the kernel's was measured; an epilogue and what is around it are predicted."""
+        if self.measured is None:
+            return None
+        epilogue = cost.epilogue_seconds(self.geometry, self.role, self.out_dtype, self.device, self.numerics.epilogue)
+        return self.measured + epilogue + self._around
 
     @property
     def _around(self) -> float:
         copying = sum(cost.copy_seconds(size, self.device) for size in self._copies.values())
-        return copying + (cost.fold_seconds(self.fold.geometry, self.dtype, self.device) if self.fold else 0.0)
+        return copying + (
+            cost.fold_seconds(self.fold.geometry, self.dtype, self.device, self.epilogue) if self.fold else 0.0
+        )
 
     def __str__(self) -> str:
         numerics = self.numerics
         instead = f"{self.rival_name}, in place of " if self.rival_runs else ""
+        fused = _fused(self.epilogue, (self.fold or self).numerics.has_bias)
         lines = [
             f"kernel     {instead}{self.kernel} ({self.role.value})",
             f"geometry   {self.geometry}",
             f"config     {self.config}",
             f"numbers    {self._products()}, {numerics.accumulator} accumulator, {numerics.index_bits}-bit offsets",
+            *([f"epilogue   {fused}"] if fused else []),
             f"layout     {'; '.join(self.steps) if self.steps else 'as given, no copies'}",
             f"workspace  {self.workspace_bytes} bytes{self._workspace_use()}",
             f"reason     {self.reason}",
@@ -272,18 +302,21 @@ def every(problem: Problem, explicit: KernelConfig | None = None) -> list[Plan]:
             f"{problem.geometry}"
         )
     original, strides = _unfolded(problem)
-    found = ways.of(problem, original, strides, _bias_on_c(problem, original), explicit)
+    # what a fold writes has the epilogue, not what it reads
+    inner = problem if original is problem.geometry else problem._replace(epilogue=PLAIN)
+    found = ways.of(inner, original, strides, _bias_on_c(problem, original), explicit)
     return [_assembled(problem, original, strides, way) for way in found]
 
 
 def _bias_on_c(problem: Problem, original: ConvGeometry) -> bool:
-    """Whether the kernel adds a bias that is indexed by C."""
-    return problem.has_bias and problem.role is Role.DGRAD and original is problem.geometry
+    """Whether the kernel adds a bias, or has a scale, that is indexed by C."""
+    indexed = problem.has_bias or problem.epilogue.scale
+    return indexed and problem.role is Role.DGRAD and original is problem.geometry
 
 
 def with_config(problem: Problem, p: Plan, config: KernelConfig) -> Plan:
     """The plan of a problem that goes the way of another one of it, with this config."""
-    layout = p.layout._replace(steps=p.steps[1:] if p.fold else p.steps)
+    layout = p.layout._replace(steps=p.steps[len(_own_steps(problem, p.packs, p.fold is not None)) :])
     way = Way(p.kernel, layout, config, "config given for this way")
     return _assembled(problem, *_unfolded(problem), way)
 
@@ -317,17 +350,18 @@ def _assembled(problem: Problem, original: ConvGeometry, strides: Strides, way: 
     kernel, (packs, channels_last, bundle, inner, inner_strides, steps), config, why, measured, rival, name = way
     folds = original is not geometry
     bits = 64 if _reach(inner, inner_strides, role, config) >= 2**31 else 32
-    numerics = Numerics(bits, accumulator, problem.precision, problem.has_bias and not folds, problem.has_scale)
+    rest = (False, problem.has_scale) if folds else (problem.has_bias, problem.has_scale, problem.epilogue)
+    numerics = Numerics(bits, accumulator, problem.precision, *rest)
     fold: Fold | None = None
     workspace: tuple[int, ...] = ()
     workspace_dtype = accumulator
     if folds:
         padded_shape = original.shape("x")
         reach = max(span(padded_shape, strides.x), span(geometry.shape("x"), problem.strides.x))
-        fold_numerics = Numerics(64 if reach >= 2**31 else 32, accumulator, "ieee", problem.has_bias)
+        how = (accumulator, "ieee", problem.has_bias)
+        fold_numerics = Numerics(64 if reach >= 2**31 else 32, *how, epilogue=problem.epilogue)
         fold = Fold(geometry, padded_shape, strides.x, problem.strides.x, fold_numerics)
         workspace = padded_shape
-        steps = ("compute dx on the padded extents, then fold the border", *steps)
     elif kernel == "banded":
         workspace, workspace_dtype = tiles.shifted_shape(inner, ITEM_BYTES[problem.dtype]), problem.dtype
     elif config.splits > 1:
@@ -346,7 +380,7 @@ def _assembled(problem: Problem, original: ConvGeometry, strides: Strides, way: 
         packs,
         channels_last,
         bundle,
-        steps,
+        (*_own_steps(problem, packs, folds), *steps),
         fold,
         workspace,
         workspace_dtype,
@@ -354,7 +388,31 @@ def _assembled(problem: Problem, original: ConvGeometry, strides: Strides, way: 
         measured,
         rival,
         name,
+        moves_residual=problem.moves_residual,
     )
+
+
+def _own_steps(problem: Problem, packs: tuple[str, ...], folds: bool) -> tuple[str, ...]:
+    """What a plan does beside the steps of its way's layout, in words."""
+    written = _WRITTEN[problem.role] in packs
+    steps = {
+        "compute dx on the padded extents, then fold the border": folds,
+        "copy the residual to the output's strides": problem.epilogue.residual and (problem.moves_residual or written),
+        "copy what is kept from contiguous": problem.epilogue.keep and written,
+    }
+    return tuple(step for step, there in steps.items() if there)
+
+
+def _fused(epilogue: Epilogue, has_bias: bool) -> str:
+    """What happens to sums before they are stored, in words and in order; "" if nothing but a bias does."""
+    e = epilogue
+    if e == PLAIN:
+        return ""
+    activation = f"{e.activation} of slope {e.slope}" if e.activation == "leaky_relu" else e.activation
+    words = ["scale" * e.scale, "bias" * has_bias, "residual" * (e.residual == "before"), activation]
+    words.append("residual" * (e.residual == "after"))
+    kept = f"; what {e.activation or 'the rest'} is applied to is kept" if e.keep else ""
+    return ", ".join(filter(None, words)) + kept
 
 
 def _reach(g: ConvGeometry, strides: Strides, role: Role, config: KernelConfig) -> int:

@@ -13,7 +13,9 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from .epilogue import Epilogue
 from .geometry import ConvGeometry, output_extent, transposed_extent
 
 
@@ -21,7 +23,7 @@ def fprop(x: Tensor, w: Tensor, bias: Tensor | None, geometry: ConvGeometry) -> 
     """y = x * w + bias, all in five dimensions: x (N, C, D, H, W), w (K, C / groups, T, R, S), bias (K)."""
     if x.is_complex():
         return complex_as_real(lambda a, b: fprop(a, b, None, geometry), x, w, bias)
-    wide, dtype = _wide(x.dtype), x.dtype
+    wide, dtype = wide_of(x.dtype), x.dtype
     x, inner = _with_border(x, geometry)
     if 0 in (inner.N, inner.C):
         return add_bias(x.new_zeros((inner.N, inner.K, *inner.output)), bias)
@@ -59,7 +61,7 @@ def dgrad(dy: Tensor, w: Tensor, bias: Tensor | None, geometry: ConvGeometry) ->
     """dx (N, C, D, H, W) from dy (N, K, Z, P, Q); with bias (C), the transposed convolution of dy."""
     if dy.is_complex():
         return complex_as_real(lambda a, b: dgrad(a, b, None, geometry), dy, w, bias)
-    wide, dtype = _wide(dy.dtype), dy.dtype
+    wide, dtype = wide_of(dy.dtype), dy.dtype
     inner = _bordered(geometry)
     padding = _lower(inner)
     if 0 in (inner.N, inner.K, inner.C):
@@ -76,6 +78,32 @@ def dgrad(dy: Tensor, w: Tensor, bias: Tensor | None, geometry: ConvGeometry) ->
     return add_bias(_fold_border(dx, geometry), bias).to(dtype)
 
 
+def activated(t: Tensor, activation: str, slope: float = 0.01) -> Tensor:
+    """An activation of `epilogue.ACTIVATIONS` by PyTorch's own function, or t itself for ""."""
+    if not activation:
+        return t
+    if activation == "leaky_relu":
+        return functional.leaky_relu(t, slope)
+    if activation == "gelu_tanh":
+        return functional.gelu(t, approximate="tanh")
+    return torch.sigmoid(t) if activation == "sigmoid" else getattr(functional, activation)(t)
+
+
+def finished(
+    sums: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None, epilogue: Epilogue
+) -> tuple[Tensor, Tensor]:
+    """(output, what its activation is applied to) of sums (N, K, ...), in their dtype; scale and bias are (K)."""
+    if scale is not None:
+        sums = sums * scale.to(sums.dtype).view(1, -1, *(1,) * (sums.dim() - 2))
+    y = add_bias(sums, None if bias is None else bias.to(sums.dtype))
+    if residual is not None and epilogue.residual == "before":
+        y = y + residual.to(y.dtype)
+    out = activated(y, epilogue.activation, epilogue.slope)
+    if residual is not None and epilogue.residual == "after":
+        out = out + residual.to(y.dtype)
+    return out, y
+
+
 def wgrad(dy: Tensor, x: Tensor, geometry: ConvGeometry) -> Tensor:
     """dw (K, C / groups, T, R, S) from dy (N, K, Z, P, Q) and x (N, C, D, H, W)."""
     if x.is_complex():
@@ -84,7 +112,7 @@ def wgrad(dy: Tensor, x: Tensor, geometry: ConvGeometry) -> Tensor:
     if 0 in (geometry.N, geometry.C, geometry.K):
         return x.new_zeros(size)
     x, inner = _with_border(x, geometry)
-    wide = _wide(x.dtype)
+    wide = wide_of(x.dtype)
     if wide is torch.int64:  # torch has no integer gradients
         return _wgrad_as_fprop(dy.to(wide), x.to(wide), inner).to(x.dtype)
     _, dw, _ = torch.ops.aten.convolution_backward(
@@ -139,12 +167,15 @@ def _with_all_outputs(dy: Tensor, inner: ConvGeometry) -> Tensor:
             inner.input, _lower(inner), inner.filter, inner.stride, inner.dilation, inner.output, strict=True
         )
     ]
-    return torch.nn.functional.pad(dy, [v for n in reversed(rest) for v in (0, n)]) if any(rest) else dy
+    return functional.pad(dy, [v for n in reversed(rest) for v in (0, n)]) if any(rest) else dy
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide_of(dtype: torch.dtype) -> torch.dtype:
+    """What sums of products of this dtype are computed in."""
     if dtype in (torch.float16, torch.bfloat16):
         return torch.float32
+    if dtype is torch.complex32:
+        return torch.complex64
     integer = not dtype.is_floating_point and not dtype.is_complex and dtype is not torch.bool
     return torch.int64 if integer else dtype
 

@@ -12,6 +12,7 @@ from . import key as keys
 from .choose import AnyConfig
 from .config import ITEM_BYTES, BandedConfig, BoxConfig, Config, DepthwiseConfig, KernelConfig
 from .devices import Device
+from .epilogue import PLAIN, Epilogue
 from .geometry import ConvGeometry, Role, Strides, canonical, describable, rows_first, tap_step
 
 
@@ -20,7 +21,8 @@ class Problem(NamedTuple):
 
     `dtype` is that of both operands, `out_dtype` that of output and bias. `precision` says how float32 is multiplied
     ("ieee", "tf32", "tf32x3") and is "ieee" for every other dtype; `aligned` says that every tensor starts at a
-    multiple of 16 bytes; `has_scale` that the sum is multiplied by two scales.
+    multiple of 16 bytes; `has_scale` that the sum is multiplied by two scales; `moves_residual` that the epilogue's
+    residual lies in memory otherwise than the output.
     """
 
     role: Role
@@ -33,6 +35,8 @@ class Problem(NamedTuple):
     has_scale: bool
     aligned: bool
     device: Device
+    epilogue: Epilogue = PLAIN
+    moves_residual: bool = False
 
 
 class Layout(NamedTuple):
@@ -271,7 +275,7 @@ def _with_config(problem: Problem, kernel: str, layout: Layout, rule: KernelConf
         return Way(kernel, layout, rule, f"{why}; {by_rule}")
     if not found.exact and found.config != rule:
         channels_last = reads_channels_last(role, layout.strides)
-        what = (problem.dtype, problem.precision, device, channels_last, problem.out_dtype)
+        what = (problem.dtype, problem.precision, device, channels_last, problem.out_dtype, problem.epilogue)
         times = [cost.predict(g, role, kernel, config, *what).seconds for config in (found.config, rule)]
         if times[0] > _MOST_OF_RULE * times[1]:
             return Way(kernel, layout, rule, f"{why}; {by_rule}, predicted to be quicker than that of {found.where}")
@@ -335,7 +339,7 @@ def _direct_obstacle(problem: Problem, g: ConvGeometry) -> str | None:
 
 def _quickest(problem: Problem, kernel: str, rule: AnyConfig, layout: Layout) -> AnyConfig:
     channels_last = reads_channels_last(problem.role, layout.strides)
-    how = (problem.dtype, problem.precision, problem.device, channels_last, problem.out_dtype)
+    how = (problem.dtype, problem.precision, problem.device, channels_last, problem.out_dtype, problem.epilogue)
     return choose.quickest(kernel, rule, layout.geometry, problem.role, *how)
 
 

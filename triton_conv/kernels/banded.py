@@ -25,7 +25,8 @@ import triton.language as tl
 
 from ..geometry import ConvGeometry, Role, Strides
 from ..tiles import shifted_shape
-from .epilogue import finish
+from .epilogue import constants as epilogue_constants
+from .epilogue import finish_all
 from .indexing import MODE_CODES, launchable, matrix_product, power_of_two_in, read_position
 from .launch import Launch
 
@@ -99,7 +100,10 @@ def banded_kernel(
     shifted,
     scale_a,
     scale_b,
+    scale,
     bias,
+    residual,  # in y's strides, as is what is kept
+    kept,
     y,
     N,
     C,
@@ -123,7 +127,12 @@ def banded_kernel(
     tiles_p,
     tiles_q,
     HAS_SCALE: tl.constexpr,
+    SCALED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
+    KEEPS: tl.constexpr,
     MODE_H: tl.constexpr,
     MODE_W: tl.constexpr,
     X_VEC: tl.constexpr,
@@ -192,12 +201,34 @@ def banded_kernel(
         band = tl.load(shifted + offset, mask=valid, other=0.0)  # [CHUNK, HEIGHT * COLUMNS]
         acc = matrix_product(pixels, band, acc, PRECISION)
 
-    one = channel + tl.arange(0, 1)
-    out = finish(acc, scale_a, scale_b, bias, one, one < C, HAS_SCALE, HAS_BIAS, y.dtype.element_ty)
     oh = row_h + p  # [ROWS, HEIGHT * COLUMNS]
     ow, valid_w = in_columns(row_w + q, q, y_w, y_w, ZEROS, Y_VEC)
-    target = y + channel * y_sc * Y_VEC + (n * y_sn + oh * y_sh) * Y_VEC + ow * y_sw
-    tl.store(target, out, mask=image_valid & (oh < y_h) & valid_w)
+    at = channel * y_sc * Y_VEC + (n * y_sn + oh * y_sh) * Y_VEC + ow * y_sw
+    valid = image_valid & (oh < y_h) & valid_w
+    one = channel + tl.arange(0, 1)
+    added = None
+    if RESIDUAL != "":
+        added = tl.load(residual + at, mask=valid, other=0)
+    out, unactivated = finish_all(
+        acc,
+        scale_a,
+        scale_b,
+        scale,
+        bias,
+        added,
+        one,
+        one < C,
+        HAS_SCALE,
+        SCALED,
+        HAS_BIAS,
+        RESIDUAL,
+        ACTIVATION,
+        SLOPE,
+        y.dtype.element_ty,
+    )
+    tl.store(y + at, out, mask=valid)
+    if KEEPS:
+        tl.store(kept + at, unactivated, mask=valid)
 
 
 def launches(role: Role, geometry: ConvGeometry, strides: Strides, config, numerics, item_bytes: int) -> list[Launch]:
@@ -235,12 +266,12 @@ def launches(role: Role, geometry: ConvGeometry, strides: Strides, config, numer
         "tiles_p": tiles_p,
         "tiles_q": tiles_q,
         "HAS_SCALE": numerics.has_scale,
-        "HAS_BIAS": numerics.has_bias,
+        **epilogue_constants(numerics),
         "FLT_VEC": shape[1],
         **constants(g, config, numerics),
     }
     programs = launchable(g.C * triton.cdiv(g.N, blocks_n) * tiles_p * tiles_q, g)
-    operands = (src, "workspace", *numerics.epilogue, dst)
+    operands = (src, "workspace", *numerics.operands, dst)
     return [
         Launch("shift", shift_kernel, triton.cdiv(prod(shape), _SHIFT_BLOCK), ("w", "workspace"), shifting),
         Launch("banded", banded_kernel, programs, operands, arguments),

@@ -21,7 +21,8 @@ import triton.language as tl
 
 from .. import tiles
 from ..geometry import ConvGeometry, Role, Strides, describable, tap_step
-from .epilogue import finish
+from .epilogue import constants as epilogue_constants
+from .epilogue import finish_all
 from .indexing import matrix_product, residue_class, tap_of
 from .launch import Box, Launch
 
@@ -38,6 +39,36 @@ def in_steps(position, step):
     return shifted // step - BIAS, shifted % step
 
 
+@triton.jit
+def read_tile(
+    tensor,
+    at,
+    valid,
+    BLOCK_N: tl.constexpr,
+    PIXELS: tl.constexpr,
+    STORE_BOX: tl.constexpr,
+    STORE_PLANES: tl.constexpr,
+):
+    """[BLOCK_N, PIXELS] of a tensor like the destination: at coordinates of a descriptor, or offsets from a pointer."""
+    if STORE_BOX:
+        return tensor.load(at).reshape(PIXELS, BLOCK_N).trans()
+    elif STORE_PLANES:
+        return tensor.load(at).permute(1, 0, 2, 3, 4).reshape(BLOCK_N, PIXELS)
+    else:
+        return tl.load(tensor + at, mask=valid, other=0)
+
+
+@triton.jit
+def write_tile(tensor, at, valid, values, BN, BZ, BP, BQ, STORE_BOX: tl.constexpr, STORE_PLANES: tl.constexpr):
+    """Writes values [BLOCK_N, PIXELS] to where `read_tile` would read them."""
+    if STORE_BOX:
+        tensor.store(at, values.trans().reshape(tensor.block_shape))
+    elif STORE_PLANES:
+        tensor.store(at, values.reshape(values.shape[0], BN, BZ, BP, BQ).permute(1, 0, 2, 3, 4))
+    else:
+        tl.store(tensor + at, values, mask=valid)
+
+
 @triton.jit(do_not_specialize=IMAGE_SIZED, do_not_specialize_on_alignment=["scale_a", "scale_b", "dst_sc"])
 def box_kernel(
     src,  # (N, D, H, W, channels), or (N, H / s, s, W / s, s * channels)
@@ -45,7 +76,10 @@ def box_kernel(
     dst,  # as src, or None
     scale_a,
     scale_b,
+    scale,
     bias,
+    residual,  # as dst where that is not None, else a pointer, with dst's strides; so is what is kept
+    kept,
     dst_pointer,
     N,
     SRC_C,
@@ -71,7 +105,12 @@ def box_kernel(
     STORE_BOX: tl.constexpr,
     STORE_PLANES: tl.constexpr,
     HAS_SCALE: tl.constexpr,
+    SCALED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
+    KEEPS: tl.constexpr,
     INDEX: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -137,31 +176,57 @@ def box_kernel(
                 filters = flt.load([filter_tap, group * SRC_C + c0, channel0]).reshape(BLOCK_K, BLOCK_N).trans()
             acc = matrix_product(filters, pixels.trans(), acc, PRECISION)
 
+        at: tl.tuple = ()
+        valid = None
         channels = channel0 + tl.arange(0, BLOCK_N)
         channel_valid = channels < DST_C
-        bias_group = bias + group * DST_C if HAS_BIAS else bias
-        dtype: tl.constexpr = dst_pointer.dtype.element_ty
-        out = finish(acc, scale_a, scale_b, bias_group, channels, channel_valid, HAS_SCALE, HAS_BIAS, dtype)
         if STORE_BOX:
             channel = (phase_w * groups + group) * DST_C + channel0
             if DST_ROWS:
-                dst.store([n0, p0, phase_h, q0, channel], out.trans().reshape(BN, BP, 1, BQ, BLOCK_N))
+                at = (n0, p0, phase_h, q0, channel)
             else:
-                dst.store([n0, z0, p0, q0, channel], out.trans().reshape(BN, BZ, BP, BQ, BLOCK_N))
+                at = (n0, z0, p0, q0, channel)
         elif STORE_PLANES:
-            planes = out.reshape(BLOCK_N, BN, BZ, BP, BQ).permute(1, 0, 2, 3, 4)
-            dst.store([n0, group * DST_C + channel0, z0, p0, q0], planes)
+            at = (n0, group * DST_C + channel0, z0, p0, q0)
         else:
             pixel = tl.arange(0, PIXELS)
             ow = phase_w + (q0 + pixel % BQ) * axis_w.phases
             oh = phase_h + (p0 + pixel // BQ % BP) * axis_h.phases
             od = phase_d + (z0 + pixel // (BQ * BP) % BZ) * axis_d.phases
             n = n0 + pixel // (BQ * BP * BZ)
-            valid = (n < N) & (od < dst_d) & (oh < dst_h) & (ow < dst_w)
+            pixel_valid = (n < N) & (od < dst_d) & (oh < dst_h) & (ow < dst_w)
+            valid = channel_valid[:, None] & pixel_valid[None, :]
             offset = n.to(INDEX) * dst_sn + od.to(INDEX) * dst_sd + oh.to(INDEX) * dst_sh + ow.to(INDEX) * dst_sw
-            channel_offset = (group * DST_C + channels).to(INDEX) * dst_sc
-            target = dst_pointer + offset[None, :] + channel_offset[:, None]
-            tl.store(target, out, mask=channel_valid[:, None] & valid[None, :])
+            at = offset[None, :] + ((group * DST_C + channels).to(INDEX) * dst_sc)[:, None]
+
+        scale_group = scale + group * DST_C if SCALED else scale
+        bias_group = bias + group * DST_C if HAS_BIAS else bias
+        added = None
+        if RESIDUAL != "":
+            added = read_tile(residual, at, valid, BLOCK_N, PIXELS, STORE_BOX, STORE_PLANES)
+        out, unactivated = finish_all(
+            acc,
+            scale_a,
+            scale_b,
+            scale_group,
+            bias_group,
+            added,
+            channels,
+            channel_valid,
+            HAS_SCALE,
+            SCALED,
+            HAS_BIAS,
+            RESIDUAL,
+            ACTIVATION,
+            SLOPE,
+            dst_pointer.dtype.element_ty,
+        )  # [BLOCK_N, PIXELS]
+        if STORE_BOX or STORE_PLANES:
+            write_tile(dst, at, valid, out, BN, BZ, BP, BQ, STORE_BOX, STORE_PLANES)
+        else:
+            write_tile(dst_pointer, at, valid, out, BN, BZ, BP, BQ, STORE_BOX, STORE_PLANES)
+        if KEEPS:
+            write_tile(kept, at, valid, unactivated, BN, BZ, BP, BQ, STORE_BOX, STORE_PLANES)
 
 
 def launch(
@@ -204,7 +269,7 @@ def launch(
         "STORE_BOX": stores_box(role, g, strides, config.BLOCK_N),
         "STORE_PLANES": stores_planes(role, g, strides, config, vector),
         "HAS_SCALE": numerics.has_scale,
-        "HAS_BIAS": numerics.has_bias,
+        **epilogue_constants(numerics),
         "INDEX": getattr(tl, f"int{numerics.index_bits}"),
         "ACC": getattr(tl, numerics.accumulator),
         "PRECISION": numerics.precision,
@@ -221,9 +286,13 @@ def launch(
         "num_stages": config.num_stages,
     }
     src, dst = ("x", into or "y") if forward else ("y", into or "x")
-    boxes = _boxes(role, g, strides, config, src, dst, vector)
+    source, filters, stored = _boxes(role, g, strides, config, src, dst, vector)
+    *scales_and_bias, residual, kept = numerics.operands
+    if stored is not None:
+        residual, kept = (name and stored._replace(operand=name) for name in (residual, kept))
     programs = min(counted.total, device.multiprocessors * config.programs)
-    return Launch("box", box_kernel, programs, (*boxes, *numerics.epilogue, dst), arguments)
+    operands = (source, filters, stored, *scales_and_bias, residual, kept, dst)
+    return Launch("box", box_kernel, programs, operands, arguments)
 
 
 def _boxes(role: Role, geometry: ConvGeometry, strides: Strides, config, src: str, dst: str, vector: int) -> tuple:

@@ -19,17 +19,55 @@ import triton
 import triton.language as tl
 
 from ..geometry import Axis, ConvGeometry, Role, Strides
+from .epilogue import activated
+from .epilogue import constants as epilogue_constants
 from .indexing import channel_block, launchable, power_of_two_in, residue_class
 from .lanes import CHANNEL_STRIDES, IMAGE_SIZED, divided, lanes_of, tiling
 from .launch import Launch
 from .window import add_taps, read_at, taps_of, together
 
 
+@triton.jit
+def scaled(sums, factor, shift, SCALED: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """The sums of a position times factor plus shift, both [CHANNELS, 1]; without a factor they hold shift already."""
+    if SCALED:
+        sums *= factor
+        if HAS_BIAS:
+            sums += shift
+    return sums
+
+
+@triton.jit
+def store(
+    sums,
+    offset,
+    valid,
+    residual,
+    kept,
+    dst,
+    RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
+    KEEPS: tl.constexpr,
+):
+    """Writes the outputs of scaled and biased sums, and what their activation is applied to."""
+    added = None
+    if RESIDUAL != "":
+        added = tl.load(residual + offset, mask=valid, other=0)
+    out, unactivated = activated(sums, added, RESIDUAL, ACTIVATION, SLOPE, dst.dtype.element_ty)
+    tl.store(dst + offset, out, mask=valid)
+    if KEEPS:
+        tl.store(kept + offset, unactivated, mask=valid)
+
+
 @triton.jit(do_not_specialize=IMAGE_SIZED, do_not_specialize_on_alignment=CHANNEL_STRIDES)
 def depthwise_kernel(
     src,
     flt,
+    scale,
     bias,
+    residual,  # in dst's strides, as is what is kept
+    kept,
     dst,
     N,
     DST_C,
@@ -61,7 +99,12 @@ def depthwise_kernel(
     tiles,
     FORWARD: tl.constexpr,
     DENSE: tl.constexpr,
+    SCALED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
+    KEEPS: tl.constexpr,
     HAS_D: tl.constexpr,
     HAS_H: tl.constexpr,
     TAPS_D: tl.constexpr,
@@ -138,8 +181,13 @@ def depthwise_kernel(
     if HELD:
         held = taps_of(flt + channel * sk, channel_valid, sr, ss, UNROLL_R, UNROLL_S, INDEX, ACC)
     start = tl.zeros((CHANNELS, LANES), ACC)
+    factor, shift = None, None
+    if SCALED:  # the sums alone
+        factor = tl.load(scale + channel, mask=channel_valid, other=0).to(ACC)  # [CHANNELS, 1]
     if HAS_BIAS:
-        start = tl.broadcast_to(tl.load(bias + channel, mask=channel_valid, other=0).to(ACC), (CHANNELS, LANES))
+        shift = tl.load(bias + channel, mask=channel_valid, other=0).to(ACC)  # [CHANNELS, 1]
+        if not SCALED:
+            start = tl.broadcast_to(shift, (CHANNELS, LANES))
 
     for _block in range(walk):
         acc: tl.tuple = ()
@@ -209,16 +257,19 @@ def depthwise_kernel(
             stored = valid & (oh < dst_h)
             if COLUMNS == 1:
                 offset = (image_at + ow * dst_sw) * DST_VEC + channel * dst_sc
-                tl.store(dst + offset, acc[p].to(dst.dtype.element_ty), mask=stored)
+                sums = scaled(acc[p], factor, shift, SCALED, HAS_BIAS)
+                store(sums, offset, stored, residual, kept, dst, RESIDUAL, ACTIVATION, SLOPE, KEEPS)
             else:
                 for q in tl.static_range(0, COLUMNS, DST_VECTOR):
                     at = ow[:, :, None] + (q + tl.arange(0, DST_VECTOR))[None, None, :]
                     offset = ((image_at + channel * dst_sc) * DST_VEC)[:, :, None] + at
                     # so that the mask is seen to change at whole vectors only
-                    inside = at < dst_w // DST_W_VEC * DST_W_VEC
-                    sums = acc[p * COLUMNS + q : p * COLUMNS + q + DST_VECTOR]
-                    out = together(sums, DST_VECTOR).to(dst.dtype.element_ty)
-                    tl.store(dst + offset, out, mask=stored[:, :, None] & inside)
+                    inside = stored[:, :, None] & (at < dst_w // DST_W_VEC * DST_W_VEC)
+                    row: tl.tuple = ()
+                    for i in tl.static_range(DST_VECTOR):
+                        row += (scaled(acc[p * COLUMNS + q + i], factor, shift, SCALED, HAS_BIAS),)
+                    sums = together(row, DST_VECTOR)
+                    store(sums, offset, inside, residual, kept, dst, RESIDUAL, ACTIVATION, SLOPE, KEEPS)
         uh += ROWS * spread
         base_h += ROWS * spread * axis_h.src_step
 
@@ -245,13 +296,13 @@ def launch(role: Role, geometry: ConvGeometry, strides: Strides, config, numeric
         first_tap=first_tap,
         FORWARD=forward,
         DENSE=dense,
-        HAS_BIAS=numerics.has_bias,
         TAPS_D=g.filter[0],
         TAPS_H=g.filter[1],
         TAPS_W=g.filter[2],
         UNROLL_R=unroll_r,
         UNROLL_S=unroll_s,
         DST_C_VEC=min(power_of_two_in(dst_c), config.channels),
+        **epilogue_constants(numerics),
         **shared,
     )
     if dense and (unroll_r, unroll_s) != g.filter[1:]:
@@ -259,7 +310,8 @@ def launch(role: Role, geometry: ConvGeometry, strides: Strides, config, numeric
     classes = axes[0].phases * axes[1].phases * axes[2].phases
     programs = launchable(-(-dst_c // config.channels) * shared["tiles"] * classes, g)
     src, dst = ("x", into or "y") if forward else ("y", into or "x")
-    operands = (src, "w", "bias" if numerics.has_bias else None, dst)
+    _, _, *more = numerics.operands  # 8-bit operands, which have scales, are for dots
+    operands = (src, "w", *more, dst)
     return Launch("depthwise", depthwise_kernel, programs, operands, arguments)
 
 

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 
 from ..geometry import ConvGeometry
+from .epilogue import activated
+from .epilogue import constants as epilogue_constants
 from .indexing import CIRCULAR, MODE_CODES, REFLECT, REPLICATE
 from .launch import Launch
 
@@ -68,7 +70,10 @@ def shown_at(position, copy, extent, lower, upper, MODE: tl.constexpr):
 @triton.jit(do_not_specialize=IMAGE_SIZED)
 def fold_kernel(
     padded,
+    scale,
     bias,
+    residual,  # in dx's strides, as is what is kept
+    kept,
     dx,
     total,
     C,
@@ -89,7 +94,12 @@ def fold_kernel(
     border_d,
     border_h,
     border_w,
+    SCALED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
+    KEEPS: tl.constexpr,
     MODE_D: tl.constexpr,
     MODE_H: tl.constexpr,
     MODE_W: tl.constexpr,
@@ -120,14 +130,22 @@ def fold_kernel(
                 at_w, valid_w = shown_at(w, copy_w, x_w, border_w[0], border_w[1], MODE_W)
                 offset = at_d * padded_sd + at_h * padded_sh + at_w * padded_sw
                 acc += tl.load(source + offset, mask=valid & valid_d & valid_h & valid_w, other=0)
+    if SCALED:
+        acc *= tl.load(scale + c, mask=valid, other=0).to(acc.dtype)
     if HAS_BIAS:
         acc += tl.load(bias + c, mask=valid, other=0).to(acc.dtype)
     offset = n * x_sn + c * x_sc + d * x_sd + h * x_sh + w * x_sw
-    tl.store(dx + offset, acc.to(dx.dtype.element_ty), mask=valid)
+    added = None
+    if RESIDUAL != "":
+        added = tl.load(residual + offset, mask=valid, other=0)
+    out, unactivated = activated(acc, added, RESIDUAL, ACTIVATION, SLOPE, dx.dtype.element_ty)
+    tl.store(dx + offset, out, mask=valid)
+    if KEEPS:
+        tl.store(kept + offset, unactivated, mask=valid)
 
 
 def launch(geometry: ConvGeometry, numerics, padded_strides, dx_strides) -> Launch:
-    """x (N, C, D, H, W) from its padded form in the workspace, plus a bias (C) where numerics says so."""
+    """x (N, C, D, H, W) from its padded form in the workspace, and the epilogue of numerics, indexed by C."""
     g = geometry
     borders = [pad if mode != "zeros" else (0, 0) for pad, mode in zip(g.padding, g.modes, strict=True)]
     strides = (*padded_strides, *dx_strides)
@@ -143,7 +161,7 @@ def launch(geometry: ConvGeometry, numerics, padded_strides, dx_strides) -> Laun
         border_d=borders[0],
         border_h=borders[1],
         border_w=borders[2],
-        HAS_BIAS=numerics.has_bias,
+        **epilogue_constants(numerics),
         MODE_D=MODE_CODES[g.modes[0]],
         MODE_H=MODE_CODES[g.modes[1]],
         MODE_W=MODE_CODES[g.modes[2]],
@@ -151,5 +169,6 @@ def launch(geometry: ConvGeometry, numerics, padded_strides, dx_strides) -> Laun
         CHANNELS_LAST=dx_strides[1] == 1,
         BLOCK=BLOCK,
     )
-    operands = ("workspace", "bias" if numerics.has_bias else None, "x")
+    _, _, *more = numerics.operands
+    operands = ("workspace", *more, "x")
     return Launch("fold", fold_kernel, triton.cdiv(total, BLOCK), operands, arguments)

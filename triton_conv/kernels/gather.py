@@ -21,7 +21,8 @@ import triton.language as tl
 
 from .. import tiles
 from ..geometry import ConvGeometry, Role, Strides
-from .epilogue import finish
+from .epilogue import constants as epilogue_constants
+from .epilogue import finish_all
 from .indexing import (
     channel_block,
     constants,
@@ -63,7 +64,10 @@ def gather_kernel(
     flt,
     scale_a,
     scale_b,
+    scale,
     bias,
+    residual,  # in dst's strides, as is what is kept
+    kept,
     dst,
     N,
     SRC_C,
@@ -93,7 +97,12 @@ def gather_kernel(
     tiles_n,
     FORWARD: tl.constexpr,
     HAS_SCALE: tl.constexpr,
+    SCALED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
+    KEEPS: tl.constexpr,
     MODE_D: tl.constexpr,
     MODE_H: tl.constexpr,
     MODE_W: tl.constexpr,
@@ -197,13 +206,34 @@ def gather_kernel(
 
     if not FILTERS_FIRST:
         acc = acc.trans()
+    scale_group = scale + group * DST_C if SCALED else scale
     bias_group = bias + group * DST_C if HAS_BIAS else bias
-    out = finish(
-        acc, scale_a, scale_b, bias_group, channel, channel_valid, HAS_SCALE, HAS_BIAS, dst.dtype.element_ty
-    )  # [BLOCK_N, BLOCK_M]
     dst_row = (n * dst_sn + od * dst_sd + oh * dst_sh + ow * dst_sw) * DST_VEC
     dst_channel = (group * (DST_C // DST_C_VEC * DST_C_VEC) + channel) * dst_sc
-    tl.store(dst + dst_row[None, :] + dst_channel[:, None], out, mask=channel_valid[:, None] & pixel_valid_row)
+    stored = channel_valid[:, None] & pixel_valid_row
+    added = None
+    if RESIDUAL != "":
+        added = tl.load(residual + dst_row[None, :] + dst_channel[:, None], mask=stored, other=0)
+    out, unactivated = finish_all(
+        acc,
+        scale_a,
+        scale_b,
+        scale_group,
+        bias_group,
+        added,
+        channel,
+        channel_valid,
+        HAS_SCALE,
+        SCALED,
+        HAS_BIAS,
+        RESIDUAL,
+        ACTIVATION,
+        SLOPE,
+        dst.dtype.element_ty,
+    )  # [BLOCK_N, BLOCK_M]
+    tl.store(dst + dst_row[None, :] + dst_channel[:, None], out, mask=stored)
+    if KEEPS:
+        tl.store(kept + dst_row[None, :] + dst_channel[:, None], unactivated, mask=stored)
 
 
 def launch(role: Role, geometry: ConvGeometry, strides: Strides, config, numerics, into: str = "") -> Launch:
@@ -234,7 +264,7 @@ def launch(role: Role, geometry: ConvGeometry, strides: Strides, config, numeric
         tiles_n=counted.tiles_n,
         FORWARD=forward,
         HAS_SCALE=numerics.has_scale,
-        HAS_BIAS=numerics.has_bias,
+        **epilogue_constants(numerics),
         SRC_VEC=src_vec,
         DST_VEC=dst_vec,
         FLT_VEC=flt_vec,
@@ -245,4 +275,4 @@ def launch(role: Role, geometry: ConvGeometry, strides: Strides, config, numeric
     )
     src, dst = ("x", into or "y") if forward else ("y", into or "x")
     programs = launchable(counted.total, g)
-    return Launch("gather", gather_kernel, programs, (src, "w", *numerics.epilogue, dst), arguments)
+    return Launch("gather", gather_kernel, programs, (src, "w", *numerics.operands, dst), arguments)

@@ -79,7 +79,7 @@ def fault(problem: Problem, p: Plan, config: KernelConfig) -> str | None:
 def _prediction(p: Plan, config: KernelConfig) -> Prediction:
     channels_last = ways.reads_channels_last(p.role, p.strides)
     what = (p.geometry, p.role, p.kernel, config, p.dtype, p.numerics.precision, p.device)
-    return cost.predict(*what, channels_last, p.out_dtype)
+    return cost.predict(*what, channels_last, p.out_dtype, p.numerics.epilogue)
 
 
 _WIDE = ("eight warps",)
