@@ -1,4 +1,4 @@
-"""What a deformable convolution launches, as a pure function of numbers: shapes, dtypes, strides and device in, plan out.
+"""What a deformable convolution launches, as a pure function of numbers: shapes, strides and device in, plan out.
 
 A plan prints itself (`str(plan)`).
 """
@@ -14,12 +14,13 @@ from . import deform_config as configs
 from . import deform_cost as cost
 from . import invariance
 from .config import Config, Numerics
-from .cost import Prediction, Roofline
+from .cost import Prediction, Roofline, copy_seconds
 from .deform_config import DeformProblem, DeformRole
 from .devices import Device
 from .frozen import Frozen
 from .plan import ACCUMULATORS, span
 from .tiles import Tiles
+from .ways import dense_strides
 
 if TYPE_CHECKING:
     from .kernels.direct import Direct
@@ -45,9 +46,15 @@ _REASONS = {
 
 @dataclass(frozen=True)
 class DeformPlan(Frozen):
-    """A kernel and everything it is launched with, for tensors of any address."""
+    """A kernel and everything it is launched with, for tensors of any address.
+
+    `asked` is the caller's problem, `problem` the one that is left when the tensors that `packs` names are copied to
+    channels-last.
+    """
 
     asked: DeformProblem
+    problem: DeformProblem
+    packs: tuple[str, ...]
     config: Config
     numerics: Numerics
 
@@ -73,7 +80,7 @@ class DeformPlan(Frozen):
 
     @property
     def tiles(self) -> Tiles:
-        return configs.tiles(self.asked, self.config)
+        return configs.tiles(self.problem, self.config)
 
     @property
     def dtypes(self) -> dict[str, str]:
@@ -97,10 +104,15 @@ class DeformPlan(Frozen):
     @property
     def workspace_bytes(self) -> int:
         """Device memory beyond inputs and outputs, in bytes, without what sorting takes for itself."""
+        copies = sum(self._copies)
         if self.role is DeformRole.INPUT:
             lists, pixels, cells = self.lists_shape
-            return lists * (pixels * (4 + 4 + 8) + cells * (4 + 4))
-        return prod(self.slabs_shape) * max(self.asked.item_bytes, 4) if self.slabs_shape else 0
+            return copies + lists * (pixels * (4 + 4 + 8) + cells * (4 + 4))
+        return copies + (prod(self.slabs_shape) * max(self.asked.item_bytes, 4) if self.slabs_shape else 0)
+
+    @property
+    def _copies(self) -> list[int]:
+        return [prod(self.asked.geometry.shape(name)) * self.asked.item_bytes for name in self.packs]
 
     @cached_property
     def launches(self) -> tuple[Launch, ...]:
@@ -116,7 +128,7 @@ class DeformPlan(Frozen):
             DeformRole.OFFSET: deform_offset,
             DeformRole.WEIGHT: deform_wgrad,
         }
-        return tuple(rooms[self.role].launches(self.asked, self.config, self.numerics, self.tiles))
+        return tuple(rooms[self.role].launches(self.problem, self.config, self.numerics, self.tiles))
 
     @cached_property
     def direct(self) -> tuple[Direct, ...]:
@@ -133,7 +145,7 @@ class DeformPlan(Frozen):
     @cached_property
     def prediction(self) -> Prediction:
         """The predicted time of the kernels."""
-        return cost.predict(self.asked, self.config)
+        return cost.predict(self.problem, self.config)
 
     @property
     def limit(self) -> str:
@@ -142,32 +154,41 @@ class DeformPlan(Frozen):
 
     @property
     def seconds(self) -> float:
-        """The predicted time of everything."""
-        return self.prediction.seconds
+        """The predicted time of everything: copies, sort and kernels."""
+        return self.prediction.seconds + sum(copy_seconds(size, self.device) for size in self._copies)
 
     def __str__(self) -> str:
-        numerics, channels_last = self.numerics, self.asked.strides.x[1] == self.asked.strides.y[1] == 1
+        numerics = self.numerics
         products = f"float32 products as {numerics.precision}" if self.dtype == "float32" else f"{self.dtype} products"
-        layout = "channels_last" if channels_last else "channels apart in memory: gathered one by one"
+        copies = [f"copy {'dw from' if self._writes(name) else name + ' to'} channels_last" for name in self.packs]
         lines = [
             f"kernel     {self.kernel} ({self.role.value})",
             f"geometry   {self.asked}",
             f"config     {self.config}",
             f"numbers    {products}, {numerics.accumulator} accumulator, {numerics.index_bits}-bit offsets",
-            f"layout     {layout}",
+            f"layout     {'; '.join(copies) or 'as given, no copies'}",
             f"workspace  {self.workspace_bytes} bytes{self._workspace_use()}",
             f"reason     {_REASONS[self.role]}",
         ]
         return "\n".join(lines)
 
+    def _writes(self, name: str) -> bool:
+        return self.role is DeformRole.WEIGHT and name == "w"
+
     def _workspace_use(self) -> str:
+        uses = [f"a copy of {'d' if self._writes(name) else ''}{name}" for name in self.packs]
         if self.role is DeformRole.INPUT:
-            return " (output pixels sorted by where they sample)"
-        return f" ({self.config.splits} slabs of dw, summed in order)" if self.slabs_shape else ""
+            uses.append("output pixels sorted by where they sample")
+        elif self.slabs_shape:
+            uses.append(f"{self.config.splits} slabs of dw, summed in order")
+        return f" ({'; '.join(uses)})" if uses else ""
 
 
 def make(problem: DeformProblem) -> DeformPlan:
-    """The plan of a problem; the second time it is a look-up. Raises NotImplementedError for a dtype without kernels."""
+    """The plan of a problem; the second time it is a look-up.
+
+    Raises NotImplementedError for a dtype without kernels.
+    """
     return _make(problem, None if problem.role is DeformRole.WEIGHT else invariance.batch())
 
 
@@ -177,16 +198,35 @@ def _make(problem: DeformProblem, batch: int | None) -> DeformPlan:
         raise NotImplementedError(
             f"deformable convolutions have no kernel for x of {problem.dtype} with offset of {problem.offset_dtype}"
         )
-    g = problem.geometry
-    config = configs.default(problem if batch is None else problem._replace(geometry=replace(g, N=batch)))
-    return with_config(problem, config)
+    _, left = packed(problem)
+    model = left if batch is None else left._replace(geometry=replace(problem.geometry, N=batch))
+    return with_config(problem, configs.default(model))
 
 
 def with_config(problem: DeformProblem, config: Config) -> DeformPlan:
     """The plan of a problem with this config."""
-    bits = 64 if _reach(problem, config) >= 2**31 else 32
+    packs, left = packed(problem)
+    bits = 64 if _reach(left, config) >= 2**31 else 32
     numerics = Numerics(bits, ACCUMULATORS[problem.dtype], problem.precision, problem.has_bias)
-    return DeformPlan(problem, config, numerics)
+    return DeformPlan(problem, left, packs, config, numerics)
+
+
+# As many channels make it worth copying a tensor whose channels do not lie side by side: they are gathered in vectors.
+_WORTH_PACKING = 8
+
+
+def packed(p: DeformProblem) -> tuple[tuple[str, ...], DeformProblem]:
+    """(tensors that are copied to channels-last, the problem with these copied).
+
+    Those are filters, which kernels take tap by tap, and activations that are read; of what is written, dw.
+    """
+    g = p.geometry
+    written = {DeformRole.FORWARD: "y", DeformRole.INPUT: "x"}.get(p.role)
+    channels = {"x": p.segment, "w": g.C // g.groups, "y": g.K // g.groups}
+    strides = p.strides._asdict()
+    packs = [n for n, c in channels.items() if n != written and strides[n][1] != 1 and c >= _WORTH_PACKING]
+    dense = {name: dense_strides(g.shape(name), channels_last=True) for name in packs}
+    return tuple(packs), p._replace(strides=p.strides._replace(**dense))
 
 
 def _reach(p: DeformProblem, config: Config) -> int:

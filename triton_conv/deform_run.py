@@ -63,7 +63,8 @@ def input_gradient(
         keys, order = keys.sort(dim=1, stable=True)
         numbers = torch.arange(ends, dtype=torch.int32, device=dx.device).repeat(lists, 1)
         first = torch.searchsorted(keys, numbers, out_int32=True)
-        contributions.run(_given(offset=offset, mask=mask, w=w, y=dy, order=order, first=first, x=dx))
+        operands = _given(offset=offset, mask=mask, w=w, y=dy, order=order, first=first, x=dx)
+        contributions.run(_packed(p, operands))
     return dx
 
 
@@ -106,8 +107,10 @@ def weight_gradient(
     operands = _given(x=x, offset=offset, mask=mask, y=dy, w=dw)
     if p.slabs_shape:
         operands["workspace"] = dw.new_empty(p.slabs_shape, dtype=getattr(torch, p.dtypes["workspace"]))
+    if "w" in p.packs:
+        operands["w"] = torch.empty_like(dw, memory_format=torch.channels_last)
     _run(p, operands)
-    return dw
+    return dw if operands["w"] is dw else dw.copy_(operands["w"])
 
 
 def plan(
@@ -143,8 +146,14 @@ def plan(
 
 def _run(p: DeformPlan, tensors: dict[str, Tensor]) -> None:
     with _on_device(tensors["x"].device):
+        tensors = _packed(p, tensors)
         for launch in p.direct:
             launch.run(tensors)
+
+
+def _packed(p: DeformPlan, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, those that the plan packs as copies in channels-last."""
+    return tensors | {name: tensors[name].contiguous(memory_format=torch.channels_last) for name in p.packs}
 
 
 def _given(**tensors: Tensor | None) -> dict[str, Tensor]:
