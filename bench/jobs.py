@@ -94,10 +94,10 @@ def _titles(layer: Layer) -> Mapping[str, tuple[str, ...]]:
 
 
 def _usual(layer: Layer) -> Layer:
-    options, kind = dict(layer.options), kinds.of(layer)
+    options = dict(layer.options)
     if len(layer.weight) == 3:
         options["channels_last"] = False
-    if options["dtype"] is torch.float32 and (kind is None or kind.convolution):
+    if options["dtype"] is torch.float32 and not options.get("causal"):
         options.setdefault("precision", default_precision())
     return layer._replace(options=options)
 

@@ -415,7 +415,7 @@ def small_run(suite, op, layer):
         ("resnet50", "dgrad", "stem", ["gather"]),
         ("mamba", "step", "Mamba-2.8B", ["causal", "causal_backward"]),
         ("resnet50_fused", "step", "stage 3 expand", ["box", "activation_backward", "box", "box_wgrad"]),
-        ("aspp_branches", "fprop", "rates 6/12/18", ["branches_box"]),
+        ("aspp_branches", "fprop", "rates 6/12/18", ["box_branches"]),
         ("dcnv2_resnet50", "step", "stage 4", ["deform", "deform_dgrad", "deform_offset", "deform_wgrad"]),
         ("wan_streaming", "fprop", "3x3x3 384", ["box"]),
     ],
