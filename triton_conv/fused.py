@@ -24,10 +24,10 @@ The gradient of a residual is dz, or dy itself where it was added after the acti
 | silu, gelu, gelu_tanh, hardswish              | what it is applied to     | what it is applied to |
 
 The output costs no memory where the next layer keeps its input; like that of torch.relu it is not to be changed in
-place where it is saved. What the activation is applied to is a tensor more,
-written by the same kernel, and only where a gradient is asked for that needs it; it is an output to autograd, so that
-gradients have gradients. No residual is saved. Under torch.func's transforms and forward-mode AD a fused convolution is
-a convolution and functions of plain torch, whose values are rounded once more.
+place where it is saved. What the activation is applied to is a tensor more, written by the same kernel, and only where
+a gradient is asked for that needs it; it is an output to autograd, so that gradients have gradients. No residual is
+saved. Under torch.func's transforms and forward-mode AD a fused convolution is a convolution and functions of plain
+torch, whose values are rounded once more.
 """
 
 from __future__ import annotations
