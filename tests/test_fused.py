@@ -390,6 +390,21 @@ def test_vmap(batched, transposed):
     torch.testing.assert_close(found, torch.stack(each))
 
 
+@pytest.mark.parametrize("batched", [(0, 3), (0, 4), (2,)])
+def test_vmap_of_the_operator_that_keeps(batched):
+    x, w, bias, residual, scale = operands("before", True, grad=False)
+    tensors = [x, w, bias, scale, residual]
+    stacked = [torch.stack((t, -t)) if i in batched else t for i, t in enumerate(tensors)]
+
+    def function(*tensors):
+        return torch_ops.conv_fused_keep(*tensors, *PARAMETERS, "silu", 0.01, False)
+
+    found = torch.vmap(function, tuple(0 if i in batched else None for i in range(5)))(*stacked)
+    for n in range(2):
+        each = function(*(t[n] if i in batched else t for i, t in enumerate(stacked)))
+        torch.testing.assert_close([t[n] for t in found], list(each))
+
+
 def test_functional_transforms():
     tensors = operands("after", True, grad=False)
 
