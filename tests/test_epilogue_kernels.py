@@ -13,6 +13,7 @@ from triton_conv.config import BandedConfig, BoxConfig, Config, DepthwiseConfig
 from triton_conv.epilogue import ACTIVATIONS, PLAIN, Epilogue
 from triton_conv.execute import Call
 from triton_conv.geometry import ConvGeometry, Role
+from triton_conv.tuning import operands
 
 SLOPE = 0.3
 OF_TORCH = {
@@ -323,6 +324,21 @@ def test_the_reference_and_pytorch_name_the_same_activations():
     t = torch.linspace(-4, 4, 9, dtype=FP64)
     for name, function in OF_TORCH.items():
         assert torch.equal(reference.activated(t, name, SLOPE), function(t))
+
+
+@pytest.mark.parametrize("name", ["box", "fold", "banded"])
+def test_problems_with_an_epilogue_have_operands_and_answers(name, kernels):
+    """What a tuner measures and checks them with."""
+    call, _, configs = way(name, *SOME[0], kernels)
+    problem = execute.problem_of(call, execute.device_of(call.a.device))
+    with config.explicit(configs):
+        for moved in (False, True):
+            asked = problem._replace(moves_residual=moved)
+            drawn, output = operands.operands(asked, call.a.device, 0)
+            assert execute.problem_of(drawn, asked.device, output) == asked
+            assert operands.wrong(asked, plan.make(asked), drawn, output, operands.expected(asked, drawn)) is None
+            plainly = operands.expected(asked, replace(drawn, epilogue=PLAIN, residual=None, scale=None))
+            assert operands.wrong(asked, plan.make(asked), drawn, output, plainly)
 
 
 def test_plans_say_what_is_fused(kernels):

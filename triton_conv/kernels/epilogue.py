@@ -88,8 +88,8 @@ def store(
 def gelu(x):
     """x times the normal distribution function of x, to within two roundings of the larger of 1 and the result.
 
-    In float32 that function is sigmoid(x p(x^2)), with a polynomial p that was fitted to its logit so that x times it is
-    wrong by 7e-8 at most. The compiler's erf takes twice the registers, and 1 + erf(x) cancels where x is negative.
+    In float32 that function is sigmoid(x p(x^2)), with a polynomial p that was fitted to its logit such that x times it
+    is wrong by 7e-8 at most. The compiler's erf takes twice the registers, and 1 + erf(x) cancels where x is negative.
     """
     if x.dtype == tl.float64:
         return x * (0.5 + 0.5 * tl.erf(x * 0.7071067811865476))
