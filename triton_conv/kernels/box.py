@@ -22,7 +22,6 @@ import triton
 import triton.language as tl
 
 from .. import tiles
-from ..epilogue import PLAIN
 from ..geometry import ConvGeometry, Role, Strides, describable, tap_step
 from .epilogue import activate, scaled
 from .epilogue import constants as epilogue_constants
@@ -262,7 +261,7 @@ def launch(
     axes = g.axes(role)
     counted = tiles.box(role, g, config)
     bn, bz, bp, bq = config.box
-    part = part_of(config, numerics.epilogue)
+    part = tiles.box_part(config, numerics.epilogue)
     arguments = {
         "N": g.N,
         "SRC_C": src_c // g.groups,
@@ -314,18 +313,6 @@ def launch(
     programs = min(counted.total, device.multiprocessors * config.programs)
     operands = (source, filters, stored, *scales_and_bias, residual, kept, dst)
     return Launch("box", box_kernel, programs, operands, arguments)
-
-
-def part_of(config, epilogue) -> tuple[int, ...]:
-    """The sides of the box of pixels that is finished and stored at a time.
-
-    That is half a tile where its sums fill half of the registers, so that what an epilogue adds to them is not spilled.
-    """
-    full = 128 * 32 * config.num_warps <= config.BLOCK_M * config.BLOCK_N
-    if epilogue == PLAIN or not full:
-        return config.box
-    axis = next(axis for axis, side in enumerate(config.box) if side > 1)
-    return tuple(side // 2 if i == axis else side for i, side in enumerate(config.box))
 
 
 def _boxes(
