@@ -109,7 +109,7 @@ class StreamingPlan(Frozen):
     @property
     def context(self) -> Context:
         """The context as the kernel reads it."""
-        given = self.problem.context
+        given = self.problem.context._replace(aligned=not {"x", "context"} & {*self.problem.unaligned})
         if "context" not in self.packs:
             return given
         strides = dense_strides(self.problem.shape("context"), channels_last=True)
