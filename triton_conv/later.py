@@ -7,20 +7,25 @@ from collections.abc import Callable
 from importlib.abc import MetaPathFinder
 from importlib.machinery import PathFinder
 
+_waiting: dict[str, list[Callable[[], None]]] = {}
+
 
 def when_imported(name: str, action: Callable[[], None]) -> None:
     """Calls `action` right after the module of this name has been imported: at once if it has been."""
     if name in sys.modules:
         action()
+    elif name in _waiting:
+        _waiting[name].append(action)
     else:
-        sys.meta_path.insert(0, _Waiting(name, action))
+        _waiting[name] = [action]
+        sys.meta_path.insert(0, _Waiting(name))
 
 
 class _Waiting(MetaPathFinder):
     """Finds nothing: it lets the module be found as ever, and acts once its code has run."""
 
-    def __init__(self, name: str, action: Callable[[], None]) -> None:
-        self._name, self._action = name, action
+    def __init__(self, name: str) -> None:
+        self._name = name
 
     def find_spec(self, fullname, path, target=None):
         if fullname != self._name:
@@ -31,7 +36,8 @@ class _Waiting(MetaPathFinder):
 
             def exec_module(module):
                 run(module)
-                self._action()
+                for action in _waiting[fullname]:
+                    action()
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
