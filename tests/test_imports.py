@@ -48,11 +48,11 @@ LAYERS = [
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 NARROW = {
-    "kernels": {"geometry", "tiles", "epilogue", "causal_config", "kernels"},
+    "kernels": {"geometry", "tiles", "causal_config", "kernels"},
     "causal_config": {"config", "tiles", "devices"},
     "reference": {"geometry", "epilogue"},
     "config": {"geometry", "tiles", "devices", "epilogue"},
-    "tiles": {"geometry"},
+    "tiles": {"geometry", "epilogue"},
     "geometry": set(),
     "devices": set(),
 }
