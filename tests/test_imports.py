@@ -41,7 +41,7 @@ LAYERS = [
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 NARROW = {
-    "kernels": {"geometry", "tiles", "causal_config", "kernels"},
+    "kernels": {"geometry", "tiles", "epilogue", "causal_config", "kernels"},
     "causal_config": {"config", "tiles", "devices"},
     "reference": {"geometry", "epilogue"},
     "config": {"geometry", "tiles", "devices", "epilogue"},
