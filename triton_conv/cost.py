@@ -37,10 +37,10 @@ LINK = 64  # bytes that a multiprocessor gets from L2 in a clock
 ISSUED = 0.7  # share of its instruction slots that a multiprocessor uses without a dot
 SPILLED = 4  # how many times longer a step takes whose accumulator does not fit into registers
 
-# Instructions of a thread for each output of an activation, as compiled, and how many times as many of float64.
-ACTIVATION = {"": 0, "relu": 2, "relu6": 4, "leaky_relu": 3, "silu": 8, "gelu": 25, "gelu_tanh": 12, "sigmoid": 8}
-ACTIVATION |= {"hardswish": 6}
-DOUBLE = 10
+# Instructions of a thread for each output of an activation, as compiled, and how many times as many in float64.
+ACTIVATION = {"": 0, "relu": 1, "relu6": 2, "leaky_relu": 2, "hardswish": 5, "sigmoid": 12, "silu": 13, "gelu": 21}
+ACTIVATION |= {"gelu_tanh": 16}
+DOUBLE = 6
 BANDED_STEP, BANDED_WGRAD_STEP = 100, 190  # instructions of a thread in a step of banded kernels, as compiled
 BANDED_LOAD = 12  # more for each load, as compiled
 BANDED_GATHER = 36  # instructions for each sum that banded weight gradients gather from a diagonal, as compiled
@@ -228,6 +228,11 @@ def _finishing(g: ConvGeometry, role: Role, dtype: str, device: Device, epilogue
     return output * each / (LANES * device.clock * device.multiprocessors)
 
 
+def box_shared(config: BoxConfig, role: Role, g: ConvGeometry, dtype: str, out_dtype: str, epilogue: Epilogue) -> int:
+    """Bytes of shared memory that a box kernel needs."""
+    return _step(role, g, config, ITEM_BYTES[dtype], ITEM_BYTES[out_dtype], True, epilogue).shared
+
+
 def fold_seconds(geometry: ConvGeometry, dtype: str, device: Device, epilogue: Epilogue = PLAIN) -> float:
     """Of folding a padded gradient onto dx; it is written and read as wide as accumulators are."""
     item = ITEM_BYTES[dtype]
@@ -396,7 +401,9 @@ def _step(
     # only whole vectors are copied asynchronously, and only for a dot
     stages = config.num_stages if boxed or (dot and whole_vectors) else 1
     loads = 0 if boxed else elements * item // 16 if whole_vectors else elements
-    stored = rows * columns * out_item if persistent else 0
+    # what is kept leaves through the same memory as the output, a residual comes in beside it
+    beside = 1 + bool(epilogue.residual)
+    stored = prod(counting.box_part(config, epilogue)) * config.BLOCK_N * out_item * beside if persistent else 0
     shared = stages * elements * item + stored if dot else 0
     programs = config.programs if persistent else 32
     joined = persistent and all(axis.phases == 1 for axis in g.axes(role))

@@ -262,7 +262,7 @@ def launch(
     axes = g.axes(role)
     counted = tiles.box(role, g, config)
     bn, bz, bp, bq = config.box
-    part = part_of(config, numerics.epilogue)
+    part = tiles.box_part(config, numerics.epilogue)
     arguments = {
         "N": g.N,
         "SRC_C": src_c // g.groups,
@@ -307,6 +307,8 @@ def launch(
         "num_stages": config.num_stages,
     }
     src, dst = ("x", into or "y") if forward else ("y", into or "x")
+    if numerics.epilogue != PLAIN:
+        arguments["maxnreg"] = 255  # told the limit, the assembler does not aim at fewer registers and then spill
     source, filters, stored = _boxes(role, g, strides, config, part, src, dst, vector)
     *scales_and_bias, residual, kept = numerics.operands
     if stored is not None:
@@ -314,18 +316,6 @@ def launch(
     programs = min(counted.total, device.multiprocessors * config.programs)
     operands = (source, filters, stored, *scales_and_bias, residual, kept, dst)
     return Launch("box", box_kernel, programs, operands, arguments)
-
-
-def part_of(config, epilogue) -> tuple[int, ...]:
-    """The sides of the box of pixels that is finished and stored at a time.
-
-    That is half a tile where its sums fill half of the registers, so that what an epilogue adds to them is not spilled.
-    """
-    full = 128 * 32 * config.num_warps <= config.BLOCK_M * config.BLOCK_N
-    if epilogue == PLAIN or not full:
-        return config.box
-    axis = next(axis for axis, side in enumerate(config.box) if side > 1)
-    return tuple(side // 2 if i == axis else side for i, side in enumerate(config.box))
 
 
 def _boxes(
