@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from triton_conv import check, deform_run, execute
+from triton_conv.deform_config import DeformRole
 from triton_conv.geometry import ConvGeometry
 
 HALF, BRAIN, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -48,8 +49,9 @@ def definition(x, offset, w, mask, bias, case):
             samples = 0
             for up in (0, 1):
                 for right in (0, 1):
-                    row, column = h.detach().floor() + up, v.detach().floor() + right
-                    weight = (1 - (h - row).abs()) * (1 - (v - column).abs())  # N OG P Q
+                    row, column = h.detach().floor(), v.detach().floor()
+                    weight = (h - row if up else 1 - h + row) * (v - column if right else 1 - v + column)  # N OG P Q
+                    row, column = row + up, column + right
                     row, column = ((t + 1).clamp(0, n + 1).long() for t, n in ((row, H), (column, W)))
                     samples = samples + weight.unsqueeze(-1) * x[image, group, :, row, column]  # N OG P Q C/OG
             if mask is not None:
@@ -127,6 +129,130 @@ def compare(case, given):
     return got
 
 
-@pytest.mark.parametrize("case", [Case(), Case(last=False)])
-def test_first(case, kernels, poisoned):
+CASES = {
+    "mask and bias": Case(),
+    "contiguous, strides and dilation": Case(
+        (1, 3, 9, 8), (5, 3, 2, 2), (2, 1), (0, 1), (1, 3), mask=False, bias=False, last=False
+    ),
+    "groups": Case((1, 8, 4, 5), (6, 4, 1, 2)),
+    "offset groups": Case((1, 8, 4, 5), (6, 8, 2, 1), offset_groups=4),
+    "groups across offset groups": Case((1, 12, 3, 4), (10, 6, 1, 2), offset_groups=3, padding=(0, 1)),
+    "offset groups across groups, without a dot": Case((2, 6, 3, 4), (4, 3, 1, 2), offset_groups=3, last=False),
+    "depthwise": Case((2, 4, 3, 4), (4, 1, 2, 1), offset_groups=2, mask=False),
+    "many channels": Case((1, 40, 3, 3), (72, 40, 1, 2), offset_groups=2, padding=(0, 0)),
+    "many pixels": Case((3, 3, 7, 7), (4, 3, 1, 2), spread=0.3, last=False),
+    "far outside": Case((1, 3, 4, 4), (4, 3, 1, 2), spread=9.0),
+    "float16": Case((2, 8, 4, 5), (6, 8, 2, 1), dtype=HALF),
+    "bfloat16": Case((2, 8, 4, 5), (6, 8, 1, 2), dtype=BRAIN, last=False),
+    "float32": Case((1, 8, 4, 5), (6, 8, 1, 2), dtype=SINGLE),
+    "float32 as tf32": Case((1, 8, 4, 5), (6, 8, 2, 1), dtype=SINGLE, precision="tf32", mask=False),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_against_the_definition(name, kernels, poisoned):
+    case = CASES[name]
     compare(case, operands(case))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("dtype", [HALF, BRAIN, SINGLE, DOUBLE])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_three_by_three(groups, dtype, last, kernels, poisoned):
+    C = 24 if dtype is HALF else 8
+    case = Case((1, C, 5, 6), (20, C // groups, 3, 3), (1, 2), offset_groups=2, dtype=dtype, last=last)
+    compare(case, operands(case))
+
+
+def test_positions_between_and_on_pixels_and_borders(kernels, poisoned):
+    """Offsets are whole numbers, with which taps sample at -1, 0, H - 1 and H too: slopes are those to the right."""
+    case = Case((2, 3, 4, 5), (4, 3, 1, 2), spread=2.0)
+    x, offset, *rest = operands(case)
+    offset = offset.round()
+    base = torch.arange(4 + 2).view(-1, 1) - 1 + offset[:, 0::2].squeeze()
+    assert {-1, 0, 3, 4} <= set(base.flatten().tolist())
+    compare(case, [x, offset, *rest])
+
+
+@pytest.mark.parametrize("at", [(1.25, 2.5), (-0.5, 3.75), (2.0, 2.0)])
+def test_all_taps_sample_at_one_place(at, kernels, poisoned):
+    """All contributions to the gradient of x are to the same four pixels."""
+    case = Case((1, 3, 4, 5), (4, 3, 1, 2))
+    x, offset, *rest = operands(case)
+    P, Q = case.geometry.output[1:]
+    rows, columns = torch.arange(P).view(-1, 1) - 1, torch.arange(Q) - 1
+    for s in range(2):
+        offset[:, 2 * s] = at[0] - rows
+        offset[:, 2 * s + 1] = at[1] - columns - s
+    got = compare(case, [x, offset, *rest])
+    touched = got["dx"].abs().sum((0, 1)) > 0
+    assert int(touched.sum()) == (1 if at == (2.0, 2.0) else 2 if at[0] < 0 else 4)
+
+
+def test_offsets_that_are_no_numbers(kernels, poisoned):
+    """An infinite offset is outside; one that is no number shows in y and not elsewhere, and gives x no gradient."""
+    case = Case((1, 3, 4, 4), (4, 3, 1, 2), mask=False)
+    x, offset, w, mask, bias, dy = operands(case)
+    far = offset.clone()
+    offset[0, 0, 1, 2], far[0, 0, 1, 2] = torch.inf, 100.0
+    offset[0, 3, 2, 2], far[0, 3, 2, 2] = -torch.inf, -100.0
+    got, want = (computed(case, x, o, w, mask, bias, dy) for o in (offset, far))
+    assert all(torch.equal(got[name], want[name]) for name in ("y", "dx", "dw", "doffset"))
+    offset[0, 0, 0, 0] = torch.nan
+    got = computed(case, x, offset, w, mask, bias, dy)
+    assert got["y"].isnan().sum() == 4 and got["y"][0, :, 0, 0].isnan().all()
+    assert not got["dx"].isnan().any()
+
+
+def test_any_strides(kernels, poisoned):
+    """Tensors that are parts of others, expanded or lie in any order."""
+    case = Case((2, 4, 4, 3), (4, 4, 1, 2), last=False)
+    x, offset, w, mask, bias, dy = operands(case)
+    mask = mask[:, :1, :, :1].expand(mask.shape)
+    dy = dy[:, :1].expand(dy.shape)
+    wide = [torch.cat((t, torch.full_like(t, torch.nan)), 1)[:, : t.shape[1]] for t in (x, offset)]
+    got = compare(case, [wide[0].transpose(2, 3).contiguous().transpose(2, 3), wide[1], w, mask, bias, dy])
+    assert got["doffset"].stride() == offset.stride()
+
+
+def test_offsets_may_be_more_precise(kernels, poisoned):
+    """float32 offsets and masks with float16 images: the gradients are float32."""
+    case = Case((1, 4, 4, 4), (4, 4, 1, 2), dtype=HALF)
+    x, offset, w, mask, bias, dy = operands(case)
+    offset, mask = offset.float() + 1e-4, mask.float()
+    got, want = computed(case, x, offset, w, mask, bias, dy), wanted(case, x, offset, w, mask, bias, dy)
+    for name in ("doffset", "dmask"):
+        assert got[name].dtype is SINGLE
+        torch.testing.assert_close(got[name].cpu().to(DOUBLE), want[name], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got["y"].cpu().to(DOUBLE), want["y"], rtol=5e-3, atol=5e-3)
+
+
+def test_weight_gradients_by_slabs(kernels, poisoned):
+    """Many pixels are cut into slabs, whose sum has the same bits every time."""
+    case = Case((4, 3, 16, 16), (4, 3, 1, 1), padding=(0, 0))
+    x, offset, w, mask, bias, dy = operands(case)
+    p = deform_run.plan(
+        DeformRole.WEIGHT, x, w, dy, offset, mask, case.geometry, 1, "ieee", execute.device_of(x.device)
+    )
+    assert p.slabs_shape and [launch.name for launch in p.launches] == ["deform_wgrad", "sum_slabs"]
+    device = execute.device_of(x.device)
+    first, second = (
+        deform_run.weight_gradient(dy, x, offset, mask, case.geometry, 1, "ieee", device, torch.empty_like(w))
+        for _ in range(2)
+    )
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, wanted(case, x, offset, w, mask, bias, dy)["dw"])
+
+
+def test_the_same_bits_every_time(kernels):
+    case = CASES["float16"]
+    once, again = (computed(case, *operands(case)) for _ in range(2))
+    assert all(torch.equal(once[name], again[name]) for name in once)
+
+
+def test_nothing_to_compute(kernels, poisoned):
+    case = Case((0, 4, 4, 4), (4, 4, 1, 2))
+    got = computed(case, *operands(case))
+    assert got["y"].numel() == got["dx"].numel() == 0
+    assert torch.equal(got["dw"], torch.zeros_like(got["dw"]))

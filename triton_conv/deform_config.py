@@ -11,7 +11,7 @@ from enum import Enum
 from math import gcd, prod
 from typing import NamedTuple
 
-from .config import ITEM_BYTES, LARGEST_TILE, Config, _tile, most_splits
+from .config import ITEM_BYTES, Config, _tile, most_splits
 from .devices import Device
 from .geometry import ConvGeometry, Strides
 from .tiles import Tiles, ceil_div
@@ -64,32 +64,56 @@ class DeformProblem(NamedTuple):
         return f"{self.geometry}  offset groups {self.offset_groups}{mask}"
 
 
-def default(p: DeformProblem) -> Config:
-    """Tiles by rule: as large as the problem fills, small enough that samples and accumulator share the registers.
+# The largest tiles (BLOCK_M, BLOCK_N, BLOCK_K) of four warps that spill nothing, by what is multiplied: a thread holds
+# four corners of its share of a block of channels x pixels beside its accumulator, or four accumulators in OFFSET.
+_LARGEST = {
+    DeformRole.FORWARD: {
+        "half": (64, 128, 32),
+        "tf32": (64, 64, 16),
+        "tf32x3": (32, 32, 16),
+        "ieee": (32, 32, 16),
+        "float64": (32, 32, 16),
+    },
+    DeformRole.INPUT: {  # BLOCK_K is what a walk along a list is for
+        "half": (64, 128, 64),
+        "tf32": (64, 64, 16),
+        "tf32x3": (32, 32, 16),
+        "ieee": (32, 64, 16),
+        "float64": (32, 32, 16),
+    },
+    DeformRole.OFFSET: {
+        "half": (32, 64, 64),
+        "tf32": (32, 32, 32),
+        "tf32x3": (16, 32, 16),
+        "ieee": (16, 32, 16),
+        "float64": (16, 32, 16),
+    },
+    DeformRole.WEIGHT: {
+        "half": (32, 128, 64),
+        "tf32": (16, 64, 32),
+        "tf32x3": (16, 32, 32),
+        "ieee": (16, 32, 32),
+        "float64": (16, 32, 16),
+    },
+}
 
-    A thread holds four corners of its share of a BLOCK of channels x pixels beside the accumulator, so that tiles are
-    smaller than those of an ordinary convolution.
-    """
+
+def default(p: DeformProblem) -> Config:
+    """Tiles by rule: as large as the problem fills and registers allow."""
     g = p.geometry
-    K = g.K // g.groups
     pixels = g.N * prod(g.input if p.role is DeformRole.INPUT else g.output)
     reduced, written = _sides(p)
-    if p.segment * K <= 8:
-        return _without_dot(p, pixels)
-    wide, costly = p.item_bytes > 2, p.dtype == "float64" or (p.dtype == "float32" and p.precision != "tf32")
-    if p.role is DeformRole.WEIGHT:
-        largest = 32 if costly else 64
+    if p.segment * (g.K // g.groups) <= 8:  # a dot would multiply padding
+        config = Config(_tile(pixels, 16, 128), _tile(written, 1, 4), _tile(reduced, 1, 4), num_stages=1, dot=False)
+    else:
+        kind = "half" if p.item_bytes == 2 else p.precision if p.dtype == "float32" else p.dtype
+        block_m, block_n, block_k = _LARGEST[p.role][kind]
+        if p.role is DeformRole.INPUT and kind == "half" and p.device.capability in (90, 100):
+            block_k = 128
         config = Config(
-            BLOCK_M=_tile(pixels, 16, 16 if wide else 32),
-            BLOCK_N=_tile(K, 16, largest),
-            BLOCK_K=_tile(p.segment, 16, largest),
-            num_stages=2,
+            _tile(pixels, 16, block_m), _tile(written, 16, block_n), _tile(reduced, 16, block_k), num_stages=2
         )
-        return replace(config, splits=_splits(p, config))
-    block_m = _tile(pixels, 16, 32 if costly else 64)
-    block_n = _tile(written, 16, 32 if costly else 64 if wide or p.role is DeformRole.OFFSET else 128)
-    block_n = min(block_n, LARGEST_TILE // block_m)
-    return Config(block_m, block_n, _tile(reduced, 16, 16 if wide else 32), num_stages=2)
+    return replace(config, splits=_splits(p, config)) if p.role is DeformRole.WEIGHT else config
 
 
 def tiles(p: DeformProblem, config: Config) -> Tiles:
@@ -121,18 +145,9 @@ def lists_shape(p: DeformProblem) -> tuple[int, int, int]:
 
 
 def _sides(p: DeformProblem) -> tuple[int, int]:
-    """(channels that are reduced, channels beside pixels that a tile has) of a segment and a group."""
+    """(channels that blocks of BLOCK_K cover, those that blocks of BLOCK_N cover)."""
     K = p.geometry.K // p.geometry.groups
     return (p.segment, K) if p.role in (DeformRole.FORWARD, DeformRole.WEIGHT) else (K, p.segment)
-
-
-def _without_dot(p: DeformProblem, pixels: int) -> Config:
-    """Groups so narrow that a dot would multiply padding: products summed in registers."""
-    reduced, written = _sides(p)
-    if p.role is DeformRole.WEIGHT:
-        config = Config(_tile(pixels, 16, 128), _tile(written, 1, 4), _tile(reduced, 1, 4), num_stages=1, dot=False)
-        return replace(config, splits=_splits(p, config))
-    return Config(_tile(pixels, 16, 128), _tile(written, 1, 4), _tile(reduced, 1, 4), num_stages=1, dot=False)
 
 
 def _splits(p: DeformProblem, config: Config) -> int:

@@ -7,8 +7,9 @@
 The pixels of x lie at the corners of *cells*, (H + 1) x (W + 1) of them with the border. `deform_cells` writes the cell
 that each output pixel samples in at each tap; sorted by cell, in `order`, output pixels are lists, one for a cell, that
 begin at `first`. A pixel of x belongs to four cells, two and two of them neighbours in that order. So a program finds
-all that its BLOCK_M pixels contributed to as two runs each, gathers dy there, weighted anew, and multiplies the sums by
-the filters of BLOCK_N channels. Its steps go on to the tile's longest list.
+all that its BLOCK_M pixels contributed to as two runs each, gathers BLOCK_K channels of dy there, weighted anew, and multiplies
+the sums by the filters of BLOCK_N channels. It goes on to the tile's longest list. A thread holds a vector of each
+PART_K channels, so that it works out a weight for several.
 """
 
 from __future__ import annotations
@@ -116,6 +117,7 @@ def deform_dgrad_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PART_K: tl.constexpr,
 ):
     blocks_c = tl.cdiv(L, BLOCK_N)
     segments = offset_groups * offset_segments
@@ -123,17 +125,19 @@ def deform_dgrad_kernel(
     block_c = pid % blocks_c
     segment = (pid // blocks_c % segments).to(INDEX)
     n, h, w_, pixel_valid = tile_pixels(pid // blocks_c // segments, N, H, W, INDEX, BLOCK_M)
-    group, part = segment // group_segments, segment % group_segments
+    group = segment // group_segments
     c, c_valid = channel_block(block_c * BLOCK_N, L, BLOCK_N, C_VEC)  # [BLOCK_N]
     c = c.to(INDEX)
 
     sg, sk, sc, _, sr, ss = flt_strides
     columns = window[0]
-    filters_of = w + group * sg * FLT_VEC + ((part * (L // C_VEC * C_VEC) + c) * sc)[None, :]  # [1, BLOCK_N]
+    filters_of = (
+        w + group * sg * FLT_VEC + ((segment % group_segments * (L // C_VEC * C_VEC) + c) * sc)[None, :]
+    )  # [1, BLOCK_N]
     grads_of = dy + group * (K // K_VEC * K_VEC) * y_sc
     lists = n * (taps * offset_groups) + segment // offset_segments * taps  # [BLOCK_M]
     cell = h * (W + 1) + w_
-    upper_row = n * y_sn
+    grads_image = n * y_sn
     offset += n * o_sn
     if HAS_MASK:
         mask += n * m_sn
@@ -151,29 +155,37 @@ def deform_dgrad_kernel(
         entries = order + (lists + tap) * (P * Q).to(INDEX)
         tap_filters = filters_of + (tap // columns * sr + tap % columns * ss) * FLT_VEC
         for block in range(tl.cdiv(K, BLOCK_K)):
-            k, k_valid = channel_block(block * BLOCK_K, K, BLOCK_K, K_VEC)
-            k = k.to(INDEX)[:, None]  # [BLOCK_K, 1]
-            k_valid = k_valid[:, None]
-            total = tl.zeros((BLOCK_K, BLOCK_M), ACC)
+            sums: tl.tuple = ()
+            for part in tl.static_range(BLOCK_K // PART_K):
+                sums += (tl.zeros((PART_K, BLOCK_M), ACC),)
             for j in range(longest):
                 has = j < count
                 entry = tl.where(has, tl.where(j < above_count, above + j, below + (j - above_count)), 0)
                 pixel = tl.load(entries + entry, mask=has, other=0).to(INDEX)
                 p, q = pixel // Q, pixel % Q
-                of_offset = offset + (p * o_sp + q * o_sq)
-                at_h, at_w = tap_position(of_offset, o_sc, index, tap, p, q, has, H, W, window, ACC)
+                at_h, at_w = tap_position(
+                    offset + (p * o_sp + q * o_sq), o_sc, index, tap, p, q, has, H, W, window, ACC
+                )
                 weight = (1 - tl.abs(at_h - h.to(ACC))) * (1 - tl.abs(at_w - w_.to(ACC)))
                 mask_of = mask + (p * m_sp + q * m_sq) if HAS_MASK else mask
-                weight *= modulation_of(mask_of, m_sc, index, has, at_h, HAS_MASK)
-                row = (upper_row + p * y_sh + q * y_sw) * Y_VEC
-                grads = tl.load(
-                    grads_of + row[None, :] + k * y_sc, mask=k_valid & has[None, :], other=0.0
-                )  # [BLOCK_K, BLOCK_M]
-                total += tl.where(has, weight, 0.0)[None, :] * grads.to(ACC)
-            filters = tl.load(
-                tap_filters + k * sk * FLT_VEC, mask=k_valid & c_valid[None, :], other=0.0
-            )  # [BLOCK_K, BLOCK_N]
-            acc = multiply(total.to(w.dtype.element_ty), filters, acc, DOT, PRECISION)
+                weight = tl.where(has, weight * modulation_of(mask_of, m_sc, index, has, at_h, HAS_MASK), 0)
+                grads_row = grads_of + ((grads_image + p * y_sh + q * y_sw) * Y_VEC)[None, :]
+                added: tl.tuple = ()
+                for part in tl.static_range(BLOCK_K // PART_K):
+                    k, k_valid = channel_block(block * BLOCK_K + part * PART_K, K, PART_K, K_VEC)
+                    grads = tl.load(
+                        grads_row + k.to(INDEX)[:, None] * y_sc, mask=k_valid[:, None] & has[None, :], other=0.0
+                    )  # [PART_K, BLOCK_M]
+                    added += (sums[part] + weight[None, :] * grads.to(ACC),)
+                sums = added
+            for part in tl.static_range(BLOCK_K // PART_K):
+                k, k_valid = channel_block(block * BLOCK_K + part * PART_K, K, PART_K, K_VEC)
+                filters = tl.load(
+                    tap_filters + k.to(INDEX)[:, None] * sk * FLT_VEC,
+                    mask=k_valid[:, None] & c_valid[None, :],
+                    other=0.0,
+                )  # [PART_K, BLOCK_N]
+                acc = multiply(sums[part].to(w.dtype.element_ty), filters, acc, DOT, PRECISION)
 
     row = (n * x_sn + h * x_sh + w_ * x_sw) * X_VEC
     channel = (segment * (L // C_VEC * C_VEC) + c) * x_sc
@@ -194,5 +206,7 @@ def launches(problem: DeformProblem, config, numerics, tiles) -> list[Launch]:
     )
     cells = Launch("deform_cells", deform_cells, programs, ("offset", "cells"), {**known, "BLOCK": CELLS_BLOCK})
     known = {**arguments(deform_dgrad_kernel, problem, config.BLOCK_N, config.BLOCK_K), **options(config, numerics)}
+    part = max(64 // problem.item_bytes, 16) if config.dot else config.BLOCK_K
+    known["PART_K"] = min(part, config.BLOCK_K)
     operands = ("offset", "mask" if problem.has_mask else None, "w", "y", "order", "first", "x")
     return [cells, Launch("deform_dgrad", deform_dgrad_kernel, launchable(tiles.total, g), operands, known)]

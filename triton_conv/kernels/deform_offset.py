@@ -8,7 +8,8 @@ A program has one tap of one offset group at BLOCK_M pixels. It computes what ar
 
     column[c, pixel] = sum over k of w[k, c, tap] * dy[k, pixel],
 
-multiplies it by the slopes of x between the corners there, and sums up over channels, always in the same order.
+multiplies it by each corner of x there, and sums up over channels, always in the same order. Slopes are differences of
+these four sums.
 """
 
 from __future__ import annotations
@@ -92,15 +93,15 @@ def deform_offset_kernel(
     of_offset = n * o_sn + p * o_sp + q * o_sq  # [BLOCK_M]
     at_h, at_w = tap_position(offset + of_offset, o_sc, index, tap, p, q, pixel_valid, H, W, window, ACC)
     rows, there, past_h, past_w = corners(at_h, at_w, n * x_sn, pixel_valid, H, W, x_sh, x_sw, X_VEC, INDEX)
-    past_h, past_w = past_h[None, :], past_w[None, :]
     grads_of = dy + ((n * y_sn + p * y_sh + q * y_sw) * Y_VEC)[None, :]  # [1, BLOCK_M]
 
     sg, sk, sc, _, sr, ss = flt_strides
     columns = window[0]
     filters_of = w + (tap // columns * sr + tap % columns * ss) * FLT_VEC
-    slope_h = tl.zeros((BLOCK_M,), ACC)
-    slope_w = tl.zeros((BLOCK_M,), ACC)
-    value = tl.zeros((BLOCK_M,), ACC)
+    sum_a = tl.zeros((BLOCK_N, BLOCK_M), ACC)
+    sum_b = tl.zeros((BLOCK_N, BLOCK_M), ACC)
+    sum_c = tl.zeros((BLOCK_N, BLOCK_M), ACC)
+    sum_d = tl.zeros((BLOCK_N, BLOCK_M), ACC)
     blocks_c = tl.cdiv(L, BLOCK_N)
     for step in range(offset_segments * blocks_c):
         segment = offset_group * offset_segments + step // blocks_c
@@ -120,17 +121,22 @@ def deform_offset_kernel(
 
         channels = x + (segment * (L // C_VEC * C_VEC) + c)[:, None] * x_sc
         a, b, c, d = corner_values(channels, c_valid[:, None], rows, there, ACC)  # [BLOCK_N, BLOCK_M] each
-        upper, lower = a + past_w * (b - a), c + past_w * (d - c)
-        slope_h += tl.sum(column * (lower - upper), axis=0)
-        slope_w += tl.sum(column * (b - a + past_h * (d - c - (b - a))), axis=0)
-        if HAS_MASK:
-            value += tl.sum(column * (upper + past_h * (lower - upper)), axis=0)
+        sum_a += column * a
+        sum_b += column * b
+        sum_c += column * c
+        sum_d += column * d
 
+    sum_a, sum_b = tl.sum(sum_a, axis=0), tl.sum(sum_b, axis=0)
+    sum_c, sum_d = tl.sum(sum_c, axis=0), tl.sum(sum_d, axis=0)
+    upper, lower = sum_a + past_w * (sum_b - sum_a), sum_c + past_w * (sum_d - sum_c)
+    slope_h = lower - upper
+    slope_w = sum_b - sum_a + past_h * (sum_d - sum_c - (sum_b - sum_a))
     if HAS_MASK:
         of_mask = n * m_sn + p * m_sp + q * m_sq
         modulation = modulation_of(mask + of_mask, m_sc, index, pixel_valid, at_h, HAS_MASK)
         slope_h *= modulation
         slope_w *= modulation
+        value = upper + past_h * (lower - upper)
         tl.store(dmask + of_mask + index * m_sc, value.to(dmask.dtype.element_ty), mask=pixel_valid)
     doffset += of_offset + 2 * index * o_sc
     tl.store(doffset, slope_h.to(doffset.dtype.element_ty), mask=pixel_valid)
