@@ -38,7 +38,7 @@ LAYERS = [
     {"branches_ops"},
     {"separable", "deform", "branches"},
     {"branch_modules"},
-    {"sharding"},
+    {"sharding", "deform_nn"},
     {"fused_nn"},
     {"nn", "override", "explain", "check"},
     {"convert", "layers"},

@@ -8,13 +8,14 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import torch
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-from .nn import OURS, _Ours
+from .nn import OURS, DeformConv2d, _Ours
 
 __all__ = ["Conversion", "convert"]
 
@@ -60,13 +61,15 @@ def convert(model: torch.nn.Module) -> Conversion:
     What goes by torch's classes comes before it: quantization, and torch.fx, which sees a convolution of torch's as one
     module and of ours as a call of a function. A traced `torch.fx.GraphModule` is converted as any module is.
 
+    `torchvision.ops.DeformConv2d` is converted too. Ours is no subclass of it, as ours of torch's are.
+
     Raises TypeError if `model` is not a `torch.nn.Module`.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"convert(): argument 'model' must be torch.nn.Module, not {type(model).__name__}")
     converted, skipped = [], []
     for name, module in model.named_modules():
-        if not isinstance(module, _ConvNd):
+        if not _convolves(module):
             continue
         reason = _reason_to_skip(module)
         if reason:
@@ -77,22 +80,34 @@ def convert(model: torch.nn.Module) -> Conversion:
     return Conversion(tuple(converted), tuple(skipped))
 
 
-def _reason_to_skip(module: _ConvNd) -> str:
+def _convolves(module: torch.nn.Module) -> bool:
+    return isinstance(module, (_ConvNd, DeformConv2d, *_torchvisions()))
+
+
+def _reason_to_skip(module: torch.nn.Module) -> str:
     """Why `convert` leaves a module alone; "" if it need not."""
     cls = parametrize.type_before_parametrizations(module)
-    if isinstance(module, _Ours):
+    if isinstance(module, (_Ours, DeformConv2d)):
         return "already converted"
-    if cls not in OURS:
-        base = next((c for c in cls.__mro__ if c in OURS), _ConvNd)
-        ours = f"; derive it from triton_conv.nn.{base.__name__}" if base in OURS else ""
-        return f"{cls.__module__}.{cls.__qualname__} is a subclass of torch.nn.{base.__name__}{ours}"
+    known = OURS | _torchvisions()
+    if cls not in known:
+        base: type = next((c for c in cls.__mro__ if c in known), _ConvNd)
+        ours = f"; derive it from triton_conv.nn.{base.__name__}" if base in known else ""
+        theirs = "torch.nn" if base not in _torchvisions() else "torchvision.ops"
+        return f"{cls.__module__}.{cls.__qualname__} is a subclass of {theirs}.{base.__name__}{ours}"
     patched = sorted({"forward", "_conv_forward"} & vars(module).keys())
     return f"{patched[0]} was replaced on the instance; convert before that" if patched else ""
 
 
-def _our_class(module: _ConvNd) -> type:
-    cls = type(module)
+def _torchvisions() -> dict[type, type]:
+    """Its deformable convolution and ours, if anyone has imported it."""
+    cls = getattr(sys.modules.get("torchvision.ops"), "DeformConv2d", None)
+    return {cls: DeformConv2d} if isinstance(cls, type) else {}
+
+
+def _our_class(module: torch.nn.Module) -> type:
+    cls, known = type(module), OURS | _torchvisions()
     if not parametrize.is_parametrized(module):
-        return OURS[cls]
+        return known[cls]
     # register_parametrization gave the module a class of its own, with a property per tensor: the same over our class.
-    return type(cls.__name__, (OURS[cls.__bases__[0]],), dict(vars(cls)))
+    return type(cls.__name__, (known[cls.__bases__[0]],), dict(vars(cls)))

@@ -58,9 +58,10 @@ def deform_conv2d(
     softmax, in DCN v4. Without mask it is DCN v1. A sample at infinity is 0, at NaN NaN.
 
     Dtypes: input, weight and bias float16, bfloat16, float32 or float64; offset and mask that one, or both float32,
-    which keeps fractions of a pixel that 16 bits lose. Sums and samples are float32, in float64 float64. Autocast casts
-    input, weight and bias, and leaves offset and mask as they are. Gradients exist for every argument, the same bits on
-    every run; where an offset is a whole number its derivative is the one to the right.
+    which keeps fractions of a pixel that 16 bits lose. Positions, samples and sums are float32, in float64 float64;
+    kernels round a sample to the input's dtype before they multiply it with the filter. Autocast casts input, weight
+    and bias, and leaves offset and mask as they are. Gradients exist for every argument, the same bits on every run;
+    where an offset is a whole number its derivative is the one to the right.
 
     Raises what PyTorch raises for arguments of the wrong type, shape, dtype or device, before anything is launched.
 

@@ -70,34 +70,37 @@ def undeformed(input, weight, bias, stride, padding, dilation, precision) -> exe
 
 def _checked(input, offset, weight, mask, bias, stride, padding, dilation, precision) -> _Checked:
     call = undeformed(input, weight, bias, stride, padding, dilation, precision)
-    sizes = f"(input {list(input.shape)}, weight {list(weight.shape)})"
-    (N, C), (R, S) = input.shape[:2], weight.shape[2:]
-    (_, P, Q), taps = call.geometry.output, R * S
-    if offset.dim() != 4 or offset.shape[1] == 0 or offset.shape[1] % (2 * taps):
+    (N, C), taps, (_, P, Q) = input.shape[:2], call.geometry.taps, call.geometry.output
+    offset_groups = offset.shape[1] // (2 * taps) if offset.dim() == 4 else 0
+    if offset_groups == 0 or offset.shape[1] % (2 * taps):
+        R, S = weight.shape[2:]
         raise RuntimeError(
-            f"the shape of the offset tensor at dimension 1 is not valid: expected offset of size [{N}, "
-            f"2 * offset groups * {R} * {S}, {P}, {Q}], but got offset {list(offset.shape)} {sizes}"
+            f"the shape of the offset tensor at dimension 1 is not valid: expected offset of size [{N}, 2 * offset "
+            f"groups * {R} * {S}, {P}, {Q}], but got offset {list(offset.shape)} {_sizes(input, weight)}"
         )
-    offset_groups = offset.shape[1] // (2 * taps)
     if C % offset_groups:
         raise RuntimeError(
             f"expected input channels to be divisible by the {offset_groups} offset groups of offset "
-            f"{list(offset.shape)}, but got {C} channels {sizes}"
+            f"{list(offset.shape)}, but got {C} channels {_sizes(input, weight)}"
         )
-    channels = {"offset": 2 * offset_groups * taps, "mask": offset_groups * taps}
-    for name, t in {"offset": offset, "mask": mask}.items():
+    for name, t, channels in (("offset", offset, 2 * offset_groups * taps), ("mask", mask, offset_groups * taps)):
         if t is None:
             continue
-        expected = [N, channels[name], P, Q]
-        if list(t.shape) != expected:
-            raise RuntimeError(f"expected {name} of size {expected}, but got {name} {list(t.shape)} {sizes}")
+        if t.shape != (N, channels, P, Q):
+            raise RuntimeError(
+                f"expected {name} of size {[N, channels, P, Q]}, but got {name} {list(t.shape)} {_sizes(input, weight)}"
+            )
         ops._check_device("input", input, name, t)
         if t.dtype not in (input.dtype, torch.float32) or t.dtype != offset.dtype:
             raise RuntimeError(
                 f"expected offset and mask both of input's {input.dtype}, or both of torch.float32, but got {name} "
-                f"{list(t.shape)} of {t.dtype} and offset of {offset.dtype} {sizes}"
+                f"{list(t.shape)} of {t.dtype} and offset of {offset.dtype} {_sizes(input, weight)}"
             )
     return _Checked(call, offset_groups)
+
+
+def _sizes(input: Tensor, weight: Tensor) -> str:
+    return f"(input {list(input.shape)}, weight {list(weight.shape)})"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What a deformable convolution launches, as a pure function of numbers: shapes, dtypes, strides and device in, plan out.
+"""What a deformable convolution launches, as a pure function of numbers: shapes, dtypes, strides, device in, plan out.
 
 A plan prints itself (`str(plan)`).
 """
@@ -14,7 +14,7 @@ from . import deform_config as configs
 from . import deform_cost as cost
 from . import invariance
 from .config import Config, Numerics
-from .cost import Prediction, Roofline
+from .cost import Prediction, Roofline, copy_seconds
 from .deform_config import DeformProblem, DeformRole
 from .devices import Device
 from .frozen import Frozen
@@ -43,13 +43,26 @@ _REASONS = {
 }
 
 
+# What each role reads of x, w and y.
+_READ = {
+    DeformRole.FORWARD: ("x", "w"),
+    DeformRole.INPUT: ("y", "w"),
+    DeformRole.OFFSET: ("x", "y", "w"),
+    DeformRole.WEIGHT: ("x", "y"),
+}
+
+
 @dataclass(frozen=True)
 class DeformPlan(Frozen):
-    """A kernel and everything it is launched with, for tensors of any address."""
+    """A kernel and everything it is launched with, for tensors of any address.
+
+    `packs` names those of x, w and y that are copied to channels_last before it.
+    """
 
     asked: DeformProblem
     config: Config
     numerics: Numerics
+    packs: tuple[str, ...] = ()
 
     @property
     def kernel(self) -> str:
@@ -75,6 +88,16 @@ class DeformPlan(Frozen):
     def tiles(self) -> Tiles:
         return configs.tiles(self.asked, self.config)
 
+    @cached_property
+    def problem(self) -> DeformProblem:
+        """What the kernel computes: the problem asked for, after copies."""
+        return _packed(self.asked, self.packs)
+
+    @property
+    def _copies(self) -> tuple[int, ...]:
+        """The sizes of copies, in bytes."""
+        return tuple(prod(self.asked.geometry.shape(name)) * self.asked.item_bytes for name in self.packs)
+
     @property
     def dtypes(self) -> dict[str, str]:
         """The dtype of every operand that a launch may name; x, w and y are gradients where they are written."""
@@ -97,10 +120,11 @@ class DeformPlan(Frozen):
     @property
     def workspace_bytes(self) -> int:
         """Device memory beyond inputs and outputs, in bytes, without what sorting takes for itself."""
+        copies = sum(self._copies)
         if self.role is DeformRole.INPUT:
             lists, pixels, cells = self.lists_shape
-            return lists * (pixels * (4 + 4 + 8) + cells * (4 + 4))
-        return prod(self.slabs_shape) * max(self.asked.item_bytes, 4) if self.slabs_shape else 0
+            return copies + lists * (pixels * (4 + 4 + 8) + cells * (4 + 4))
+        return copies + (prod(self.slabs_shape) * max(self.asked.item_bytes, 4) if self.slabs_shape else 0)
 
     @cached_property
     def launches(self) -> tuple[Launch, ...]:
@@ -116,7 +140,7 @@ class DeformPlan(Frozen):
             DeformRole.OFFSET: deform_offset,
             DeformRole.WEIGHT: deform_wgrad,
         }
-        return tuple(rooms[self.role].launches(self.asked, self.config, self.numerics, self.tiles))
+        return tuple(rooms[self.role].launches(self.problem, self.config, self.numerics, self.tiles))
 
     @cached_property
     def direct(self) -> tuple[Direct, ...]:
@@ -133,7 +157,7 @@ class DeformPlan(Frozen):
     @cached_property
     def prediction(self) -> Prediction:
         """The predicted time of the kernels."""
-        return cost.predict(self.asked, self.config)
+        return cost.predict(self.problem, self.config)
 
     @property
     def limit(self) -> str:
@@ -143,31 +167,40 @@ class DeformPlan(Frozen):
     @property
     def seconds(self) -> float:
         """The predicted time of everything."""
-        return self.prediction.seconds
+        return self.prediction.seconds + sum(copy_seconds(size, self.device) for size in self._copies)
 
     def __str__(self) -> str:
-        numerics, channels_last = self.numerics, self.asked.strides.x[1] == self.asked.strides.y[1] == 1
+        numerics = self.numerics
         products = f"float32 products as {numerics.precision}" if self.dtype == "float32" else f"{self.dtype} products"
-        layout = "channels_last" if channels_last else "channels apart in memory: gathered one by one"
         lines = [
             f"kernel     {self.kernel} ({self.role.value})",
             f"geometry   {self.asked}",
             f"config     {self.config}",
             f"numbers    {products}, {numerics.accumulator} accumulator, {numerics.index_bits}-bit offsets",
-            f"layout     {layout}",
+            f"layout     {self._layout()}",
             f"workspace  {self.workspace_bytes} bytes{self._workspace_use()}",
             f"reason     {_REASONS[self.role]}",
         ]
         return "\n".join(lines)
 
+    def _layout(self) -> str:
+        apart = [name for name in _READ[self.role] if name != "w" and _apart(self.problem, name)]
+        if apart:
+            return f"channels of {', '.join(apart)} apart in memory: gathered one by one"
+        copied = f": {', '.join(self.packs)} copied" if self.packs else ""
+        return f"channels_last{copied}"
+
     def _workspace_use(self) -> str:
+        uses = [f"{', '.join(self.packs)} in channels_last"] if self.packs else []
         if self.role is DeformRole.INPUT:
-            return " (output pixels sorted by where they sample)"
-        return f" ({self.config.splits} slabs of dw, summed in order)" if self.slabs_shape else ""
+            uses.append("output pixels sorted by where they sample")
+        if self.slabs_shape:
+            uses.append(f"{self.config.splits} slabs of dw, summed in order")
+        return f" ({'; '.join(uses)})" if uses else ""
 
 
 def make(problem: DeformProblem) -> DeformPlan:
-    """The plan of a problem; the second time it is a look-up. Raises NotImplementedError for a dtype without kernels."""
+    """The plan of a problem; the second time a look-up. Raises NotImplementedError for a dtype without kernels."""
     return _make(problem, None if problem.role is DeformRole.WEIGHT else invariance.batch())
 
 
@@ -177,16 +210,36 @@ def _make(problem: DeformProblem, batch: int | None) -> DeformPlan:
         raise NotImplementedError(
             f"deformable convolutions have no kernel for x of {problem.dtype} with offset of {problem.offset_dtype}"
         )
-    g = problem.geometry
-    config = configs.default(problem if batch is None else problem._replace(geometry=replace(g, N=batch)))
-    return with_config(problem, config)
+    alike = problem if batch is None else problem._replace(geometry=replace(problem.geometry, N=batch))
+    chosen = with_config(alike, configs.default(alike))
+    return chosen if batch is None else _assembled(problem, chosen.config, chosen.packs)
 
 
 def with_config(problem: DeformProblem, config: Config) -> DeformPlan:
-    """The plan of a problem with this config."""
-    bits = 64 if _reach(problem, config) >= 2**31 else 32
-    numerics = Numerics(bits, ACCUMULATORS[problem.dtype], problem.precision, problem.has_bias)
-    return DeformPlan(problem, config, numerics)
+    """The plan of a problem with this config; copies come first where they are predicted to pay."""
+    apart = tuple(name for name in _READ[problem.role] if _apart(problem, name))
+    plans = [_assembled(problem, config, packs) for packs in dict.fromkeys(((), apart))]
+    return min(plans, key=lambda p: p.seconds)
+
+
+def _assembled(problem: DeformProblem, config: Config, packs: tuple[str, ...]) -> DeformPlan:
+    reach = max(_reach(problem, config), _reach(_packed(problem, packs), config))
+    numerics = Numerics(64 if reach >= 2**31 else 32, ACCUMULATORS[problem.dtype], problem.precision, problem.has_bias)
+    return DeformPlan(problem, config, numerics, packs)
+
+
+def _apart(p: DeformProblem, name: str) -> bool:
+    """Whether neighbouring channels of a tensor are no neighbours in memory."""
+    return p.geometry.shape(name)[1] > 1 and getattr(p.strides, name)[1] != 1
+
+
+def _packed(p: DeformProblem, packs: tuple[str, ...]) -> DeformProblem:
+    """The same with these tensors in channels_last."""
+    strides = {}
+    for name in packs:
+        _, C, _, H, W = p.geometry.shape(name)
+        strides[name] = (H * W * C, 1, 0, W * C, C)
+    return p._replace(strides=p.strides._replace(**strides))
 
 
 def _reach(p: DeformProblem, config: Config) -> int:

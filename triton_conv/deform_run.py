@@ -56,6 +56,7 @@ def input_gradient(
         return dx.zero_()
     p = plan(DeformRole.INPUT, dx, w, dy, offset, mask, geometry, offset_groups, precision, device)
     with _on_device(dx.device):
+        operands = _laid(p, _given(offset=offset, mask=mask, w=w, y=dy, x=dx))
         cells, contributions = p.direct
         lists, pixels, ends = p.lists_shape
         keys = torch.empty((lists, pixels), dtype=torch.int32, device=dx.device)
@@ -63,7 +64,7 @@ def input_gradient(
         keys, order = keys.sort(dim=1, stable=True)
         numbers = torch.arange(ends, dtype=torch.int32, device=dx.device).repeat(lists, 1)
         first = torch.searchsorted(keys, numbers, out_int32=True)
-        contributions.run(_given(offset=offset, mask=mask, w=w, y=dy, order=order, first=first, x=dx))
+        contributions.run(operands | {"order": order, "first": first})
     return dx
 
 
@@ -143,8 +144,14 @@ def plan(
 
 def _run(p: DeformPlan, tensors: dict[str, Tensor]) -> None:
     with _on_device(tensors["x"].device):
+        tensors = _laid(p, tensors)
         for launch in p.direct:
             launch.run(tensors)
+
+
+def _laid(p: DeformPlan, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as the plan's kernel takes them."""
+    return tensors | {name: tensors[name].clone(memory_format=torch.channels_last) for name in p.packs}
 
 
 def _given(**tensors: Tensor | None) -> dict[str, Tensor]:

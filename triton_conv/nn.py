@@ -25,6 +25,7 @@ from torch import Tensor
 
 from . import functional, ops
 from .causal import causal_conv1d
+from .deform_nn import DeformConv2d, ModulatedDeformConv2d
 from .functional import Ints, Modes, Padding
 from .fused_nn import Fusing
 from .geometry import PADDING_MODES
@@ -40,12 +41,14 @@ __all__ = [
     "ConvTranspose1d",
     "ConvTranspose2d",
     "ConvTranspose3d",
+    "DeformConv2d",
     "LazyConv1d",
     "LazyConv2d",
     "LazyConv3d",
     "LazyConvTranspose1d",
     "LazyConvTranspose2d",
     "LazyConvTranspose3d",
+    "ModulatedDeformConv2d",
 ]
 
 
@@ -517,6 +520,21 @@ class CausalConv3d(_CausalConv, torch.nn.Conv3d):
             return_context=return_context,
             precision=self.precision,
         )
+
+
+class _Offsets(Conv2d):
+    """What a `ModulatedDeformConv2d` makes its offsets and mask with: zeros at first, and ones in its last biases."""
+
+    ones = 0
+
+    def reset_parameters(self) -> None:
+        torch.nn.init.zeros_(self.weight)
+        if self.bias is not None:
+            torch.nn.init.zeros_(self.bias)
+            torch.nn.init.ones_(self.bias[self.bias.numel() - self.ones :])
+
+
+ModulatedDeformConv2d.convolution = _Offsets
 
 
 class _LazyConv(Fusing):

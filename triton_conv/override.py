@@ -12,6 +12,8 @@ from torch.nested._internal.nested_tensor import NestedTensor
 from torch.overrides import TorchFunctionMode
 
 from . import functional
+from .deform import deform_conv2d
+from .later import when_imported
 
 __all__ = ["override"]
 
@@ -44,6 +46,22 @@ def _targets() -> dict[Any, Callable[..., Tensor]]:
 _TARGETS = _targets()
 
 
+def _deformable(
+    input: Tensor, weight: Tensor, offset, mask, bias, sh, sw, ph, pw, dh, dw, groups, offset_groups, use_mask
+) -> Tensor:
+    """torchvision's operator of deformable convolution, which its function and its module call."""
+    return deform_conv2d(input, offset, weight, bias, (sh, sw), (ph, pw), (dh, dw), mask if use_mask else None)
+
+
+def _add_torchvision() -> None:
+    if hasattr(torch.ops.torchvision, "deform_conv2d"):  # its code may be missing
+        packet = torch.ops.torchvision.deform_conv2d
+        _TARGETS[packet] = _TARGETS[packet.default] = _deformable
+
+
+when_imported("torchvision.extension", _add_torchvision)
+
+
 class override(contextlib.ContextDecorator, TorchFunctionMode):
     """Send every convolution of the code inside to `triton_conv`, gradients included.
 
@@ -53,9 +71,9 @@ class override(contextlib.ContextDecorator, TorchFunctionMode):
         >>> loss.backward()  # ours too: the graph was recorded inside
 
     Covers `torch.nn.functional.conv{1,2,3}d` and `conv_transpose{1,2,3}d` however they are reached (`torch.nn`
-    modules, `torch.conv2d`, `torch.convolution`, `torch.ops.aten`), with torch's arguments and errors; everything
-    else runs as it did. May be nested, entered again and used as a decorator; leaves nothing behind, whether the code
-    inside returns or raises.
+    modules, `torch.conv2d`, `torch.convolution`, `torch.ops.aten`), with torch's arguments and errors, and
+    `torchvision.ops.deform_conv2d`, by its module too; everything else runs as it did. May be nested, entered again and
+    used as a decorator; leaves nothing behind, whether the code inside returns or raises.
 
     It holds for the thread that enters it: threads started inside (`torch.nn.DataParallel`'s) do not see it. Nor
     does what runs during a backward pass, a checkpoint's second forward for instance; the gradients themselves
