@@ -1,6 +1,6 @@
 """The predicted time of several convolutions in one launch; rates, steps and waves are those of `cost`.
 
-Taps that meet no input from anywhere in a tile are no steps, as in the kernels (`kernels.branches.meeting_taps`).
+Taps that meet no input from anywhere in a tile are no steps, as in the kernels (`meeting_taps`).
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def steps(problem: Problem, term: Term, config: Config | BoxConfig) -> Tiles:
 
 
 def _met(axis: Axis, positions: int, block: int, extent: int) -> list[int]:
-    """`kernels.branches.meeting_taps` of each block of positions along an axis."""
+    """`kernels.gather_branches.meeting_taps` of each block of positions along an axis."""
     found = []
     for start in range(0, positions, block):
         low = axis.offset + start * axis.src_step
@@ -75,7 +75,7 @@ def _met(axis: Axis, positions: int, block: int, extent: int) -> list[int]:
 
 
 def predict(problem: Problem, kernel: str, config: Config | BoxConfig) -> Prediction:
-    """The predicted time of "branches" or "branches_box"."""
+    """The predicted time of "gather_branches" or "box_branches"."""
     p, device, item = problem, problem.device, ITEM_BYTES[problem.dtype]
     channels_last = (p.x if p.role is Role.FPROP else p.y)[1] == 1
     tiles_of: dict[int, int] = {}

@@ -114,8 +114,8 @@ def _forward(input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor |
         raise RuntimeError(
             f"expected all branches to have the same output {what}, but got {shapes} (input {list(input.shape)})"
         )
-    slices = params.written(weights)
-    return Calls(input, tuple(weights), tuple(each), tuple(slices), sum(slices[-1]))
+    slices, reads = params.written(weights), (params.read(i) for i in range(len(weights)))
+    return Calls(input, tuple(weights), tuple(each), tuple(reads), tuple(slices), sum(slices[-1]))
 
 
 def _backward(grad_output: Tensor, weights: Sequence[Tensor], input_size: Sequence[int], params: Params) -> Calls:
@@ -130,7 +130,7 @@ def _backward(grad_output: Tensor, weights: Sequence[Tensor], input_size: Sequen
         size = [input_size[0], params.read(i)[1], *input_size[2:]]
         each.append(ops._conv_dgrad_call(_slice(grad_output, mine), w, size, *params.of(i)))
     read = tuple(params.read(i) for i in range(len(weights)))
-    return Calls(grad_output, tuple(weights), tuple(each), read, input_size[1])
+    return Calls(grad_output, tuple(weights), tuple(each), tuple(slices), read, input_size[1])
 
 
 def _run(input, weights, biases, *params) -> Tensor:
@@ -277,20 +277,40 @@ def _autograd_dgrad(grad_output, weights, input_size, *params):
         return function.apply(Params(*params), tuple(input_size), *tensors)
 
 
+def _front(t: Tensor, dim: int | None) -> tuple[Tensor, int | None]:
+    """A tensor with its batch, if it has one, as its first axis."""
+    return (t, None) if dim is None else (t.movedim(dim, 0), 0)
+
+
+def _by_rule(info, op, dims, a: Tensor, w: Tensor, third: Any, how: tuple) -> Tensor:
+    """What the rule of an operator for one branch makes of it: (batch, N, channels, H, W)."""
+    rule = ops._activation_vmap(op, 1 if op is ops.conv_dgrad else 0)
+    y, _ = rule(info, dims, a, w, third, *how)
+    return y.expand(info.batch_size, *y.shape[1:])
+
+
 def _vmap(info, in_dims, input, weights, biases, *params):
     """By the rules of the operators of the branches."""
-
-    def one(x, ws, bs):
-        return composed(x, ws, bs, Params(*params))
-
-    return torch.vmap(one, (in_dims[0], in_dims[1], in_dims[2]))(input, weights, biases), 0
+    p, (x, dim), parts = Params(*params), _front(input, in_dims[0]), []
+    for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
+        source = x.narrow(x.dim() - 3, *p.read(i))
+        dims = (dim, in_dims[1][i], None if b is None else in_dims[2][i])
+        parts.append(_by_rule(info, ops._fprop_op(p.of(i)), dims, source, w, b, p.of(i)))
+    return (torch.cat(parts, 2) if p.combine == "concatenate" else sum(parts[1:], parts[0])), 0
 
 
 def _vmap_dgrad(info, in_dims, grad_output, weights, input_size, *params):
-    def one(dy, ws):
-        return _composed_dgrad(dy, ws, input_size, Params(*params))
-
-    return torch.vmap(one, (in_dims[0], in_dims[1]))(grad_output, weights), 0
+    p, (dy, dim) = Params(*params), _front(grad_output, in_dims[0])
+    channels = [w.movedim(d, 0)[0] if d is not None else w for w, d in zip(weights, in_dims[1], strict=True)]
+    total = dy.new_zeros((info.batch_size, *input_size))
+    for i, (w, mine) in enumerate(zip(weights, p.written(channels), strict=True)):
+        start, count = p.read(i)
+        size = [input_size[0], count, *input_size[2:]]
+        source = dy.narrow(dy.dim() - 3, *mine)
+        total.narrow(2, start, count).add_(
+            _by_rule(info, ops.conv_dgrad, (dim, in_dims[1][i], None), source, w, size, p.of(i))
+        )
+    return total, 0
 
 
 def _autocast(device_type: str):

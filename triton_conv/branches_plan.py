@@ -1,6 +1,6 @@
 """The plan of several convolutions in one launch: numbers in, plan out, as in `plan`.
 
-Words are those of `kernels.branches`: a term is a convolution of a slice of channels, a part is a sum over terms.
+Words are those of `branches_problem`: a term is a convolution of a slice of channels, a part is a sum over terms.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .config import ITEM_BYTES, BoxConfig, Config, Numerics
 from .cost import Prediction, Roofline
 from .devices import Device
 from .frozen import Frozen
-from .geometry import Role, Strides
+from .geometry import ConvGeometry, Role, Strides
 
 if TYPE_CHECKING:
     from .kernels.direct import Direct
@@ -36,10 +36,12 @@ def alone(problem: Problem, term: Term) -> plan.Problem:
 class BranchesPlan(Frozen):
     """One kernel for all terms, and everything it is launched with.
 
-    `order` are the problem's terms as the kernel gets them, those of the longest tiles first; `packs` the numbers of
-    the filters that are copied to channels-last.
+    `asked` is the caller's problem, `problem` the same with strides of x and y as the kernel gets them: those in
+    `moves` are copied to channels-last, or back from there. `order` are its terms as the kernel gets them, those of the
+    longest tiles first; `packs` the numbers of the filters that are copied to channels-last.
     """
 
+    asked: Problem
     problem: Problem
     kernel: str
     config: Config | BoxConfig
@@ -65,8 +67,13 @@ class BranchesPlan(Frozen):
         return self.order[0].geometry.N
 
     @property
+    def geometry(self) -> ConvGeometry:
+        """That of the term with the longest tiles."""
+        return self.order[0].geometry
+
+    @property
     def strides(self) -> Strides:
-        """Those of x and y, and of the first term's filters."""
+        """Those of x and y, and of the filters of that term."""
         return Strides(self.problem.x, self.order[0].filters, self.problem.y)
 
     @property
@@ -76,22 +83,37 @@ class BranchesPlan(Frozen):
         return dict.fromkeys((f"{name}{i}" for i in sorted(numbers) for name in ("x", "w", "bias", "y")), self.dtype)
 
     @property
+    def moves(self) -> tuple[str, ...]:
+        """Which of x and y are copied."""
+        return tuple(name for name in ("x", "y") if getattr(self.asked, name) != getattr(self.problem, name))
+
+    @property
+    def _copies(self) -> list[int]:
+        """The size in bytes of every tensor that stands for another."""
+        filters = [prod(term.geometry.shape("w")) for term in self.order if term.number in self.packs]
+        whole = dict(zip(("x", "y"), _shapes(self.problem), strict=True))
+        return [elements * ITEM_BYTES[self.dtype] for elements in (*filters, *(prod(whole[m]) for m in self.moves))]
+
+    @property
     def workspace_bytes(self) -> int:
         """Device memory beyond inputs and output, in bytes."""
-        copied = (term.geometry for term in self.order if term.number in self.packs)
-        return sum(prod(g.shape("w")) for g in copied) * ITEM_BYTES[self.dtype]
+        return sum(self._copies)
 
     @property
     def steps(self) -> tuple[str, ...]:
-        """What is done to operands before they are launched with."""
+        """What is done to operands before they are launched with, and to the output after."""
+        written, output = ways._WRITTEN[self.role]
+        words = {name: f"copy {words} to channels-last" for name, words in ways._WORDS.items()}
+        words[written] = f"copy {output} from channels-last"
+        found = [words[name] for name in self.moves]
         numbers = ", ".join(map(str, sorted(self.packs)))
-        return (f"copy the filters of branches {numbers} to channels-last",) if self.packs else ()
+        return (*found, *([f"copy the filters of branches {numbers} to channels-last"] if self.packs else []))
 
     @cached_property
     def launches(self) -> tuple[Launch, ...]:
-        from .kernels import branches, branches_box
+        from .kernels import box_branches, gather_branches
 
-        room = branches_box if self.kernel == "branches_box" else branches
+        room = box_branches if self.kernel == "box_branches" else gather_branches
         p = self.problem
         strides = (p.x, p.y) if self.role is Role.FPROP else (p.y, p.x)
         prediction = self.prediction
@@ -117,15 +139,13 @@ class BranchesPlan(Frozen):
 
     @cached_property
     def seconds(self) -> float:
-        """The predicted time of everything: copies of filters and kernel."""
-        copied = (term.geometry for term in self.order if term.number in self.packs)
-        sizes = (prod(g.shape("w")) * ITEM_BYTES[self.dtype] for g in copied)
-        return self.prediction.seconds + sum(cost.copy_seconds(size, self.device) for size in sizes)
+        """The predicted time of everything: copies and kernel."""
+        return self.prediction.seconds + sum(cost.copy_seconds(size, self.device) for size in self._copies)
 
     @cached_property
     def apart(self) -> tuple[plan.Plan, ...]:
         """The plans of the same convolutions one after the other, into slices; sums of several come on top."""
-        return tuple(plan.make(alone(self.problem, term)) for term in self.problem.terms)
+        return tuple(plan.make(alone(self.asked, term)) for term in self.asked.terms)
 
     @cached_property
     def apart_seconds(self) -> float:
@@ -150,7 +170,7 @@ class BranchesPlan(Frozen):
 
     def __str__(self) -> str:
         p, numerics = self.problem, self.numerics
-        copied = f" (copies of {len(self.packs)} filters)" if self.packs else ""
+        copied = " (the copies)" if self._copies else ""
         parts = len({term.part for term in p.terms})
         lines = [
             f"kernel     {self.kernel} ({self.role.value} of {len(p.terms)} branches, {parts} sums)",
@@ -180,7 +200,7 @@ def obstacle(problem: Problem) -> str | None:
             return "it pads with zeros only"
     if problem.role is Role.DGRAD and len({term.geometry.stride for term in problem.terms}) > 1:
         return "branches have other strides"
-    if all(min(g.C, g.K) < 4 * g.groups for g in (term.geometry for term in problem.terms)):
+    if all(prod(channels_of(problem.role, term.geometry)) <= config.WITHOUT_DOT for term in problem.terms):
         return "groups are too narrow for a dot"
     return None
 
@@ -192,22 +212,46 @@ def make(problem: Problem) -> BranchesPlan:
         return _make(problem)
     terms = tuple(t._replace(geometry=replace(t.geometry, N=batch)) for t in problem.terms)
     model = _make(problem._replace(terms=terms))
-    return _assembled(problem, model.kernel, model.config, f"{model.why}; chosen for a batch of {batch}")
+    inner = _moved(problem) if model.moves else problem
+    return _assembled(problem, inner, model.kernel, model.config, f"{model.why}; chosen for a batch of {batch}")
 
 
 @lru_cache(maxsize=4096)
 def _make(problem: Problem) -> BranchesPlan:
-    why = box_obstacle(problem)
-    if why is None:
-        rule = _box_rule(problem)
-        why = misfit(problem, rule)
-    if why is None:
-        return _assembled(problem, "branches_box", _box_config(problem, rule), "boxes of the bulk tensor copy engine")
-    return _assembled(problem, "branches", _config(problem), f"pointer gather, since {why}")
+    why, boxes = box_obstacle(problem), "boxes of the bulk tensor copy engine"
+    rule = None if why else _box_rule(problem)
+    why = why or (misfit(problem, rule) if rule else None)
+    if rule and not why:
+        return _assembled(problem, problem, "box_branches", _box_config(problem, rule), boxes)
+    given = _assembled(problem, problem, "gather_branches", _config(problem), f"pointer gather, since {why}")
+    moved = _moved(problem)
+    if moved == problem or not problem.alignable or box_obstacle(moved):
+        return given
+    rule = _box_rule(moved)
+    if misfit(moved, rule):
+        return given
+    copied = _assembled(problem, moved, "box_branches", _box_config(moved, rule), boxes)
+    return copied if copied.seconds < choose.WORTH_LEAVING * given.seconds else given
+
+
+def _shapes(problem: Problem) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(N, C, 1, H, W) of x and y."""
+    g = problem.terms[0].geometry
+    x, y = problem.channels
+    return (g.N, x, *g.input), (g.N, y, *g.output)
+
+
+def _moved(problem: Problem) -> Problem:
+    """The problem with x and y channels-last, copied where they are not."""
+    x, y = (
+        given if given[1] == 1 else ways.dense_strides(shape, channels_last=True)
+        for given, shape in zip((problem.x, problem.y), _shapes(problem), strict=True)
+    )
+    return problem if (x, y) == (problem.x, problem.y) else problem._replace(x=x, y=y, aligned=problem.alignable)
 
 
 @lru_cache(maxsize=4096)
-def _assembled(problem: Problem, kernel: str, made: Config | BoxConfig, why: str) -> BranchesPlan:
+def _assembled(asked: Problem, problem: Problem, kernel: str, made: Config | BoxConfig, why: str) -> BranchesPlan:
     boxed = isinstance(made, BoxConfig)
     terms = tuple(_packed(term) for term in problem.terms) if boxed else problem.terms
     packs = tuple(new.number for new, old in zip(terms, problem.terms, strict=True) if new != old)
@@ -220,7 +264,7 @@ def _assembled(problem: Problem, kernel: str, made: Config | BoxConfig, why: str
     bits = 64 if _reach(packed, made) >= 2**31 else 32
     has_bias = any(term.has_bias for term in terms)
     numerics = Numerics(bits, plan.ACCUMULATORS[problem.dtype], problem.precision, has_bias)
-    return BranchesPlan(problem, kernel, made, numerics, order, packs, why)
+    return BranchesPlan(asked, problem, kernel, made, numerics, order, packs, why)
 
 
 def _reach(problem: Problem, made: Config | BoxConfig) -> int:
@@ -295,7 +339,7 @@ def _box_config(problem: Problem, rule: BoxConfig) -> BoxConfig:
     boxes = [*config.boxes_of_little_waste(counts, rule.BLOCK_M), config.little_waste(counts, rule.BLOCK_M // 2)]
     narrow = sorted({rule.BLOCK_N, min(rule.BLOCK_N, 64)}, reverse=True)
     others = [replace(rule, box=box, BLOCK_N=n) for n in narrow for box in boxes if box[1] == 1]
-    return _quickest(problem, "branches_box", rule, [c for c in others if misfit(problem, c) is None])
+    return _quickest(problem, "box_branches", rule, [c for c in others if misfit(problem, c) is None])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -303,16 +347,20 @@ def _box_config(problem: Problem, rule: BoxConfig) -> BoxConfig:
 
 
 def _config(problem: Problem) -> Config:
-    """That of the widest term by itself; sums of several terms hold more in registers and get smaller tiles."""
-    role = problem.role
+    """That of the widest term by itself, but for what several terms hold in registers beside their tiles."""
+    role, device = problem.role, problem.device
     widest = max(problem.terms, key=lambda term: term.geometry.flops // term.geometry.groups)
     source = problem.x if role is Role.FPROP else problem.y
     vectorised = source[1] == 1 and all(tiles.whole_vectors(term.geometry) for term in problem.terms)
-    rule = config.default(widest.geometry, role, problem.dtype, problem.precision, vectorised, problem.device)
-    least = config.least_reduction(problem.dtype)
+    rule = config.default(widest.geometry, role, problem.dtype, problem.precision, vectorised, device)
     if not rule.dot or rule.flatten:
+        least = config.least_reduction(problem.dtype)
         rule = replace(rule, BLOCK_N=max(rule.BLOCK_N, 16), BLOCK_K=least, dot=True, flatten=False, filters_first=False)
-    return rule
+    if config._through_registers(problem.dtype, device):
+        rule = replace(rule, num_stages=2)
+    sums = len(problem.terms) > len({term.part for term in problem.terms})
+    crowded = not vectorised or (ITEM_BYTES[problem.dtype] > 2 and config._through_registers(problem.dtype, device))
+    return replace(rule, BLOCK_M=max(rule.BLOCK_M // 2, 16)) if sums and crowded else rule
 
 
 def _quickest(problem: Problem, kernel: str, rule: BoxConfig, others: list[BoxConfig]) -> BoxConfig:

@@ -29,7 +29,8 @@ class Problem(NamedTuple):
     """What a plan depends on. x and y are the strides (N, C, 1, H, W) of the tensors that slices are of.
 
     Terms of FPROP read slices of x and write slices of y, those of DGRAD the other way. A part is such a written slice.
-    `aligned` says that every slice starts at a multiple of 16 bytes.
+    `channels` are those of x and y. `aligned` says that every slice starts at a multiple of 16 bytes, `alignable` that
+    it would in channels-last copies of x and y.
     """
 
     role: Role
@@ -38,7 +39,9 @@ class Problem(NamedTuple):
     precision: str
     x: tuple[int, ...]
     y: tuple[int, ...]
+    channels: tuple[int, int]
     aligned: bool
+    alignable: bool
     device: Device
 
 
@@ -54,8 +57,15 @@ def fitted(role: Role, g: ConvGeometry, config: Any) -> Any:
     Filters that are a dot's first operand keep the 64 rows that a warp group multiplies.
     """
     src, dst = channels_of(role, g)
-    least = min(config.BLOCK_N, 64) if getattr(config, "filters_first", True) else _LEAST
-    return replace(config, BLOCK_N=_block(dst, least, config.BLOCK_N), BLOCK_K=_block(src, _LEAST, config.BLOCK_K))
+    gathers = hasattr(config, "filters_first")
+    least = _LEAST if gathers and not config.filters_first else min(config.BLOCK_N, 64)
+    block_n, block_k = _block(dst, least, config.BLOCK_N), _block(src, _LEAST, config.BLOCK_K)
+    copied = 32 * config.num_warps * 8 if gathers else 0  # elements of 16 bits, of which each thread copies 16 bytes
+    while min(config.BLOCK_M, block_n) * block_k < copied and block_k < config.BLOCK_K:
+        block_k *= 2
+    while block_n * block_k < copied and block_n < config.BLOCK_N:
+        block_n *= 2
+    return replace(config, BLOCK_N=block_n, BLOCK_K=block_k)
 
 
 def _block(extent: int, least: int, most: int) -> int:

@@ -27,13 +27,13 @@ Slice = tuple[int, int]  # (first channel, how many)
 class Calls(NamedTuple):
     """Convolutions of one role that read slices of `source` and add to slices of an output with `channels` channels.
 
-    Where several write a slice, it is the same one, and the output is zero where none writes. Outputs are channels-last
-    where the source or one of `filters` is.
+    The output is zero where none writes. It is channels-last where the source or one of `filters` is.
     """
 
     source: Tensor
     filters: tuple[Tensor, ...]
     each: tuple[Call, ...]
+    reads: tuple[Slice, ...]
     slices: tuple[Slice, ...]
     channels: int
 
@@ -98,6 +98,10 @@ def problems(calls: Calls, output: Tensor, device: Device) -> list[Problem] | st
     precision = (call.precision or execute.default_precision()) if dtype == "float32" else "ieee"
     source, written = execute._strides(calls.source), execute._strides(output)
     x, y = (source, written) if call.role is Role.FPROP else (written, source)
+    sides = (calls.source.shape[1], output.shape[1])
+    channels = sides if call.role is Role.FPROP else sides[::-1]
+    vector = 16 // output.element_size()
+    whole = all(first % vector == 0 for first, _ in (*slices, *calls.reads))
     places = {id(c): i for i, c in enumerate(calls.each)}
     found = []
     for bunch in _bunches(calls):
@@ -106,14 +110,20 @@ def problems(calls: Calls, output: Tensor, device: Device) -> list[Problem] | st
             Term(i, slices.index(calls.slices[i]), c.geometry, execute._strides(c.b), c.bias is not None)
             for i, c in zip(numbers, bunch, strict=True)
         )
-        views = (t for i in numbers for t in (calls.each[i].a, calls.each[i].b, _slice(output, calls.slices[i])))
-        aligned = all(t.device.type == "meta" or t.data_ptr() % 16 == 0 for t in views)
-        problem = Problem(call.role, terms, dtype, precision, x, y, aligned, device)
+        alignable = whole and all(_aligned(c.b) for c in bunch)
+        views = (t for i in numbers for t in (calls.each[i].a, _slice(output, calls.slices[i])))
+        aligned = all(_aligned(c.b) for c in bunch) and all(map(_aligned, views))
+        problem = Problem(call.role, terms, dtype, precision, x, y, channels, aligned, alignable, device)
         why = branches_plan.obstacle(problem)
         if why:
             return why
         found.append(problem)
     return found
+
+
+def _aligned(t: Tensor) -> bool:
+    start = t.storage_offset() * t.element_size() if t.device.type == "meta" else t.data_ptr()
+    return start % 16 == 0
 
 
 def _plans(calls: Calls, output: Tensor, device: Device) -> list[BranchesPlan] | str:
@@ -134,18 +144,24 @@ def _launched(calls: Calls, plans: Sequence[BranchesPlan], output: Tensor) -> Te
     if not _covered(calls):
         output.zero_()
     parts = sorted(set(calls.slices))
-    source, written = ("x", "y") if calls.role is Role.FPROP else ("y", "x")
-    tensors = {f"{written}{number}": _slice(output, channels) for number, channels in enumerate(parts)}
-    for number, call in enumerate(calls.each):
-        tensors |= {f"{source}{number}": call.a, f"w{number}": call.b}
-        if call.bias is not None:
-            tensors[f"bias{number}"] = call.bias.contiguous()
+    read, written = ("x", "y") if calls.role is Role.FPROP else ("y", "x")
     with execute._on_device(output.device):
         for p in plans:
-            for number in p.packs:
-                tensors[f"w{number}"] = tensors[f"w{number}"].permute(0, 2, 3, 1).contiguous()
+            last = torch.channels_last
+            source = calls.source.contiguous(memory_format=last) if read in p.moves else calls.source
+            target = torch.empty_like(output, memory_format=last) if written in p.moves else output
+            mine = sorted({term.part for term in p.order})
+            tensors = {f"{written}{part}": _slice(target, parts[part]) for part in mine}
+            for number in (term.number for term in p.order):
+                call = calls.each[number]
+                filters = call.b.permute(0, 2, 3, 1).contiguous() if number in p.packs else call.b
+                tensors |= {f"{read}{number}": _slice(source, calls.reads[number]), f"w{number}": filters}
+                if call.bias is not None:
+                    tensors[f"bias{number}"] = call.bias.contiguous()
             for launch in p.direct:
                 launch.run(tensors)
+            for part in mine if target is not output else ():
+                _slice(output, parts[part]).copy_(tensors[f"{written}{part}"])
     return output
 
 

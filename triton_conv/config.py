@@ -247,6 +247,10 @@ def _through_registers(dtype: str, device: Device) -> bool:
     return not 90 <= device.capability < (100 if dtype == "int8" else 120)
 
 
+# Source times destination channels of a group up to which a dot would multiply little but padding.
+WITHOUT_DOT = 8
+
+
 def default(geometry: ConvGeometry, role: Role, dtype: str, precision: str, vectorised: bool, device: Device) -> Config:
     """Sane tiles by rule: as large as the problem fills, small enough not to spill.
 
@@ -256,7 +260,7 @@ def default(geometry: ConvGeometry, role: Role, dtype: str, precision: str, vect
     g = geometry
     C, K = g.C // g.groups, g.K // g.groups
     pixels = g.N * prod(g.input if role is Role.DGRAD else g.output)
-    if not multiplies_matrices(dtype, role) or C * K <= 8:
+    if not multiplies_matrices(dtype, role) or C * K <= WITHOUT_DOT:
         return _without_dot(g, role, C, K, pixels, "int" in dtype, device)
     wide_rows = vectorised and ITEM_BYTES[dtype] <= 2
     # float64, and float32 without TF32, hold or multiply more than the matrix units' own tiles

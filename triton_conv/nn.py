@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from . import functional, ops
+from .branch_modules import ASPP, InceptionBranches, SelectiveKernel
 from .causal import causal_conv1d
 from .deform_nn import DeformConv2d, ModulatedDeformConv2d
 from .functional import Ints, Modes, Padding
@@ -33,6 +34,7 @@ from .streaming import TIME_MODES, causal_conv3d
 from .unsupported import not_scripted
 
 __all__ = [
+    "ASPP",
     "CausalConv1d",
     "CausalConv3d",
     "Conv1d",
@@ -42,6 +44,7 @@ __all__ = [
     "ConvTranspose2d",
     "ConvTranspose3d",
     "DeformConv2d",
+    "InceptionBranches",
     "LazyConv1d",
     "LazyConv2d",
     "LazyConv3d",
@@ -49,6 +52,7 @@ __all__ = [
     "LazyConvTranspose2d",
     "LazyConvTranspose3d",
     "ModulatedDeformConv2d",
+    "SelectiveKernel",
 ]
 
 

@@ -1,4 +1,4 @@
-"""What `branches` computes on Hopper and newer, as `box` does it: activations as boxes, by the bulk copy engine.
+"""What `gather_branches` computes on Hopper and newer, as `box` does it: activations as boxes, by the bulk copy engine.
 
 Sources, filters and destinations are each described for every term or part, so that what lies beyond a slice of the
 channels is neither read nor written. Destinations are stored as boxes; a residue class of a stride is not.
@@ -13,10 +13,10 @@ import triton.language as tl
 
 from .. import tiles
 from ..branches_problem import MOST_TERMS, fitted
-from ..geometry import Role, Strides
-from .box import _boxes, in_steps
-from .branches import described, first_terms, first_tile, meeting_taps, of, operands, terms_before
+from ..geometry import Role, Strides, tap_step
+from .box import in_steps, stepped
 from .epilogue import finish
+from .gather_branches import described, first_terms, first_tile, meeting_taps, of, operands, terms_before
 from .indexing import matrix_product
 from .launch import Box, Launch
 
@@ -25,7 +25,7 @@ IMAGE_SIZED = ["src_h", "src_w", "dst_h", "dst_w", "tiles_m"]
 
 
 @triton.jit(do_not_specialize=IMAGE_SIZED)
-def branches_box_kernel(
+def box_branches_kernel(
     src0,  # (N, 1, H, W, channels), or (N, H / s, s, W / s, s * channels)
     src1,
     src2,
@@ -162,20 +162,12 @@ def branches_box_kernel(
 
 
 def launch(role: Role, terms, strides, config, numerics, programs: int) -> Launch:
-    """As `branches.launch`."""
-    source, destination = strides
-    boxes: list[tuple[Box, ...]] = []
-    for term in terms:
-        x, y = (source, destination) if role is Role.FPROP else (destination, source)
-        boxes.append(
-            _boxes(
-                role, term.geometry, Strides(x, term.filters, y), fitted(role, term.geometry, config), "src", "dst", 0
-            )
-        )
+    """As `gather_branches.launch`."""
+    boxes = [_boxes(role, term, strides, fitted(role, term.geometry, config)) for term in terms]
     first = first_terms(terms)
 
     def named(name: str | None, place: int) -> str | Box | None:
-        """What stands at a place of the kernel's arguments."""
+        """What stands at a place of the kernel's arguments: sources, filters, biases and destinations in turn."""
         which, number = divmod(place, MOST_TERMS)
         if name is None or which == 2:
             return name
@@ -196,4 +188,19 @@ def launch(role: Role, terms, strides, config, numerics, programs: int) -> Launc
         num_stages=config.num_stages,
     )
     every = tuple(named(name, place) for place, name in enumerate(operands(role, terms)))
-    return Launch("branches_box", branches_box_kernel, programs, every, arguments)
+    return Launch("box_branches", box_branches_kernel, programs, every, arguments)
+
+
+def _boxes(role: Role, term, strides, config) -> tuple[Box, Box, Box]:
+    """Source, filters and destination of a term as tensor descriptors, of no operand yet."""
+    g, forward = term.geometry, role is Role.FPROP
+    (src_c, src), (dst_c, dst) = ((g.C, g.input), (g.K, g.output)) if forward else ((g.K, g.output), (g.C, g.input))
+    block = (config.BLOCK_N, config.BLOCK_K) if forward else (config.BLOCK_K, config.BLOCK_N)
+    x, y = strides if forward else reversed(strides)
+    tap = tap_step(g, Strides(x, term.filters, y)) or term.filters[0]
+    steps = [axis.src_step for axis in g.axes(role)]
+    return (
+        stepped("", (g.N, *src), src_c, strides[0], steps, config.box, config.BLOCK_K),
+        Box("", (g.taps, g.K, g.C // g.groups), (tap, term.filters[0], 1), (1, *block)),
+        stepped("", (g.N, *dst), dst_c, strides[1], (1, 1, 1), config.box, config.BLOCK_N),
+    )

@@ -74,7 +74,7 @@ def meeting_taps(step, lowest, highest, taps, extent):
 
 
 @triton.jit(do_not_specialize=IMAGE_SIZED, do_not_specialize_on_alignment=UNALIGNED)
-def branches_kernel(
+def gather_branches_kernel(
     src0,
     src1,
     src2,
@@ -289,8 +289,9 @@ def launch(role: Role, terms, strides, config, numerics, programs: int) -> Launc
         BLOCK_M=config.BLOCK_M,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=255,  # all there are: for more programs at a time the assembler would rather spill a few
     )
-    return Launch("branches", branches_kernel, programs, operands(role, terms), arguments)
+    return Launch("gather_branches", gather_branches_kernel, programs, operands(role, terms), arguments)
 
 
 def described(role: Role, terms, config) -> dict[str, Any]:
