@@ -3,6 +3,7 @@ because kernels that are being interpreted cannot be compiled.
 
     python tests/compile_plans.py sizes        compiled variants over fifty image sizes
     python tests/compile_plans.py lengths      compiled variants over fifty lengths of causal convolutions
+    python tests/compile_plans.py activations  the same of an activation's gradient, and which of them spill
     python tests/compile_plans.py classes 90   input gradients that forgot that a residue class may have no tap
 """
 
@@ -104,6 +105,28 @@ def lengths() -> dict[str, int]:
         return counts | {"update": count(causal.update_kernel)}
 
 
+def activations() -> dict:
+    """How often an activation's gradient was compiled for fifty image sizes; which spill or move less than 16 bytes."""
+    from triton_conv import activation_plan
+    from triton_conv.kernels.activation import activation_backward_kernel as kernel
+    from triton_conv.tuning.code import read
+
+    def made(*problem):
+        return activation_plan.make(activation_plan.ActivationProblem(*problem, TARGETS[90]))
+
+    spills, narrow = [], []
+    with compiling_for(90):
+        for size in range(40, 90):
+            list(compiled_kernels(made(8 * 64 * size * (size + 3), "bfloat16", "silu", 0.0, False)))
+        variants = sum(len(cache[0]) for cache in kernel.device_caches.values())
+        for dtype, activation in (("bfloat16", "gelu"), ("float32", "gelu_tanh"), ("float64", "leaky_relu")):
+            ((_, compiled),) = compiled_kernels(made(2**20, dtype, activation, 0.1, False))
+            code = read(compiled, 90)
+            spills += [activation] if code.spills or code.spill_bytes else []
+            narrow += [activation] if not (code.wide_loads and code.wide_stores) else []
+    return {"variants": variants, "spills": spills, "narrow": narrow}
+
+
 def classes(arch: int) -> list[str]:
     """Input gradients of strided and dilated convolutions in whose code nobody asks whether a class has a tap.
 
@@ -138,4 +161,8 @@ def _argument_used(llir: str, signature: str, argument: str) -> bool:
 
 if __name__ == "__main__":
     what, *arch = sys.argv[1:]
-    print(json.dumps({"sizes": sizes, "lengths": lengths, "classes": classes}[what](*map(int, arch))))
+    print(
+        json.dumps(
+            {"sizes": sizes, "lengths": lengths, "activations": activations, "classes": classes}[what](*map(int, arch))
+        )
+    )

@@ -12,7 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import triton_conv
 from bench.host import stubbed
-from triton_conv import causal, execute, fast, ops, plan, separable
+from triton_conv import activation_plan, causal, execute, fast, ops, plan, separable
 from triton_conv.devices import H200
 from triton_conv.kernels.direct import Direct
 from triton_conv.kernels.launch import Box
@@ -68,6 +68,8 @@ def others():
     one = torch.ones(())
     scaled = ops._conv_scaled_call(x, w, None, [1, 1], [0] * 4, [1, 1], 1, "zeros", one, one, torch.bfloat16)
     yield "scaled", plan.make(execute.problem_of(scaled, H200))
+    problem = activation_plan.ActivationProblem(2 * 64 * 9 * 9, "bfloat16", "silu", 0.0, False, H200)
+    yield "activation", activation_plan.make(problem)
 
 
 def short_the_second_time() -> dict:
@@ -76,13 +78,16 @@ def short_the_second_time() -> dict:
     eights = [torch.empty(s).to(torch.float8_e4m3fn) for s in ((2, 64, 9, 9), (64, 64, 3, 3))]
     one, state = torch.ones(()), torch.empty(2, 8, 3)
     image, filters = torch.empty(2, 8, 9, 9), (torch.empty(8, 1, 3, 3), torch.empty(16, 8, 1, 1))
-    leaf = x.clone().requires_grad_()
+    leaf, leaves = x.clone().requires_grad_(), image.clone().requires_grad_()
+    dense, dy = torch.empty(8, 8, 3, 3), torch.empty(2, 8, 7, 7)
     calls = {
         "causal": lambda: triton_conv.causal_conv1d(x, w, b, "silu"),
         "causal backward": lambda: torch.autograd.grad(triton_conv.causal_conv1d(leaf, w, b), leaf, x),
         "causal update": lambda: triton_conv.causal_conv1d_update(x[..., 0], state, w, b),
         "separable": lambda: triton_conv.separable_conv2d(image, *filters, fused=True),
         "scaled": lambda: triton_conv.scaled_conv2d(*eights, one, one),
+        "fused": lambda: triton_conv.conv2d(image, dense, activation="silu", residual=image[:, :, 2:, 2:]),
+        "fused backward": lambda: torch.autograd.grad(triton_conv.conv2d(leaves, dense, activation="silu"), leaves, dy),
     }
     found = {}
     for name, call in calls.items():

@@ -341,6 +341,30 @@ def separable(rank):
 
 
 @check
+def fused(rank):
+    import triton_conv
+
+    R, S0, S1, *_ = placed()
+
+    def function(x, w, b, residual, scale):
+        return triton_conv.conv2d(x, w, b, activation="silu", residual=residual, scale=scale)
+
+    shapes = (4, 4, 5, 5), (6, 4, 3, 3), (6,), (4, 6, 3, 3), (6,)
+    for where, output in (((S0, R, R, S0, R), S0), ((R, S0, S0, S1, S0), S1), ((S1, R, R, S0, R), S0)):
+        tensors = [torch.randn(s) for s in shapes]
+        equal(function, tensors, where, output=output)
+        with torch.no_grad():
+            equal(function, tensors, where, output=output)
+
+    def transposed(x, w, b, scale):
+        return triton_conv.conv_transpose2d(x, w, b, groups=2, activation="relu", scale=scale)
+
+    tensors = [torch.randn(s) for s in ((4, 4, 3, 3), (4, 3, 2, 2), (6,), (6,))]
+    for where, output in (((S0, R, R, R), S0), ((S1, S0, S0, S0), S1)):
+        equal(transposed, tensors, where, output=output)
+
+
+@check
 def eight_bits(rank):
     import triton_conv
 

@@ -31,7 +31,17 @@ def python(*arguments, triton=""):
 def test_direct_launches_have_the_public_ones_arguments(triton):
     found = json.loads(python(str(HERE / "direct_launches.py"), triton=triton))
     assert found["wrong"] == []
-    kinds = ["banded", "banded_wgrad", "box", "box_wgrad", "causal", "causal_backward", "causal_update", "depthwise"]
+    kinds = [
+        "activation_backward",
+        "banded",
+        "banded_wgrad",
+        "box",
+        "box_wgrad",
+        "causal",
+        "causal_backward",
+        "causal_update",
+        "depthwise",
+    ]
     kinds += ["depthwise_wgrad", "fold", "gather", "separable", "shift", "sum_slabs", "wgrad"]
     assert found["kinds"] == kinds
     assert found["boxes"]
@@ -40,7 +50,7 @@ def test_direct_launches_have_the_public_ones_arguments(triton):
 @pytest.mark.parametrize("triton", ["", *TRITONS])
 def test_calls_that_are_not_remembered_are_launched_directly_too(triton):
     short = json.loads(python(str(HERE / "direct_launches.py"), triton=triton))["short"]
-    assert len(short) == 5
+    assert len(short) == 7
     assert all(short.values()), short
 
 

@@ -30,6 +30,7 @@ LAYERS = [
     {"fast", "deform_run"},
     {"ops"},
     {"activation"},
+    {"fused_ops"},
     {"fused"},
     {"functional", "deform_ops"},
     {"streaming"},
@@ -39,7 +40,7 @@ LAYERS = [
     {"separable", "deform", "branches"},
     {"branch_modules"},
     {"sharding", "deform_nn"},
-    {"fused_nn"},
+    {"fused_nn", "causal_nn"},
     {"nn", "override", "explain", "check"},
     {"convert", "layers"},
     {"demo", "tuning"},
@@ -49,7 +50,7 @@ LAYERS = [
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 NARROW = {
-    "kernels": {"geometry", "tiles", "causal_config", "deform_config", "branches_problem", "kernels"},
+    "kernels": {"geometry", "tiles", "epilogue", "causal_config", "deform_config", "branches_problem", "kernels"},
     "causal_config": {"config", "tiles", "devices"},
     "reference": {"geometry", "epilogue"},
     "config": {"geometry", "tiles", "devices", "epilogue"},

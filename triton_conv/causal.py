@@ -123,10 +123,9 @@ def causal_conv1d(
     silu = _silu("causal_conv1d", activation)
     if context is not None and initial_state is not None:
         raise TypeError("causal_conv1d(): context and initial_state are two names of one argument; give one of them")
-    initial_state, return_final_state = (
-        context if initial_state is None else initial_state,
-        (return_final_state or return_context),
-    )
+    if initial_state is None:
+        initial_state = context
+    return_final_state = return_final_state or return_context
     if isinstance(weight, Tensor) and weight.dim() == 3:
         if silu:
             raise TypeError("causal_conv1d(): an activation is for weights (C, W), not for one of three dimensions")

@@ -23,6 +23,7 @@ from torch import Tensor
 from . import execute, plan
 from .backends import default_precision
 from .devices import Device
+from .epilogue import PLAIN
 from .execute import Call
 
 LIMIT = 4096  # remembered calls, and ways to write their parameters
@@ -87,39 +88,87 @@ class Bound:
         return output
 
 
-def computed(make: Callable[..., Call], a: Tensor, b: Tensor, third: Any, params: tuple) -> Tensor:
-    """The output of the call `make(a, b, third, *params)`: `third` is a bias, None or a size, `params` hash."""
-    key = _key(make, a, b, third, params)
-    if key is None:
-        return execute.execute(make(a, b, third, *params))
-    bound = _bound.get(key)
+class FusedBound(Bound):
+    """The same of a call with an epilogue; where that keeps what the activation is applied to, it returns both."""
+
+    def __init__(self, call: Call, p: plan.Plan, device: Device, output: Tensor):
+        super().__init__(call, p, device, output)
+        self.epilogue = call.epilogue
+        self.as_given = self.as_given and not (p.copies_residual or p.copies_kept)
+
+    def __call__(self, a: Tensor, b: Tensor, bias: Tensor | None, *extra: Tensor | None) -> Any:
+        device = self.where
+        if self.on_cuda and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self._finished(a, b, bias, *extra)
+        return self._finished(a, b, bias, *extra)
+
+    def _finished(
+        self, a: Tensor, b: Tensor, bias: Tensor | None, scale: Tensor | None, residual: Tensor | None
+    ) -> Any:
+        output = torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.where)
+        kept = torch.empty_like(output) if self.epilogue.keep else None
+        finish = None
+        if self.as_given:
+            first, second, third = self.names
+            tensors = {first: a, second: b, third: output}
+            for name, t in (("bias", bias), ("scale", scale)):
+                if t is not None:
+                    tensors[name] = t.contiguous()
+            for name, t in (("residual", residual), ("kept", kept)):
+                if t is not None:
+                    tensors[name] = t
+        else:
+            how = (self.precision, self.weight_stride, None, self.out_dtype, self.epilogue, scale, residual, kept)
+            call = Call(self.role, self.geometry, a, b, bias, *how)
+            tensors, finish = execute.prepared(self.plan, call, output)
+        if self.workspace_shape:
+            tensors["workspace"] = torch.empty(self.workspace_shape, dtype=self.workspace_dtype, device=self.where)
+        for launch in self.launches:
+            launch.run(tensors)
+        if finish is not None:
+            finish()
+        return output if kept is None else (output, kept)
+
+
+def computed(make: Callable[..., Call], a: Tensor, b: Tensor, third: Any, params: tuple, *extra: Tensor | None) -> Any:
+    """The output of the call `make(a, b, third, *extra, *params)`, and what it keeps if it keeps anything.
+
+    `third` is a bias, None or a size, `params` hash, `extra` are scale and residual of a call with an epilogue.
+    """
+    key = _key(make, a, b, third, params, *extra)
+    bound = None if key is None else _bound.get(key)
     if bound is not None:
-        return bound(a, b, third if isinstance(third, Tensor) else None)
-    known = key in _bound
-    call = make(a, b, third, *params)
+        return bound(a, b, third if isinstance(third, Tensor) else None, *extra)
+    known = key is None or key in _bound
+    call = make(a, b, third, *extra, *params)
     output = execute.execute(call)
     if not known:
         made = _bind(call, output)
-        if _key(make, a, b, third, params) == key:  # else another thread has changed a setting: whose plan is it?
+        # else another thread has changed a setting: whose plan is it?
+        if _key(make, a, b, third, params, *extra) == key:
             _bound.remember(key, made)
-    return output
+    return output if call.kept is None else (output, call.kept)
 
 
-def found(make: Callable[..., Call], a: Tensor, b: Tensor, third: Any, params: tuple) -> Bound | None:
-    """What a call like `make(a, b, third, *params)` came to, if one was made."""
-    key = _key(make, a, b, third, params)
+def found(make: Callable[..., Call], a: Tensor, b: Tensor, third: Any, params: tuple, *extra: Tensor | None) -> Any:
+    """What a call like `make(a, b, third, *extra, *params)` came to, if one was made: a Bound or a FusedBound."""
+    key = _key(make, a, b, third, params, *extra)
     return None if key is None else _bound.get(key)
 
 
-def hoped(make: Callable[..., Call], a: Tensor, b: Tensor, third: Any, params: tuple, dtype: torch.dtype) -> bool:
-    """Whether it is worth casting tensors to `dtype` to look for their call: not once it was sought twice in vain."""
-    key = _key(make, a, b, third, params)
+def hoped(make: Callable[..., Call], dtype: torch.dtype, *given: Any) -> bool:
+    """Whether it is worth casting tensors to `dtype` to look for their call: not once it was sought twice in vain.
+
+    `given` are the other arguments of `found`.
+    """
+    key = _key(make, *given)
     return key is not None and _missed.get((dtype, key), 0) < 2
 
 
-def disappoint(make: Callable[..., Call], a: Tensor, b: Tensor, third: Any, params: tuple, dtype: torch.dtype) -> None:
+def disappoint(make: Callable[..., Call], dtype: torch.dtype, *given: Any) -> None:
     """Tells `hoped` that there was no call for the cast tensors."""
-    key = _key(make, a, b, third, params)
+    key = _key(make, *given)
     _missed.remember((dtype, key), _missed.get((dtype, key), 0) + 1)
 
 
@@ -130,7 +179,9 @@ def forget() -> None:
         _missed.clear()
 
 
-def _key(make: Callable[..., Call], a: Tensor, b: Tensor, third: Any, params: tuple) -> tuple | None:
+def _key(
+    make: Callable[..., Call], a: Tensor, b: Tensor, third: Any, params: tuple, *extra: Tensor | None
+) -> tuple | None:
     """All that decides a call, None if it is not to be remembered."""
     if execute._recorded is not None or execute._seen:
         return None
@@ -142,6 +193,13 @@ def _key(make: Callable[..., Call], a: Tensor, b: Tensor, third: Any, params: tu
     if isinstance(third, Tensor):
         addresses |= third.data_ptr()
         third = (third.shape, third.stride(), third.dtype, third.device)
+    if extra:
+        for t in extra:
+            if t is not None:
+                addresses |= t.data_ptr()
+                third = (third, t.shape, t.stride(), t.dtype, t.device)
+            else:
+                third = (third, None)
     if addresses % 16:
         return None
     of_a, of_b = (a.shape, a.stride(), a.dtype, where), (b.shape, b.stride(), b.dtype, b.device)
@@ -154,7 +212,9 @@ def _bind(call: Call, output: Tensor) -> Bound | None:
     if device is None or not (output.numel() and call.a.numel() and call.b.numel()) or call.a.is_complex():
         return None
     p = plan.make(execute.problem_of(call, device, output))
-    return None if p.rival_runs or call.scales is not None else Bound(call, p, device, output)
+    if p.rival_runs or call.scales is not None:
+        return None
+    return Bound(call, p, device, output) if call.epilogue == PLAIN else FusedBound(call, p, device, output)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -431,17 +431,22 @@ def _conv(rank, input, weight, bias, stride, padding, dilation, groups, padding_
     if has_torch_function(tensors if fusion is None else (*tensors, fusion.residual, fusion.scale)):
         args = (*tensors, stride, padding, dilation, groups)
         return _hand_over(name, tensors, args, fusion, padding_mode=padding_mode, precision=precision)
-    spelled = _spelled(rank, weight, padding, (stride, padding, dilation, groups, padding_mode, precision, fusion))
+    spelled = _spelled(rank, weight, padding, (stride, padding, dilation, groups, padding_mode, precision))
     known = _parameters_of.get(spelled) if spelled else None
     if known is not None:
-        again = ops.again(ops.conv, input, weight, bias, known)
+        if fusion is None:
+            again = ops.again(ops.conv, input, weight, bias, known)
+        else:
+            again = fused.again(fused.CONV, input, weight, bias, known, fusion)
         if again is not None:
             return again
     batched = _check_tensors(name, rank, _DTYPES, input=input, weight=weight, bias=bias)
     params = _parameters(name, rank, weight, stride, padding, dilation, groups, padding_mode)
     params = (*params, _precision(name, precision))
     if fusion is not None:
-        return fused.convolved(name, fused.CONV, input, weight, bias, params, fusion, batched)
+        y = fused.convolved(name, fused.CONV, input, weight, bias, params, fusion, batched)
+        _remember(spelled, params)
+        return y
     y = ops.fprop(input if batched else input.unsqueeze(0), weight, bias, params)
     _remember(spelled, params)
     return y if batched else y.squeeze(0)
@@ -491,11 +496,14 @@ def _conv_transpose(
     if has_torch_function(tensors if fusion is None else (*tensors, fusion.residual, fusion.scale)):
         args = (*tensors, stride, padding, output_padding, groups, dilation)
         return _hand_over(name, tensors, args, fusion, padding_mode=padding_mode, precision=precision)
-    spelling = (stride, padding, output_padding, groups, dilation, padding_mode, precision, fusion)
+    spelling = (stride, padding, output_padding, groups, dilation, padding_mode, precision)
     spelled = _spelled(-rank, weight, padding, spelling)
     known = _parameters_of.get(spelled) if spelled else None
     if known is not None:
-        again = ops.again(ops.conv_transpose, input, weight, bias, known)
+        if fusion is None:
+            again = ops.again(ops.conv_transpose, input, weight, bias, known)
+        else:
+            again = fused.again(fused.CONV_TRANSPOSE, input, weight, bias, known, fusion)
         if again is not None:
             return again
     batched = _check_tensors(name, rank, _DTYPES, input=input, weight=weight, bias=bias)
@@ -513,7 +521,9 @@ def _conv_transpose(
         _precision(name, precision),
     )
     if fusion is not None:
-        return fused.convolved(name, fused.CONV_TRANSPOSE, input, weight, bias, params, fusion, batched)
+        y = fused.convolved(name, fused.CONV_TRANSPOSE, input, weight, bias, params, fusion, batched)
+        _remember(spelled, params)
+        return y
     y = ops.recordable(ops.conv_transpose)(input if batched else input.unsqueeze(0), weight, bias, *params)
     _remember(spelled, params)
     return y if batched else y.squeeze(0)

@@ -110,12 +110,12 @@ def again(op, x: Tensor, w: Tensor, bias: Tensor | None, params: tuple) -> Tenso
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
-        if not fast.hoped(call, x, w, bias, params, dtype):
+        if not fast.hoped(call, dtype, x, w, bias, params):
             return None
         given, (x, w, bias) = (x, w, bias), (_autocast(t, dtype, device_type) for t in (x, w, bias))
         bound = fast.found(call, x, w, bias, params)
         if bound is None:
-            fast.disappoint(call, *given, params, dtype)
+            fast.disappoint(call, dtype, *given, params)
     else:
         bound = fast.found(call, x, w, bias, params)
     if bound is None:

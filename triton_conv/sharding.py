@@ -14,7 +14,8 @@ others are replicated, and a result without it is a sum whose parts the devices 
 The letter for which the fewest bytes of arguments are moved is taken; of equals, none. Channels and groups are shared
 out only in equal parts. What is sharded otherwise, along the axes of images for instance, is brought together first:
 nothing exchanges halos. A bias that is added to a partial sum is added by the first device alone. `separable_conv` has
-the letters of its output channels and of its input's.
+the letters of its output channels and of its input's. An activation is applied to whole sums: of fused convolutions no
+letter of the input's channels is shared out, which "-" says.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from . import causal as causal  # its operators are to be defined
+from . import fused_ops as fused_ops
 from . import later, ops
 from . import separable as separable
 
@@ -48,6 +50,8 @@ class Letters(NamedTuple):
 
 
 _FORWARD = Letters({0: "NC", 1: "KC", 2: "K"}, ("NK",), groups=6, added=(2,))
+_FUSED = Letters({0: "N", 1: "K", 2: "K", 3: "K", 4: "NK"}, ("NK",), groups=8)
+_FUSED_TRANSPOSE = Letters({0: "N", 1: "-C", 2: "C", 3: "C", 4: "NC"}, ("NC",), groups=8)
 OPERATORS = {
     "conv": _FORWARD,
     "conv_dilated": _FORWARD,
@@ -57,6 +61,11 @@ OPERATORS = {
     "conv_dgrad": Letters({0: "NK", 1: "KC"}, ("NC",), groups=6, size=(2,)),
     "conv_wgrad": Letters({0: "NK", 1: "NC"}, ("KC",), groups=7, size=(2, 3)),
     "conv_separable": Letters({0: "NC", 1: "C", 2: "KC", 3: "C", 4: "K"}, ("NK",), added=(4,)),
+    "conv_fused": _FUSED,
+    "conv_fused_keep": _FUSED._replace(results=("NK", "NK")),
+    "conv_transpose_fused": _FUSED_TRANSPOSE,
+    "conv_transpose_fused_keep": _FUSED_TRANSPOSE._replace(results=("NC", "NC")),
+    "activation_backward": Letters({0: "NC", 1: "NC"}, ("NC",)),
     "causal_conv1d": Letters({0: "NC", 1: "C", 2: "C", 3: "NC"}, ("NC", "NC")),
     "causal_conv1d_backward": Letters({0: "NC", 1: "NC", 2: "NC", 3: "C", 4: "C", 5: "NC"}, ("NC", "C", "C", "NC")),
     "causal_conv1d_update": Letters({0: "NC", 1: "NC", 2: "C", 3: "C"}, ("NC",), changed=1),
@@ -67,7 +76,7 @@ def _of_groups(letters: Letters) -> Letters:
     """The letters of more than one group: filters have theirs outermost."""
 
     def renamed(text: str) -> str:
-        return "G" if text in ("KC", "K", "C") else "NG" if text else ""
+        return "NG" if "N" in text else "G" if text else ""
 
     arguments = {place: renamed(text) for place, text in letters.arguments.items()}
     return letters._replace(arguments=arguments, results=tuple(map(renamed, letters.results)))

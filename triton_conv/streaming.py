@@ -297,8 +297,9 @@ def _run(x, weight, bias, context, *params) -> Tensor:
         return _by_frames(call, context, output)
     problem = problem_of(call, context, output, device)
     p = streaming_plan.make(problem)
-    repeated = x[:, :, :1] if problem.context.held < problem.context.frames else context
-    tensors = {"x": x, "w": weight, "context": repeated, "y": output}
+    tensors = {"x": x, "w": weight, "y": output}
+    if problem.context.held:  # where there is no context, it is x that repeats
+        tensors["context"] = (x if context is None else context)[:, :, : problem.context.held]
     tensors |= {name: _channels_last(tensors[name]) for name in p.packs}
     if bias is not None:
         tensors["bias"] = bias.contiguous()
@@ -311,37 +312,35 @@ def _run(x, weight, bias, context, *params) -> Tensor:
 def problem_of(call: Call, context: Tensor | None, output: Tensor, device: Device) -> Problem:
     """The numbers a plan is made from."""
     x, weight, g = call.a, call.b, call.geometry
-    before = Context(0, x.stride())
+    before = Context(0, _strides(x))
     if context is not None and context.shape[2]:
-        before = Context(context.shape[2], (*context.stride()[:2], context.stride(2) or 1, *context.stride()[3:]))
-        if context.stride(2) == 0 and context.shape[2] > 1:
-            before = before._replace(strides=context.stride())
+        before = Context(context.shape[2], _strides(context))
     elif g.modes[0] == "replicate":
-        lower = g.padding[0][0]
-        g = replace(
-            g,
-            input=(lower + g.input[0], *g.input[1:]),
-            padding=((0, 0), *g.padding[1:]),
-            modes=("zeros", *g.modes[1:]),
-        )
-        before = Context(lower, (*x.stride()[:2], 0, *x.stride()[3:]))
-    dtype = str(x.dtype).removeprefix("torch.")
+        first = g.padding[0][0]
+        pads, modes = ((0, 0), *g.padding[1:]), ("zeros", *g.modes[1:])
+        g = replace(g, input=(first + g.input[0], *g.input[1:]), padding=pads, modes=modes)
+        before = Context(first, _strides(x[:, :, :1].expand(-1, -1, first, -1, -1)))
     operands = {"x": x, "context": context, "w": weight}
-    unaligned = tuple(
-        name for name, t in operands.items() if t is not None and t.device.type != "meta" and t.data_ptr() % 16
-    )
+    there = {name: t for name, t in operands.items() if t is not None and t.device.type != "meta"}
     return Problem(
         g,
         before,
-        dtype,
-        (call.precision or execute.default_precision()) if dtype == "float32" else "ieee",
-        x.stride(),
+        str(x.dtype).removeprefix("torch."),
+        (call.precision or execute.default_precision()) if x.dtype is torch.float32 else "ieee",
+        _strides(x),
         weight.stride(),
-        output.stride(),
+        _strides(output),
         call.bias is not None,
-        unaligned,
+        tuple(name for name, t in there.items() if t.data_ptr() % 16),
         device,
     )
+
+
+def _strides(t: Tensor) -> tuple[int, ...]:
+    """Those of axes with one row or column, which are whatever they are, as 0; for D 0 says that a frame repeats."""
+    n, c, d, *rest = t.stride()
+    d = d if d or t.shape[2] > 1 else 1
+    return (n, c, d, *(0 if extent == 1 else s for s, extent in zip(rest, t.shape[3:], strict=True)))
 
 
 def _channels_last(t: Tensor) -> Tensor:
@@ -427,24 +426,22 @@ class _Causal(ops._SingleLevelFunction):
         return ops._sum_of(parts, dbias, ctx.output_shape)
 
 
-def _composed(x, weight, bias, context, params) -> Tensor:
-    """The same as a convolution of all frames in a row."""
-    frames = x if context is None else torch.cat((context, x), dim=2)
-    return ops.fprop(frames, weight, bias, _conv_params(weight, context, *params))
-
-
 def _vmap(info, in_dims, x, weight, bias, context, *params):
     """A batch of x and context is more samples; of filters, that of the convolution of all frames in a row."""
-    size, dims = info.batch_size, in_dims[:4]
-    if dims[1] is None and dims[2] is None:
-        x = ops._folded(x, dims[0], size, 0)
-        context = None if context is None else ops._folded(context, dims[3], size, 0)
+    size, (x_dim, weight_dim, bias_dim, context_dim) = info.batch_size, in_dims[:4]
+    if weight_dim is None and bias_dim is None:
+        x = ops._folded(x, x_dim, size, 0)
+        context = None if context is None else ops._folded(context, context_dim, size, 0)
         return ops._unfolded(_op(x, weight, bias, context, *params), size, 0), 0
-
-    def of_one(x, weight, bias, context) -> Tensor:
-        return _composed(x, weight, bias, context, params)
-
-    return torch.vmap(of_one, dims)(x, weight, bias, context), 0
+    frames, dim = x, x_dim
+    if context is not None:
+        parts, dim = [context, x], None
+        if x_dim is not None or context_dim is not None:
+            parts, dim = [ops._front(context, context_dim, size), ops._front(x, x_dim, size)], 0
+        frames = torch.cat(parts, dim=2 if dim is None else 3)
+    how = _conv_params(weight if weight_dim is None else weight.select(weight_dim, 0), context, *params)
+    rule = ops._activation_vmap(ops._fprop_op(how), 0)
+    return rule(info, (dim, weight_dim, bias_dim), frames, weight, bias, *how)
 
 
 _lib.impl("causal_conv", _run, "CPU")

@@ -11,7 +11,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import prod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import choose, cost, invariance, plan, stored, ways
 from . import config as configs
@@ -210,7 +210,8 @@ def make(problem: Problem) -> StreamingPlan:
 def _make(problem: Problem, explicit: KernelConfig | None, generation: Hashable, batch: int | None) -> StreamingPlan:
     p, g = problem, problem.geometry
     way = _chosen(_of_fixed_length(p, g.N if batch is None else batch), explicit, generation)
-    packs = tuple(name for name in _WORDS if way.kernel == "box" and not _fits_a_box(p, name))
+    read = [name for name in _WORDS if name != "context" or p.context.held]
+    packs = tuple(name for name in read if way.kernel == "box" and not _fits_a_box(p, name))
     numerics = Numerics(32, plan.ACCUMULATORS[p.dtype], p.precision, p.has_bias)
     made = StreamingPlan(p, way.kernel, way.config, numerics, packs, way.reason)
     reach = max(
@@ -295,11 +296,13 @@ def _box_obstacle(problem: ways.Problem, layout: Layout) -> str | None:
 def _boxed(problem: ways.Problem, layout: Layout) -> Way:
     """With a box of one frame, so that a tap of a tile is in the context or in x, not in both."""
     way, g = ways._boxed(problem, layout), layout.geometry
-    config = way.config
-    if isinstance(config, BoxConfig) and config.box[1] > 1:
-        flat = configs.little_waste((g.N, 1, *g.output[1:]), config.BLOCK_M)
-        way = way._replace(config=replace(config, box=flat))
-    return way
+    config: Any = way.config
+    if config.box[1] > 1:
+        config = replace(config, box=configs.little_waste((g.N, 1, *g.output[1:]), config.BLOCK_M))
+    # two loops have more addresses, which after Hopper spill where planes are stored
+    if problem.device.capability >= 100 and problem.strides.y[1] != 1:
+        config = replace(config, num_stages=min(config.num_stages, 3))
+    return way._replace(config=config)
 
 
 def _seconds(problem: ways.Problem, way: Way) -> float:

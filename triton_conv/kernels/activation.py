@@ -11,10 +11,11 @@ from math import pi, sqrt
 import triton
 import triton.language as tl
 
-from .epilogue import GELU_CUBIC, GELU_LINEAR, SQRT_HALF
+from .epilogue import GELU_CUBIC, GELU_LINEAR
 from .indexing import channel_block, launchable, power_of_two_in
 from .launch import Launch
 
+SQRT_HALF: tl.constexpr = tl.constexpr(sqrt(0.5))
 DENSITY: tl.constexpr = tl.constexpr(1 / sqrt(2 * pi))  # of the standard normal distribution at 0
 
 

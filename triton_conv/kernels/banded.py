@@ -26,7 +26,7 @@ import triton.language as tl
 from ..geometry import ConvGeometry, Role, Strides
 from ..tiles import shifted_shape
 from .epilogue import constants as epilogue_constants
-from .epilogue import finish_all
+from .epilogue import scaled, store
 from .indexing import MODE_CODES, launchable, matrix_product, power_of_two_in, read_position
 from .launch import Launch
 
@@ -206,29 +206,8 @@ def banded_kernel(
     at = channel * y_sc * Y_VEC + (n * y_sn + oh * y_sh) * Y_VEC + ow * y_sw
     valid = image_valid & (oh < y_h) & valid_w
     one = channel + tl.arange(0, 1)
-    added = None
-    if RESIDUAL != "":
-        added = tl.load(residual + at, mask=valid, other=0)
-    out, unactivated = finish_all(
-        acc,
-        scale_a,
-        scale_b,
-        scale,
-        bias,
-        added,
-        one,
-        one < C,
-        HAS_SCALE,
-        SCALED,
-        HAS_BIAS,
-        RESIDUAL,
-        ACTIVATION,
-        SLOPE,
-        y.dtype.element_ty,
-    )
-    tl.store(y + at, out, mask=valid)
-    if KEEPS:
-        tl.store(kept + at, unactivated, mask=valid)
+    acc = scaled(acc, scale_a, scale_b, scale, bias, one, one < C, HAS_SCALE, SCALED, HAS_BIAS)
+    store(acc, at, valid, residual, kept, y, RESIDUAL, ACTIVATION, SLOPE, KEEPS)
 
 
 def launches(role: Role, geometry: ConvGeometry, strides: Strides, config, numerics, item_bytes: int) -> list[Launch]:

@@ -19,13 +19,16 @@ Programs are persistent: each takes every num_programs-th tile, so that one tile
 
 from __future__ import annotations
 
+from math import prod
+
 import triton
 import triton.language as tl
 
 from .. import tiles
+from ..epilogue import PLAIN
 from ..geometry import Context, ConvGeometry, Role, Strides, describable, tap_step
+from .epilogue import activate, scaled
 from .epilogue import constants as epilogue_constants
-from .epilogue import finish_all
 from .indexing import matrix_product, residue_class, tap_of
 from .launch import Box, Launch
 
@@ -126,6 +129,11 @@ def box_kernel(
     BZ: tl.constexpr,
     BP: tl.constexpr,
     BQ: tl.constexpr,
+    PARTS: tl.constexpr,
+    PART_N: tl.constexpr,
+    PART_Z: tl.constexpr,
+    PART_P: tl.constexpr,
+    PART_Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
@@ -198,57 +206,67 @@ def box_kernel(
                 acc = matrix_product(filters, pixels.trans(), acc, PRECISION)
             step0 = end
 
-        at: tl.tuple = ()
-        valid = None
         channels = channel0 + tl.arange(0, BLOCK_N)
         channel_valid = channels < DST_C
-        if STORE_BOX:
-            channel = (phase_w * groups + group) * DST_C + channel0
-            if DST_ROWS:
-                at = (n0, p0, phase_h, q0, channel)
-            else:
-                at = (n0, z0, p0, q0, channel)
-        elif STORE_PLANES:
-            at = (n0, group * DST_C + channel0, z0, p0, q0)
-        else:
-            pixel = tl.arange(0, PIXELS)
-            ow = phase_w + (q0 + pixel % BQ) * axis_w.phases
-            oh = phase_h + (p0 + pixel // BQ % BP) * axis_h.phases
-            od = phase_d + (z0 + pixel // (BQ * BP) % BZ) * axis_d.phases
-            n = n0 + pixel // (BQ * BP * BZ)
-            pixel_valid = (n < N) & (od < dst_d) & (oh < dst_h) & (ow < dst_w)
-            valid = channel_valid[:, None] & pixel_valid[None, :]
-            offset = n.to(INDEX) * dst_sn + od.to(INDEX) * dst_sd + oh.to(INDEX) * dst_sh + ow.to(INDEX) * dst_sw
-            at = offset[None, :] + ((group * DST_C + channels).to(INDEX) * dst_sc)[:, None]
-
         scale_group = scale + group * DST_C if SCALED else scale
         bias_group = bias + group * DST_C if HAS_BIAS else bias
-        added = None
-        if RESIDUAL != "":
-            added = read_tile(residual, at, valid, BLOCK_N, PIXELS, STORE_BOX, STORE_PLANES)
-        out, unactivated = finish_all(
-            acc,
-            scale_a,
-            scale_b,
-            scale_group,
-            bias_group,
-            added,
-            channels,
-            channel_valid,
-            HAS_SCALE,
-            SCALED,
-            HAS_BIAS,
-            RESIDUAL,
-            ACTIVATION,
-            SLOPE,
-            dst_pointer.dtype.element_ty,
-        )  # [BLOCK_N, PIXELS]
-        if STORE_BOX or STORE_PLANES:
-            write_tile(dst, at, valid, out, BN, BZ, BP, BQ, STORE_BOX, STORE_PLANES)
-        else:
-            write_tile(dst_pointer, at, valid, out, BN, BZ, BP, BQ, STORE_BOX, STORE_PLANES)
-        if KEEPS:
-            write_tile(kept, at, valid, unactivated, BN, BZ, BP, BQ, STORE_BOX, STORE_PLANES)
+        dtype: tl.constexpr = dst_pointer.dtype.element_ty
+        parts: tl.tuple = (acc,)
+        if PARTS == 2:
+            parts = acc.reshape(BLOCK_N, 2, PIXELS // 2).permute(0, 2, 1).split()
+        for part in tl.static_range(PARTS):
+            sums = scaled(
+                parts[part],
+                scale_a,
+                scale_b,
+                scale_group,
+                bias_group,
+                channels,
+                channel_valid,
+                HAS_SCALE,
+                SCALED,
+                HAS_BIAS,
+            )
+            # the part's first pixel
+            n1 = n0 + part * (BN - PART_N)
+            z1 = z0 + part * (BZ - PART_Z)
+            p1 = p0 + part * (BP - PART_P)
+            q1 = q0 + part * (BQ - PART_Q)
+            at: tl.tuple = ()
+            valid = None
+            if STORE_BOX:
+                channel = (phase_w * groups + group) * DST_C + channel0
+                if DST_ROWS:
+                    at = (n1, p1, phase_h, q1, channel)
+                else:
+                    at = (n1, z1, p1, q1, channel)
+            elif STORE_PLANES:
+                at = (n1, group * DST_C + channel0, z1, p1, q1)
+            else:
+                pixel = tl.arange(0, PIXELS // PARTS)
+                ow = phase_w + (q1 + pixel % PART_Q) * axis_w.phases
+                oh = phase_h + (p1 + pixel // PART_Q % PART_P) * axis_h.phases
+                od = phase_d + (z1 + pixel // (PART_Q * PART_P) % PART_Z) * axis_d.phases
+                n = n1 + pixel // (PART_Q * PART_P * PART_Z)
+                pixel_valid = (n < N) & (od < dst_d) & (oh < dst_h) & (ow < dst_w)
+                valid = channel_valid[:, None] & pixel_valid[None, :]
+                offset = n.to(INDEX) * dst_sn + od.to(INDEX) * dst_sd + oh.to(INDEX) * dst_sh + ow.to(INDEX) * dst_sw
+                at = offset[None, :] + ((group * DST_C + channels).to(INDEX) * dst_sc)[:, None]
+
+            # as `epilogue.store`, in the same order
+            if RESIDUAL == "before":
+                sums += read_tile(residual, at, valid, BLOCK_N, PIXELS // PARTS, STORE_BOX, STORE_PLANES).to(ACC)
+            if KEEPS:
+                unactivated = sums.to(dtype)
+                write_tile(kept, at, valid, unactivated, PART_N, PART_Z, PART_P, PART_Q, STORE_BOX, STORE_PLANES)
+            sums = activate(sums, SLOPE, ACTIVATION)
+            if RESIDUAL == "after":
+                sums += read_tile(residual, at, valid, BLOCK_N, PIXELS // PARTS, STORE_BOX, STORE_PLANES).to(ACC)
+            out = sums.to(dtype)
+            if STORE_BOX or STORE_PLANES:
+                write_tile(dst, at, valid, out, PART_N, PART_Z, PART_P, PART_Q, STORE_BOX, STORE_PLANES)
+            else:
+                write_tile(dst_pointer, at, valid, out, PART_N, PART_Z, PART_P, PART_Q, STORE_BOX, STORE_PLANES)
 
 
 def launch(
@@ -275,6 +293,7 @@ def launch(
     axes = g.axes(role)
     counted = tiles.box(role, g, config)
     bn, bz, bp, bq = config.box
+    part = part_of(config, numerics.epilogue)
     arguments = {
         "N": g.N,
         "SRC_C": src_c // g.groups,
@@ -311,6 +330,8 @@ def launch(
         "BZ": bz,
         "BP": bp,
         "BQ": bq,
+        "PARTS": config.BLOCK_M // prod(part),
+        **dict(zip(("PART_N", "PART_Z", "PART_P", "PART_Q"), part, strict=True)),
         "BLOCK_N": config.BLOCK_N,
         "BLOCK_K": config.BLOCK_K,
         "GROUP": 8,
@@ -320,7 +341,7 @@ def launch(
         "num_stages": config.num_stages,
     }
     src, dst = ("x", into or "y") if forward else ("y", into or "x")
-    source, filters, stored = _boxes(role, g, strides, config, src, dst, vector)
+    source, filters, stored = _boxes(role, g, strides, config, part, src, dst, vector)
     before = None
     if context:
         before, source = _boxes_in_time(g, strides, context, config)
@@ -343,7 +364,21 @@ def _boxes_in_time(g: ConvGeometry, strides: Strides, context: Context, config) 
     return (before if context.held else x), x
 
 
-def _boxes(role: Role, geometry: ConvGeometry, strides: Strides, config, src: str, dst: str, vector: int) -> tuple:
+def part_of(config, epilogue) -> tuple[int, ...]:
+    """The sides of the box of pixels that is finished and stored at a time.
+
+    That is half a tile where its sums fill half of the registers, so that what an epilogue adds to them is not spilled.
+    """
+    full = 128 * 32 * config.num_warps <= config.BLOCK_M * config.BLOCK_N
+    if epilogue == PLAIN or not full:
+        return config.box
+    axis = next(axis for axis, side in enumerate(config.box) if side > 1)
+    return tuple(side // 2 if i == axis else side for i, side in enumerate(config.box))
+
+
+def _boxes(
+    role: Role, geometry: ConvGeometry, strides: Strides, config, part: tuple[int, ...], src: str, dst: str, vector: int
+) -> tuple:
     """(source, filters, destination or None) as the kernel's tensor descriptors."""
     g = geometry
     forward = role is Role.FPROP
@@ -356,13 +391,13 @@ def _boxes(role: Role, geometry: ConvGeometry, strides: Strides, config, src: st
     dst_sides = ((g.N, *g.output), g.K, strides.y) if forward else ((g.N, *g.input), g.C, strides.x)
     source = stepped(src, *src_sides, [a.src_step for a in axes], config.box, config.BLOCK_K)
     if stores_box(role, g, strides, config.BLOCK_N):
-        return source, filters, stepped(dst, *dst_sides, [a.phases for a in axes], config.box, config.BLOCK_N)
+        return source, filters, stepped(dst, *dst_sides, [a.phases for a in axes], part, config.BLOCK_N)
     if stores_planes(role, g, strides, config, vector):
         (n, *sizes), channels, (sn, sc, sd, sh, _) = dst_sides
         shape = (n, channels, *sizes)
         # strides of axes of extent 1 are free, and a descriptor wants them to be multiples of 16 bytes
         free = (stride if extent > 1 else sc for stride, extent in zip((sn, sc, sd, sh), shape, strict=False))
-        bn, *sides = config.box
+        bn, *sides = part
         return source, filters, Box(dst, shape, (*free, 1), (bn, config.BLOCK_N, *sides))
     return source, filters, None
 

@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 
 from ..geometry import Axis, ConvGeometry, Role, Strides
-from .epilogue import activated
 from .epilogue import constants as epilogue_constants
+from .epilogue import store
 from .indexing import channel_block, launchable, power_of_two_in, residue_class
 from .lanes import CHANNEL_STRIDES, IMAGE_SIZED, divided, lanes_of, tiling
 from .launch import Launch
@@ -28,36 +28,13 @@ from .window import add_taps, read_at, taps_of, together
 
 
 @triton.jit
-def scaled(sums, factor, shift, SCALED: tl.constexpr, HAS_BIAS: tl.constexpr):
+def shifted(sums, factor, shift, SCALED: tl.constexpr, HAS_BIAS: tl.constexpr):
     """The sums of a position times factor plus shift, both [CHANNELS, 1]; without a factor they hold shift already."""
     if SCALED:
         sums *= factor
         if HAS_BIAS:
             sums += shift
     return sums
-
-
-@triton.jit
-def store(
-    sums,
-    offset,
-    valid,
-    residual,
-    kept,
-    dst,
-    RESIDUAL: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    SLOPE: tl.constexpr,
-    KEEPS: tl.constexpr,
-):
-    """Writes the outputs of scaled and biased sums, and what their activation is applied to."""
-    added = None
-    if RESIDUAL != "":
-        added = tl.load(residual + offset, mask=valid, other=0)
-    out, unactivated = activated(sums, added, RESIDUAL, ACTIVATION, SLOPE, dst.dtype.element_ty)
-    tl.store(dst + offset, out, mask=valid)
-    if KEEPS:
-        tl.store(kept + offset, unactivated, mask=valid)
 
 
 @triton.jit(do_not_specialize=IMAGE_SIZED, do_not_specialize_on_alignment=CHANNEL_STRIDES)
@@ -257,7 +234,7 @@ def depthwise_kernel(
             stored = valid & (oh < dst_h)
             if COLUMNS == 1:
                 offset = (image_at + ow * dst_sw) * DST_VEC + channel * dst_sc
-                sums = scaled(acc[p], factor, shift, SCALED, HAS_BIAS)
+                sums = shifted(acc[p], factor, shift, SCALED, HAS_BIAS)
                 store(sums, offset, stored, residual, kept, dst, RESIDUAL, ACTIVATION, SLOPE, KEEPS)
             else:
                 for q in tl.static_range(0, COLUMNS, DST_VECTOR):
@@ -267,7 +244,7 @@ def depthwise_kernel(
                     inside = stored[:, :, None] & (at < dst_w // DST_W_VEC * DST_W_VEC)
                     row: tl.tuple = ()
                     for i in tl.static_range(DST_VECTOR):
-                        row += (scaled(acc[p * COLUMNS + q + i], factor, shift, SCALED, HAS_BIAS),)
+                        row += (shifted(acc[p * COLUMNS + q + i], factor, shift, SCALED, HAS_BIAS),)
                     sums = together(row, DST_VECTOR)
                     store(sums, offset, inside, residual, kept, dst, RESIDUAL, ACTIVATION, SLOPE, KEEPS)
         uh += ROWS * spread

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from ..geometry import ConvGeometry
-from .epilogue import activated
 from .epilogue import constants as epilogue_constants
+from .epilogue import store
 from .indexing import CIRCULAR, MODE_CODES, REFLECT, REPLICATE
 from .launch import Launch
 
@@ -135,13 +135,7 @@ def fold_kernel(
     if HAS_BIAS:
         acc += tl.load(bias + c, mask=valid, other=0).to(acc.dtype)
     offset = n * x_sn + c * x_sc + d * x_sd + h * x_sh + w * x_sw
-    added = None
-    if RESIDUAL != "":
-        added = tl.load(residual + offset, mask=valid, other=0)
-    out, unactivated = activated(acc, added, RESIDUAL, ACTIVATION, SLOPE, dx.dtype.element_ty)
-    tl.store(dx + offset, out, mask=valid)
-    if KEEPS:
-        tl.store(kept + offset, unactivated, mask=valid)
+    store(acc, offset, valid, residual, kept, dx, RESIDUAL, ACTIVATION, SLOPE, KEEPS)
 
 
 def launch(geometry: ConvGeometry, numerics, padded_strides, dx_strides) -> Launch:

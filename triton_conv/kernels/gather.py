@@ -24,7 +24,7 @@ import triton.language as tl
 from .. import tiles
 from ..geometry import Context, ConvGeometry, Role, Strides
 from .epilogue import constants as epilogue_constants
-from .epilogue import finish_all
+from .epilogue import scaled, store
 from .indexing import (
     channel_block,
     constants,
@@ -236,32 +236,13 @@ def gather_kernel(
         acc = acc.trans()
     scale_group = scale + group * DST_C if SCALED else scale
     bias_group = bias + group * DST_C if HAS_BIAS else bias
+    acc = scaled(
+        acc, scale_a, scale_b, scale_group, bias_group, channel, channel_valid, HAS_SCALE, SCALED, HAS_BIAS
+    )  # [BLOCK_N, BLOCK_M]
     dst_row = (n * dst_sn + od * dst_sd + oh * dst_sh + ow * dst_sw) * DST_VEC
     dst_channel = (group * (DST_C // DST_C_VEC * DST_C_VEC) + channel) * dst_sc
-    stored = channel_valid[:, None] & pixel_valid_row
-    added = None
-    if RESIDUAL != "":
-        added = tl.load(residual + dst_row[None, :] + dst_channel[:, None], mask=stored, other=0)
-    out, unactivated = finish_all(
-        acc,
-        scale_a,
-        scale_b,
-        scale_group,
-        bias_group,
-        added,
-        channel,
-        channel_valid,
-        HAS_SCALE,
-        SCALED,
-        HAS_BIAS,
-        RESIDUAL,
-        ACTIVATION,
-        SLOPE,
-        dst.dtype.element_ty,
-    )  # [BLOCK_N, BLOCK_M]
-    tl.store(dst + dst_row[None, :] + dst_channel[:, None], out, mask=stored)
-    if KEEPS:
-        tl.store(kept + dst_row[None, :] + dst_channel[:, None], unactivated, mask=stored)
+    at, valid = dst_row[None, :] + dst_channel[:, None], channel_valid[:, None] & pixel_valid_row
+    store(acc, at, valid, residual, kept, dst, RESIDUAL, ACTIVATION, SLOPE, KEEPS)
 
 
 def launch(

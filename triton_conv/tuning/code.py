@@ -57,7 +57,7 @@ class Code:
     tma_loads, tma_stores  bulk tensor copies in the code
     copies, narrow_copies  asynchronous copies in the code of 16 bytes a thread, and of fewer
     wide_loads, wide_stores  plain loads and stores in the code of 16 bytes a thread
-    ahead          steps of the main loop that its loads run ahead of their use, the least of them
+    ahead          steps of the main loops that their loads run ahead of their use, the least of them
     atomics        instructions that add to memory in whatever order programs or threads come by
     """
 
@@ -200,29 +200,33 @@ def _operands(ir: str) -> str:
     return "shared" if all(side == "!ttg.memdesc" for dot in dots for side in dot) else "registers"
 
 
+_LOOP = re.compile(r"( *)(?:%\S+ = )?scf\.for ")
 _LOAD = re.compile(r"\b(?:tt\.load|async_copy_global_to_local|async_tma_copy_global_to_local)\b.*loc\((#\w+)\)$")
 _DOT = re.compile(r"\b(?:tt\.dot|warp_group_dot|tc_gen5_mma)\b.*loc\((#\w+)\)$")
 
 
 def _steps_ahead(ir: str) -> int:
-    """By how many steps the loads of the innermost loop with a dot run ahead of their use, the least of them.
+    """By how many steps the loads of the innermost loops with a dot run ahead of their use, the least of them.
 
     Pipelining copies a load, with its location in the source, once in front of the loop for every step that it is
     ahead, and once more for each step that is peeled off the loop together with its dot.
     """
-    lines, ahead = ir.splitlines(), 0
+    lines, found, last = ir.splitlines(), [], 0
     for start, line in enumerate(lines):
-        loop = re.match(r"( *)(?:%\S+ = )?scf\.for ", line)
+        loop = _LOOP.match(line)
         if not loop:
             continue
         end = next(n for n in range(start + 1, len(lines)) if lines[n].startswith(loop[1] + "}"))
+        if any(map(_LOOP.match, lines[start + 1 : end])):
+            continue
         body = [line for line in lines[start + 1 : end] if re.match(loop[1] + r"  \S", line)]
         if _found(_DOT, body):
-            before = lines[:start]
+            before = lines[last:start]
             loads, dots = _found(_LOAD, before), _found(_DOT, before)
             peeled = max(dots[where] for where in _found(_DOT, body))
-            ahead = min((loads[where] for where in _found(_LOAD, body)), default=0) - peeled
-    return ahead
+            found.append(min((loads[where] for where in _found(_LOAD, body)), default=0) - peeled)
+            last = end
+    return min(found, default=0)
 
 
 def _found(what: re.Pattern, lines: Sequence[str]) -> Counter:
