@@ -40,7 +40,7 @@ LAYERS = [
     {"separable", "deform", "branches"},
     {"branch_modules"},
     {"sharding", "deform_nn"},
-    {"fused_nn", "causal_nn"},
+    {"fused_nn", "causal_nn", "explain_words"},
     {"nn", "override", "explain", "check"},
     {"convert", "layers"},
     {"demo", "tuning"},

@@ -259,7 +259,7 @@ def _banded(problem: Problem, layout: Layout, explicit: BandedConfig | None = No
     kernel = "banded_wgrad" if role is Role.WGRAD else "banded"
     if explicit is not None:
         return Way(kernel, layout, explicit, f"{why}; config given explicitly")
-    config = configs.default_banded(layout.geometry, role, ITEM_BYTES[problem.dtype], problem.device)
+    config = configs.default_banded(layout.geometry, role, ITEM_BYTES[problem.dtype], problem.device, problem.epilogue)
     return _with_config(problem, kernel, layout, config, why, f"blocks by rule for {problem.device.name}")
 
 
@@ -299,6 +299,10 @@ def misfit(problem: Problem, kernel: str, layout: Layout, config: KernelConfig) 
         return f"its {config.splits} splits are for weight gradients"
     if isinstance(config, BoxConfig):
         return _box_misfit(config, dtype, role, g)
+    if isinstance(config, BandedConfig):
+        full = configs.moves_another(problem.epilogue) and prod(config.blocks) > configs.MOST_BESIDE_ANOTHER
+        if full:
+            return f"its {prod(config.blocks)} blocks leave no registers for another tensor like the output"
     if isinstance(config, Config):
         if config.dot and not configs.multiplies_matrices(dtype, role):
             return f"there is no dot of {dtype}"
