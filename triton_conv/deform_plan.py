@@ -5,6 +5,7 @@ A plan prints itself (`str(plan)`).
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import prod
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from . import deform_config as configs
 from . import deform_cost as cost
-from . import invariance
-from .config import Config, Numerics
+from . import invariance, stored, ways
+from . import key as keys
+from .config import Config, Numerics, most_splits
 from .cost import Prediction, Roofline, copy_seconds
 from .deform_config import DeformProblem, DeformRole
 from .devices import Device
@@ -56,13 +58,16 @@ _READ = {
 class DeformPlan(Frozen):
     """A kernel and everything it is launched with, for tensors of any address.
 
-    `packs` names those of x, w and y that are copied to channels_last before it.
+    `packs` names those of x, w and y that are copied to channels_last before it; `measured` are the kernels' seconds
+    where the config was measured at this very size.
     """
 
     asked: DeformProblem
     config: Config
     numerics: Numerics
     packs: tuple[str, ...] = ()
+    why: str = "tiles by rule"
+    measured: float | None = None
 
     @property
     def kernel(self) -> str:
@@ -167,7 +172,20 @@ class DeformPlan(Frozen):
     @property
     def seconds(self) -> float:
         """The predicted time of everything."""
-        return self.prediction.seconds + sum(copy_seconds(size, self.device) for size in self._copies)
+        return self.prediction.seconds + self._around
+
+    @property
+    def measured_seconds(self) -> float | None:
+        """The time of everything where the kernels' was measured; copies before them are predicted."""
+        return None if self.measured is None else self.measured + self._around
+
+    @property
+    def _around(self) -> float:
+        return sum(copy_seconds(size, self.device) for size in self._copies)
+
+    @property
+    def reason(self) -> str:
+        return f"{_REASONS[self.role]}; {self.why}"
 
     def __str__(self) -> str:
         numerics = self.numerics
@@ -179,7 +197,7 @@ class DeformPlan(Frozen):
             f"numbers    {products}, {numerics.accumulator} accumulator, {numerics.index_bits}-bit offsets",
             f"layout     {self._layout()}",
             f"workspace  {self.workspace_bytes} bytes{self._workspace_use()}",
-            f"reason     {_REASONS[self.role]}",
+            f"reason     {self.reason}",
         ]
         return "\n".join(lines)
 
@@ -201,31 +219,83 @@ class DeformPlan(Frozen):
 
 def make(problem: DeformProblem) -> DeformPlan:
     """The plan of a problem; the second time a look-up. Raises NotImplementedError for a dtype without kernels."""
-    return _make(problem, None if problem.role is DeformRole.WEIGHT else invariance.batch())
+    return _make(problem, stored.generation(), None if problem.role is DeformRole.WEIGHT else invariance.batch())
 
 
 @lru_cache(maxsize=4096)
-def _make(problem: DeformProblem, batch: int | None) -> DeformPlan:
+def _make(problem: DeformProblem, _generation: Hashable, batch: int | None) -> DeformPlan:
+    alike = problem if batch is None else problem._replace(geometry=replace(problem.geometry, N=batch))
+    chosen = choice(every(alike))
+    return chosen if batch is None else _assembled(problem, chosen.config, chosen.packs, chosen.why)
+
+
+def every(problem: DeformProblem) -> list[DeformPlan]:
+    """The plans of all ways to run a problem: on operands as they lie, and after copies; `make` chooses.
+
+    Raises NotImplementedError for a dtype without kernels.
+    """
     if problem.dtype not in DTYPES or problem.offset_dtype not in DTYPES:
         raise NotImplementedError(
             f"deformable convolutions have no kernel for x of {problem.dtype} with offset of {problem.offset_dtype}"
         )
-    alike = problem if batch is None else problem._replace(geometry=replace(problem.geometry, N=batch))
-    chosen = with_config(alike, configs.default(alike))
-    return chosen if batch is None else _assembled(problem, chosen.config, chosen.packs)
-
-
-def with_config(problem: DeformProblem, config: Config) -> DeformPlan:
-    """The plan of a problem with this config; copies come first where they are predicted to pay."""
     apart = tuple(name for name in _READ[problem.role] if _apart(problem, name))
-    plans = [_assembled(problem, config, packs) for packs in dict.fromkeys(((), apart))]
-    return min(plans, key=lambda p: p.seconds)
+    return [_looked_up(problem, packs) for packs in dict.fromkeys(((), apart))]
 
 
-def _assembled(problem: DeformProblem, config: Config, packs: tuple[str, ...]) -> DeformPlan:
+def choice(found: list[DeformPlan]) -> DeformPlan:
+    """The one to run: measured to be quickest where all were, else by predicted times."""
+    measured = all(p.measured is not None for p in found)
+    return min(found, key=lambda p: (p.measured_seconds or 0.0) if measured else p.seconds)
+
+
+def _looked_up(problem: DeformProblem, packs: tuple[str, ...]) -> DeformPlan:
+    """The plan with the config that was stored for it, if there is one that fits, else with the rule's."""
+    rule = _assembled(problem, configs.default(problem), packs)
+    found = stored.find(problem.device, rule.kernel, *key_of(rule.problem))
+    if found is None or not isinstance(found.config, Config) or misfit(problem, found.config):
+        return rule
+    p = _assembled(problem, found.config, packs, f"config of {found.where}", found.seconds)
+    return p if found.exact or p.prediction.seconds <= ways.MOST_OF_RULE * rule.prediction.seconds else rule
+
+
+def key_of(packed: DeformProblem) -> tuple[keys.Key, keys.Extents]:
+    """Under what the configs of a role's kernel are filed, for operands as the kernel reads them."""
+    variant = f"{packed.offset_groups} offset groups{', mask' if packed.has_mask else ''}"
+    if packed.offset_dtype != packed.dtype:
+        variant += f", offset {packed.offset_dtype}"
+    read = [getattr(packed.strides, name) for name in _READ[packed.role] if name != "w"]
+    channels_last = all(strides[1] == 1 for strides in read)
+    what = (packed.role, packed.dtype, packed.dtype, packed.precision, channels_last, variant)
+    return keys.of(packed.geometry, *what)
+
+
+def misfit(problem: DeformProblem, config: Config) -> str | None:
+    """What is wrong with a config for a problem, in words; None if nothing is."""
+    if config.flatten or config.filters_first:
+        return "taps are not flattened, and filters not first"
+    if config.splits == 1:
+        return None
+    if problem.role is not DeformRole.WEIGHT:
+        return f"its {config.splits} splits are for weight gradients"
+    most = most_splits(problem.geometry, configs.tiles(problem, replace(config, splits=1)).longest)
+    return f"its {config.splits} slabs are more than {most}" if config.splits > most else None
+
+
+def with_config(problem: DeformProblem, p: DeformPlan, config: Config) -> DeformPlan:
+    """The plan of a problem that goes the way of another one of it, with this config."""
+    return _assembled(problem, config, p.packs, "config given for this way")
+
+
+def _assembled(
+    problem: DeformProblem,
+    config: Config,
+    packs: tuple[str, ...],
+    why: str = "tiles by rule",
+    measured: float | None = None,
+) -> DeformPlan:
     reach = max(_reach(problem, config), _reach(_packed(problem, packs), config))
     numerics = Numerics(64 if reach >= 2**31 else 32, ACCUMULATORS[problem.dtype], problem.precision, problem.has_bias)
-    return DeformPlan(problem, config, numerics, packs)
+    return DeformPlan(problem, config, numerics, packs, why, measured)
 
 
 def _apart(p: DeformProblem, name: str) -> bool:

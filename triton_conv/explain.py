@@ -113,7 +113,7 @@ def text(
     `triton_conv.cost`, and compared with the least that the device's data sheet allows.
     """
     how = (dtype, channels_last, bias, device)
-    named = dict(zip(("dtype", "channels_last", "bias", "device"), how, strict=True))
+    named: dict[str, Any] = {"dtype": dtype, "channels_last": channels_last, "bias": bias, "device": device}
     shown = plans(input_shape, weight_shape, transposed=transposed, **named, **parameters)
     if any(parameters.get(kind) for kind in ("causal", "pointwise", "deform", "branches")) or "context" in parameters:
         lines = words.of_kind(input_shape, weight_shape, shown, *how, parameters)

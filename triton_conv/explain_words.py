@@ -37,7 +37,7 @@ def of_kind(
     words, rest = [f"input {sizes(input_shape)} weight {sizes(weight_shape)}"], dict(parameters)
     notes = []
     if rest.pop("causal", False):
-        return [f"causal_conv1d {first.asked} {written(dtype)} on {device.name}"]  # type: ignore[union-attr]
+        return [f"causal_conv1d {first.asked} {written(dtype)} on {device.name}"]
     if rest.get("pointwise") is not None:
         both = f"{sizes(input_shape)}, depthwise {sizes(weight_shape)}, pointwise {rest['pointwise']}"
         return [f"separable convolution {both} {written(dtype)} on {device.name}"]

@@ -264,7 +264,7 @@ def _banded(problem: Problem, layout: Layout, explicit: BandedConfig | None = No
 
 
 # A config of another size in its bucket has to be predicted to take no longer than this share of the rule's time.
-_MOST_OF_RULE = 1.1
+MOST_OF_RULE = 1.1
 
 
 def _with_config(problem: Problem, kernel: str, layout: Layout, rule: KernelConfig, why: str, by_rule: str) -> Way:
@@ -277,7 +277,7 @@ def _with_config(problem: Problem, kernel: str, layout: Layout, rule: KernelConf
         channels_last = reads_channels_last(role, layout.strides)
         what = (problem.dtype, problem.precision, device, channels_last, problem.out_dtype, problem.epilogue)
         times = [cost.predict(g, role, kernel, config, *what).seconds for config in (found.config, rule)]
-        if times[0] > _MOST_OF_RULE * times[1]:
+        if times[0] > MOST_OF_RULE * times[1]:
             return Way(kernel, layout, rule, f"{why}; {by_rule}, predicted to be quicker than that of {found.where}")
     measured = (found.seconds, found.rival, found.rival_name)
     return Way(kernel, layout, found.config, f"{why}; config of {found.where}", *measured)
