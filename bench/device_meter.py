@@ -3,7 +3,7 @@
 What a row is expected to cost on a GPU, where nobody has timed it yet: nothing for our kernels, which other processes
 compile ahead; the first call of each subject, in which cuDNN tries its algorithms (0.05 to 0.5 s); a float64 reference
 and comparisons with it (0.01 to 0.5 s); captures, and 15 rounds of samples of 1 ms or of one pass over the sets,
-whichever is longer, for four subjects (0.1 to 2 s). A quick run has some 230 rows of about a second: four to six
+whichever is longer, for four subjects (0.1 to 2 s). A quick run has some 270 rows of about a second: five to seven
 minutes.
 """
 

@@ -94,10 +94,10 @@ def _titles(layer: Layer) -> Mapping[str, tuple[str, ...]]:
 
 
 def _usual(layer: Layer) -> Layer:
-    options, kind = dict(layer.options), kinds.of(layer)
+    options = dict(layer.options)
     if len(layer.weight) == 3:
         options["channels_last"] = False
-    if options["dtype"] is torch.float32 and (kind is None or kind.convolution):
+    if options["dtype"] is torch.float32 and not options.get("causal"):
         options.setdefault("precision", default_precision())
     return layer._replace(options=options)
 
@@ -192,7 +192,8 @@ def _is(name: str, title: str) -> bool:
 
 def plans(job: Job, device: Device) -> list[AnyPlan]:
     """Ours for what the job computes, in the order in which they run."""
-    found = explain.plans(job.layer.input, job.layer.weight, device=device, **job.layer.options)
+    shapes_of_it, training = (job.layer.input, job.layer.weight), job.op != "fprop"
+    found = explain.plans(*shapes_of_it, device=device, training=training, **job.layer.options)
     return [p for title in _titles(job.layer)[job.op] for name, p in found.items() if _is(name, title)]
 
 

@@ -253,6 +253,120 @@ class VideoStem(nn.Module):
         return self.body(x)
 
 
+class BasicBlock(nn.Module):
+    """ResNet-18's block, written as torchvision writes it: one in-place ReLU called twice, `+=` for the shortcut."""
+
+    def __init__(self, C: int, K: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(C, K, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(K)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(K, K, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(K)
+        self.downsample = None
+        if stride != 1 or C != K:
+            self.downsample = nn.Sequential(nn.Conv2d(C, K, 1, stride, bias=False), nn.BatchNorm2d(K))
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        if self.downsample is not None:
+            identity = self.downsample(x)
+        out += identity
+        return self.relu(out)
+
+
+def resnet18(classes: int = 5, width: int = 4) -> nn.Module:
+    stem = nn.Sequential(nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+    stages = [BasicBlock(width, width), BasicBlock(width, 2 * width, 2)]
+    return nn.Sequential(
+        stem, nn.MaxPool2d(3, 2, 1), *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, classes)
+    )
+
+
+class LinearBottleneck(nn.Module):
+    """MobileNetV2's block."""
+
+    def __init__(self, C: int, wide: int, K: int, stride: int) -> None:
+        super().__init__()
+        self.residual = C == K and stride == 1
+        self.conv = nn.Sequential(
+            normed(C, wide, 1, nn.ReLU6),
+            normed(wide, wide, 3, nn.ReLU6, stride=stride, groups=wide),
+            nn.Conv2d(wide, K, 1, bias=False),
+            nn.BatchNorm2d(K),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(x) if self.residual else self.conv(x)
+
+
+def mobilenet_v2(classes: int = 5) -> nn.Module:
+    blocks = [LinearBottleneck(8, 16, 8, 1), LinearBottleneck(8, 24, 12, 2), normed(12, 24, 1, nn.Hardswish)]
+    return nn.Sequential(
+        normed(3, 8, 3, nn.ReLU6, stride=2), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, classes)
+    )
+
+
+class ConvMixerBlock(nn.Module):
+    """A depthwise 7x7 after which GELU comes before the residual, then 1x1 convolutions around another GELU."""
+
+    def __init__(self, C: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(C, C, 7, padding=3, groups=C)
+        self.up, self.down = nn.Conv2d(C, 4 * C, 1), nn.Conv2d(4 * C, C, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.gelu(self.depthwise(x)) + x
+        return x + self.down(functional.gelu(self.up(x), approximate="tanh"))
+
+
+def conv_mixer(classes: int = 5) -> nn.Module:
+    stem = nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), nn.GELU())
+    return nn.Sequential(stem, ConvMixerBlock(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes))
+
+
+# For `fuse`. name: (make the model, shape of an input, what is fused in eval mode, by convolution)
+FUSED = {
+    "ResNet-18": (
+        resnet18,
+        (2, 3, 32, 32),
+        {
+            "0.0": ("batch norm 0.1", "relu"),
+            "2.conv1": ("batch norm 2.bn1", "relu"),
+            "2.conv2": ("batch norm 2.bn2", "residual", "relu"),
+            "3.conv1": ("batch norm 3.bn1", "relu"),
+            "3.conv2": ("batch norm 3.bn2",),
+            "3.downsample.0": ("batch norm 3.downsample.1", "residual", "relu"),
+        },
+    ),
+    "MobileNetV2": (
+        mobilenet_v2,
+        (2, 3, 16, 16),
+        {
+            "0.0": ("batch norm 0.1", "relu6"),
+            "1.conv.0.0": ("batch norm 1.conv.0.1", "relu6"),
+            "1.conv.1.0": ("batch norm 1.conv.1.1", "relu6"),
+            "1.conv.2": ("batch norm 1.conv.3", "residual"),
+            "2.conv.0.0": ("batch norm 2.conv.0.1", "relu6"),
+            "2.conv.1.0": ("batch norm 2.conv.1.1", "relu6"),
+            "2.conv.2": ("batch norm 2.conv.3",),
+            "3.0": ("batch norm 3.1", "hardswish"),
+        },
+    ),
+    "ConvMixer": (
+        conv_mixer,
+        (2, 3, 16, 16),
+        {
+            "0.0": ("gelu",),
+            "1.depthwise": ("gelu", "residual"),
+            "1.up": ("gelu_tanh",),
+            "1.down": ("residual",),
+        },
+    ),
+}
+
 # name: (make the model, shape of an input, number of convolutions)
 MODELS = {
     "ResNet-50": (resnet50, (2, 3, 32, 32), 15),

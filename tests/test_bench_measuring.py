@@ -31,7 +31,16 @@ from bench.records import (
     TORCHVISION,
 )
 from bench.subjects import DEFAULT
-from triton_conv import execute, explain
+from triton_conv import (
+    activation_plan,
+    branches_plan,
+    deform_plan,
+    execute,
+    explain,
+    fast,
+    plan,
+    streaming_plan,
+)
 from triton_conv.devices import A100, H200, INTERPRETER
 from triton_conv.tuning import audit, rounds
 from triton_conv.tuning.layers import Layer
@@ -79,7 +88,7 @@ RIVALS = {
     "branches": {SEPARATE_CONTIGUOUS, SEPARATE_CHANNELS_LAST},
     "deform": {COMPOSED},
     "chunk": {CAT_CONTIGUOUS, CAT_CHANNELS_LAST},
-    **dict.fromkeys(list(COMPOUND)[:2], {POINTWISE_CONTIGUOUS, POINTWISE_CHANNELS_LAST}),
+    **{name: {POINTWISE_CONTIGUOUS, POINTWISE_CHANNELS_LAST} for name in list(COMPOUND)[:2]},
 }
 PADDED = ("circular", "reflect", "causal video", "audio")
 
@@ -268,6 +277,21 @@ def test_plans_are_those_that_were_predicted(name, kernels):
         titles = jobs._PLANS[job.op]
         shown = explain.problems(job.layer.input, job.layer.weight, device=INTERPRETER, **job.layer.options)
         assert list(seen) == [shown[title] for title in titles]
+
+
+@pytest.mark.parametrize("name", COMPOUND)
+def test_plans_of_several_kernels_are_those_that_were_predicted(name, kernels, monkeypatch):
+    made = []
+    for room in (activation_plan, branches_plan, deform_plan, plan, streaming_plan):
+        monkeypatch.setattr(room, "make", lambda *a, whole=room.make: made.append(whole(*a)) or made[-1])
+    both = kinds.of(LAYERS[name]).convolution  # inference keeps less than training
+    for job in all_ops(name)[0 if both else -1 :]:
+        (subject,) = subjects.subjects(job, ())
+        t = values.operands(job, subject.channels_last, CPU, seed=1)
+        fast.forget()
+        made.clear()
+        subject.prepared(t)()
+        assert set(jobs.plans(job, INTERPRETER)) <= set(made)
 
 
 def test_operands_are_the_same_in_both_memory_formats_and_surrounded():

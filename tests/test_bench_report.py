@@ -16,7 +16,18 @@ from PIL import Image
 from bench import plots, reasons, records, report, summary, words
 from bench.compare import compare, slower
 from bench.jobs import jobs, predicted_row
-from bench.records import CHANNELS_LAST, CONTIGUOUS, OURS, PADDED_CHANNELS_LAST, Measurement
+from bench.records import (
+    CHANNELS_LAST,
+    COMPOSED,
+    CONTIGUOUS,
+    OURS,
+    PADDED_CHANNELS_LAST,
+    POINTWISE_CHANNELS_LAST,
+    POINTWISE_CONTIGUOUS,
+    SEPARATE_CHANNELS_LAST,
+    TORCHVISION,
+    Measurement,
+)
 from triton_conv.devices import H200
 from triton_conv.tuning import rounds
 
@@ -138,6 +149,46 @@ def test_what_pads_first_stands_in_for_cudnn():
     assert summary.speedup(found) == pytest.approx(3)
     assert summary.rival(row("a", 100, contiguous=50)) == CONTIGUOUS
     assert summary.speedup(row("a", 100)) is None
+
+
+def goal_row(ours, suite="resnet50_fused", call="conv2d residual before", **others):
+    """A row with times in microseconds by name."""
+    times = {OURS: ours, **others}
+    return row(suite=suite, call=call, measured={who: measured(1e-6 * time) for who, time in times.items()})
+
+
+def test_what_several_kernels_take_stands_in_for_cudnn_and_torchvision_where_there_is_none():
+    assert summary.rival(goal_row(1, **{POINTWISE_CONTIGUOUS: 2})) == POINTWISE_CONTIGUOUS
+    assert summary.rival(goal_row(1, **{SEPARATE_CHANNELS_LAST: 2, COMPOSED: 1})) == SEPARATE_CHANNELS_LAST
+    assert summary.rival(goal_row(1, **{COMPOSED: 1, TORCHVISION: 2})) == TORCHVISION
+    assert summary.rival(goal_row(1, **{COMPOSED: 1})) == COMPOSED
+    assert summary.cudnn(goal_row(1, **{TORCHVISION: 2})) is None
+
+
+def test_goals_are_ratios_to_the_best_of_those_named():
+    both = {POINTWISE_CHANNELS_LAST: 150, POINTWISE_CONTIGUOUS: 200}
+    rows = [goal_row(100, **both), replace(goal_row(100, **{POINTWISE_CHANNELS_LAST: 110}), layer="another")]
+    rows += [goal_row(100, call="conv2d activation relu", **both)]  # without a residual
+    rows += [goal_row(10, "dcnv2_resnet50", "deform_conv2d", **{TORCHVISION: 40, COMPOSED: 20})]
+    rows += [replace(goal_row(10, "dcnv2_resnet50", "deform_conv2d", **{TORCHVISION: 40}), op="step")]
+    found = run(*rows)
+    assert [r.ratio for r in summary.goals(found)] == [pytest.approx(n) for n in (4.0, 1.5, 1.1)]
+    fused = "bias, shortcut and relu in the kernel, over cuDNN and pointwise kernels"
+    assert summary.goal_words(found) == [
+        "deformable convolution, over torchvision: 4.00 times as quick (geometric mean of 1), 1 of 1 reach 3",
+        f"{fused}: 1.28 times as quick (geometric mean of 2), 1 of 2 reach 1.2",
+    ]
+    page = report.html(found)
+    assert "<h2>Goals</h2>" in page
+    assert "1 of 2 reach 1.2" in page
+
+
+def test_goals_without_times_are_predicted_ratios():
+    apart = row(suite="aspp_branches", call="multi_conv2d", predicted_seconds=2e-5, separate_predicted_seconds=5e-5)
+    found = run(apart, source="predicted")
+    assert [(r.ratio, r.predicted) for r in summary.goals(found)] == [(None, pytest.approx(2.5))]
+    assert summary.goal_words(found) == []
+    assert "Nothing was measured. What one kernel is to win" in report.html(found)
 
 
 def test_shares_are_of_the_ceiling_that_is_nearer():
@@ -363,6 +414,10 @@ def small_run(suite, op, layer):
         ("resnet50", "step", "stage 3 3x3 256", ["box", "box", "box_wgrad"]),
         ("resnet50", "dgrad", "stem", ["gather"]),
         ("mamba", "step", "Mamba-2.8B", ["causal", "causal_backward"]),
+        ("resnet50_fused", "step", "stage 3 expand", ["box", "activation_backward", "box", "box_wgrad"]),
+        ("aspp_branches", "fprop", "rates 6/12/18", ["box_branches"]),
+        ("dcnv2_resnet50", "step", "stage 4", ["deform", "deform_dgrad", "deform_offset", "deform_wgrad"]),
+        ("wan_streaming", "fprop", "3x3x3 384", ["box"]),
     ],
 )
 def test_plans_are_made_again_from_a_row(suite, op, layer, kernels):

@@ -237,18 +237,17 @@ def test_channel_slices_of_one_tensor_are_taken_as_they_are(kernels):
         assert_close(ours, theirs, 100)
 
 
-@pytest.mark.parametrize("gain", [1.0, -1.0], ids=["copied", "in place"])
-def test_images_whose_channels_lie_apart(gain, kernels, poisoned, monkeypatch):
-    monkeypatch.setattr(deform_plan, "copy_seconds", lambda size, device: -gain)
+def test_images_whose_channels_lie_apart(kernels, poisoned, monkeypatch):
+    monkeypatch.setattr(deform_plan, "_WORTH_PACKING", 2)
     deform_plan._make.cache_clear()
     seen = watched(monkeypatch)
     y, gradients = check_kernels(SMALL, operands(SMALL, torch.float32, device=kernels))
     deform_plan._make.cache_clear()
     assert {p.role.value: "".join(p.packs) for p in seen} == {
-        "forward": "xw" if gain > 0 else "",
-        "input gradient": "yw" if gain > 0 else "",
-        "offset and mask gradient": "xyw" if gain > 0 else "",
-        "weight gradient": "xy" if gain > 0 else "",
+        "forward": "xw",
+        "input gradient": "wy",
+        "offset and mask gradient": "xwy",
+        "weight gradient": "xwy",
     }
     assert y.is_contiguous()
     assert all(g.is_contiguous() for g in gradients)
@@ -712,13 +711,12 @@ def test_plans_need_no_gpu():
         deform.plans(*shapes, padding=1, offset_groups=3)
 
 
-def test_copies_are_named_where_they_are_predicted_to_pay():
-    how = {"dtype": torch.float16, "padding": 1}
-    for channels_last, copied in ((False, "x, w copied"), (True, "channels_last\n")):
-        p = deform.plans((8, 256, 56, 56), (256, 256, 3, 3), channels_last=channels_last, **how)["forward"]
-        assert copied in str(p)
+def test_copies_are_named():
+    for channels_last in (False, True):
+        how = {"dtype": torch.float16, "padding": 1, "channels_last": channels_last}
+        p = deform.plans((8, 256, 56, 56), (256, 256, 3, 3), **how)["forward"]
+        assert ("copy x to channels_last" in str(p)) is not channels_last
         assert p.workspace_bytes == (0 if channels_last else 2 * (8 * 256 * 56 * 56 + 256 * 256 * 9))
-        assert p.seconds > p.prediction.seconds or channels_last
 
 
 def test_plans_are_those_of_calls(kernels, monkeypatch):

@@ -100,9 +100,10 @@ def test_compiled_that_differs_fails(context, monkeypatch):
 
 
 def test_bits_are_of_every_kernel_that_has_a_plan():
-    kernels = {p.kernel for family in bits.FAMILIES for p in bits.plans(family, devices.H200, (1, 7))}
+    recorded = [family for family in bits.FAMILIES if family.recorded]
+    kernels = {p.kernel for family in recorded for p in bits.plans(family, devices.H200, (1, 7))}
     assert kernels == {"gather", "box", "wgrad", "box_wgrad", "depthwise", "depthwise_wgrad", "banded", "banded_wgrad"}
-    assert any(p.fold for family in bits.FAMILIES for p in bits.plans(family, devices.H200, (1, 7)))
+    assert any(p.fold for family in recorded for p in bits.plans(family, devices.H200, (1, 7)))
 
 
 def same_bits(family, context):

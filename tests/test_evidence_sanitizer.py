@@ -157,5 +157,5 @@ def test_the_program_runs_its_cases(monkeypatch, capsys):
     monkeypatch.setattr(sanitizer.sys, "argv", ["sanitized", "cpu"])
     assert sanitized.main() == 0
     done, wrong = sanitizer.cases_of(capsys.readouterr().out)
-    assert len(done) == len(sanitized.CASES) + 2
+    assert len(done) == len(sanitized.CASES) + 2 + len(sanitized.MORE)
     assert not wrong

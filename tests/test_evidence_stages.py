@@ -24,7 +24,8 @@ from bench.evidence import (
     worst_losses,
 )
 from bench.evidence.units import Context
-from bench.jobs import plans, predicted_row
+from bench.jobs import plans as plans_of_job
+from bench.jobs import predicted_row
 from bench.records import CHANNELS_LAST, CONTIGUOUS, OURS, Measurement
 from triton_conv import check, explain, stored
 from triton_conv.devices import H200
@@ -58,7 +59,7 @@ def test_the_smoke_check_launches_every_kernel():
             modes |= set(problem.geometry.modes)
         launched |= {launch.name for launch in plan.launches}
     for job in compound.few(H200):
-        launched |= {launch.name for plan in plans(job, H200) for launch in plan.launches}
+        launched |= {launch.name for plan in plans_of_job(job, H200) for launch in plan.launches}
     assert there - launched == set()
     assert modes == {"zeros", "reflect", "replicate", "circular"}
 

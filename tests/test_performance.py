@@ -41,7 +41,10 @@ def test_without_results_there_are_predictions_called_so():
     assert "nothing is measured" in text
     lines = [line for line in text.splitlines() if line.startswith("| ")]
     assert "predicted ms" in lines[0]
-    assert re.match(r"\| resnet50 \|.*\| 128 \| 23 \| [\d.]+ \| [\d.]+ \| \d+% \|$", lines[1])
+    assert re.match(r"\| resnet50 \|.*\| step \| 128 \| 23 \| [\d.]+ \| [\d.]+ \| \d+% \|$", lines[1])
+    assert re.search(r"^\| wan_streaming \|.*\| fprop \| 1 \| 9 \|", text, re.MULTILINE)
+    assert re.search(r"^\| bias, shortcut and relu in the kernel.*\| 1.2 \| 4 \| ", text, re.MULTILINE)
+    assert re.search(r"^\| deformable convolution, over torchvision \| 3 \| 0 \|", text, re.MULTILINE)
 
 
 def evidence(directory, found, **others):
@@ -67,6 +70,16 @@ def test_results_are_published_under_device_date_and_commit(tmp_path):
     assert cells[2:10] == ["step", "2", "0.400", "0.500", "1.25", "0.900 (1 of 2)", "1", "1"]
     assert cells[10].startswith("b: 0.50, it takes 1.7 times its predicted 60 us")
     assert "`triton-conv bench --quick`" in "\n".join(lines)
+
+
+def test_suites_without_gradients_are_shown_by_their_forward(tmp_path):
+    rows = [row("a", 100, 150, op="step"), row("a", 50, 60), row("b", 40, 60, suite="wan_streaming")]
+    text = performance.block([(tmp_path / "bench.json", run(*rows))])
+    assert [line.split(" | ")[:2] for line in text.splitlines() if line.startswith(("| resnet", "| wan"))] == [
+        ["| resnet50", "step"],
+        ["| wan_streaming", "fprop"],
+    ]
+    assert "of a training step or fprop" in text
 
 
 def test_the_newest_run_of_each_device_is_shown(tmp_path):

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from test_compile import compiled
 from tolerance import assert_close
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional
@@ -21,6 +22,7 @@ from triton_conv import (
     nn,
     plan,
     streaming,
+    streaming_ops,
     streaming_plan,
 )
 from triton_conv.config import BoxConfig, Config
@@ -232,6 +234,20 @@ def test_sequences_in_chunks(options, kernels):
     assert set(ran) == {"gather"}
 
 
+@pytest.mark.parametrize("rows", [False, True])
+def test_long_reductions_of_sequences_are_over_rows(rows, kernels, poisoned):
+    """Which are copied where positions lie side by side; a chunk of one position is both."""
+    x, w = draw(1, 7, 64, device=kernels).transpose(1, 2), draw(64, 64, 2, dtype=torch.float32, device=kernels)
+    x = x if rows else x.contiguous()
+    with running(None):
+        whole = causal_conv1d(x, w)
+        pieces, _ = in_chunks(partial(causal_conv1d, weight=w), x, (1, 6))
+    assert_close(whole.cpu(), functional.conv1d(functional.pad(x, (1, 0)).cpu().double(), w.cpu().double()), 128)
+    assert torch.equal(pieces, whole)
+    long = streaming.plans((1, 512, 4000), (512, 512, 3), dtype=torch.bfloat16, channels_last=rows, context=2)
+    assert long["forward"].packs == (() if rows else ("x", "context", "w"))
+
+
 def test_nothing_is_chosen_by_the_number_of_frames():
     """Nor by the context's, for any layer: kernel, config, and what is read of x."""
     for device in (DEVICES["H200"], DEVICES["A100"]):
@@ -251,7 +267,7 @@ def test_nothing_is_chosen_by_the_number_of_frames():
                         many, weight, dtype=torch.bfloat16, context=context, device=device, bias=True, **options
                     )["forward"]
                     assert not isinstance(p.config, BoxConfig) or p.config.box[1] == 1
-                    found.add((p.kernel, p.config, "x" in p.packs, p.reason))
+                    found.add((p.kernel, p.config, p.reason))
             assert len(found) == 1
 
 
@@ -279,6 +295,68 @@ def test_the_next_context_is_a_view_where_x_has_it_all(time_mode):
     _, empty = causal_conv3d(x, w[:, :, :1], return_context=True)
     assert empty.shape[2] == 0
     assert torch.equal(causal_conv3d(x, w[:, :, :1], None, empty), causal_conv3d(x, w[:, :, :1]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Epilogues
+
+FUSED = [
+    (GATHER, {"activation": "silu"}, "", False),
+    (GATHER, {"activation": "leaky_relu", "negative_slope": 0.2}, "before", True),
+    (BOX, {"activation": "relu"}, "after", True),
+    (BOX, {}, "before", False),
+]
+
+
+def finished(sums, options, bias, residual, place, scale):
+    """What `triton_conv.epilogue` says, by plain torch."""
+    y = sums * (1 if scale is None else scale.view(-1, 1, 1, 1)) + bias.view(-1, 1, 1, 1)
+    y = y + residual if place == "before" else y
+    name, slope = options.get("activation"), options.get("negative_slope")
+    y = y if name is None else functional.leaky_relu(y, slope) if slope else getattr(functional, name)(y)
+    return y + residual if place == "after" else y
+
+
+@pytest.mark.parametrize(("tiles", "options", "place", "scaled"), FUSED)
+@pytest.mark.parametrize("on", ["kernels", "cpu"])
+def test_epilogues(on, tiles, options, place, scaled, request, poisoned):
+    device = request.getfixturevalue("kernels") if on == "kernels" else "cpu"
+    x, w, b = (draw(*shape, **half, device=device) for shape in ((1, 16, 3, 2, 3), (16, 16, 3, 1, 1), (16,)))
+    context, residual = draw(1, 16, 2, 2, 3, **half, device=device), draw(1, 16, 3, 2, 3, **half, device=device)
+    scale = draw(16, device=device) if scaled else None
+    options = {**options, "residual_after_activation": place == "after"}
+    given = {**options, "scale": scale, "residual": residual.contiguous() if place else None}
+    with running(tiles) as ran:
+        y = causal_conv3d(x, w, b, context, **given)
+        first = causal_conv3d(
+            x[:, :, :1], w, b, context, **{**given, "residual": given["residual"][:, :, :1] if place else None}
+        )
+    assert not ran or set(ran) == {"box" if tiles is BOX else "gather"}
+    wide = [None if t is None else t.double().cpu() for t in (b, residual, scale)]
+    want = finished(expected(x, w, None, context), options, wide[0], wide[1], place, wide[2])
+    assert_close(y.cpu(), want, 48)
+    assert torch.equal(first, y[:, :, :1])
+
+
+def test_gradients_pass_through_epilogues():
+    x, context, residual = (torch.randn(1, 2, n, 1, 2, dtype=torch.float64, requires_grad=True) for n in (2, 1, 2))
+    w, b, scale = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 2, 2, 1, 1), (2,), (2,)))
+
+    def function(x, w, b, context, residual, scale):
+        return causal_conv3d(x, w, b, context, activation="silu", residual=residual, scale=scale)
+
+    assert gradcheck(function, (x, w, b, context, residual, scale), check_forward_ad=True)
+    assert torch.autograd.grad(function(x, w, b, context, residual, scale).sum(), x)[0].shape == x.shape
+    values = [t.detach() for t in (x, w, b, context, residual, scale)]
+    torch.testing.assert_close(function(*values), function(x, w, b, context, residual, scale))
+    many = [torch.stack((t, 2 * t)) for t in values]
+    for dims in ((0,) * 6, (0, None, None, 0, None, None), (None, None, 0, None, 0, None), (None, 0, None, None, 0, 0)):
+        given = [m if d == 0 else v for m, v, d in zip(many, values, dims, strict=True)]
+        found = torch.vmap(function, dims)(*given)
+        for i in range(2):
+            torch.testing.assert_close(
+                found[i], function(*(t if d is None else t[i] for t, d in zip(given, dims, strict=True)))
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -338,6 +416,19 @@ def test_opcheck(frames):
     context = None if frames is None else torch.randn(2, 4, frames, 3, 2).requires_grad_()
     leaves = (x.requires_grad_(), w.requires_grad_(), b.requires_grad_(), context)
     torch.library.opcheck(torch.ops.triton_conv.causal_conv.default, (*leaves, *ARGUMENTS))
+
+
+@pytest.mark.slow
+def test_opcheck_of_the_fused_one():
+    x, w, b, context = (
+        torch.randn(2, 4, 3, 3, 2),
+        torch.randn(2, 4, 3, 2, 1),
+        torch.randn(2),
+        torch.randn(2, 4, 2, 3, 2),
+    )
+    residual = torch.randn(2, 2, 3, 4, 2).requires_grad_()
+    arguments = (x.requires_grad_(), w, b, torch.ones(2), residual, context, *ARGUMENTS, "relu", 0.01, False)
+    torch.library.opcheck(torch.ops.triton_conv.causal_conv_fused.default, arguments)
 
 
 def test_compiles_with_its_context():
@@ -430,6 +521,9 @@ ERRORS = [
     ({"return_context": 1}, TypeError, "'return_context' must be bool"),
     ({"stride": (7, 1, 1), "return_context": True}, RuntimeError, "leave out 2 frames"),
     ({"precision": "fp8"}, ValueError, "precision must be"),
+    ({"activation": "tanh"}, ValueError, "activation must be None or one of"),
+    ({"residual": torch.zeros(X)}, RuntimeError, "expected residual of the output's size"),
+    ({"scale": torch.zeros(3)}, RuntimeError, "expected scale to be 1-dimensional with 2 elements"),
 ]
 
 
@@ -460,6 +554,8 @@ def test_plans_say_what_happens():
     assert 0 < forward.roofline.seconds < forward.seconds
     copied = streaming.plans(*shapes, channels_last=False, **options)["forward"]
     assert copied.packs == ("x", "context", "w") if copied.kernel == "box" else copied.packs == ()
+    fused = streaming.plans(*shapes, channels_last=True, activation="silu", residual="after", scale=True, **options)
+    assert "epilogue   scale, bias, silu, residual" in str(fused["forward"])
     old = streaming.plans(*shapes, channels_last=True, device=DEVICES["A100"], **options)["forward"]
     assert old.kernel == "gather"
 
@@ -474,8 +570,8 @@ def test_large_videos_have_wide_offsets():
 
 def test_explicit_configs_that_cannot_run_are_refused():
     x, w = torch.empty(1, 16, 2, 4, 4, device="meta"), torch.empty(16, 16, 3, 3, 3, device="meta")
-    call = streaming._call(x, w, None, None, *ARGUMENTS)
-    problem = streaming.problem_of(call, None, execute._empty_like_output(call), DEVICES["H200"])
+    call = streaming_ops.call_of(x, w, None, None, *ARGUMENTS)
+    problem = streaming_ops.problem_of(call, None, execute._empty_like_output(call), DEVICES["H200"])
     for tiles, words in (
         (BoxConfig((1, 1, 2, 8), 16, 16), "float32 as ieee has no box kernel"),
         (BoxConfig((1, 2, 1, 8), 16, 16), "more than one frame"),
@@ -491,3 +587,26 @@ def test_examples():
             module, extraglobs={"torch": torch, "triton_conv": triton_conv, "plans": streaming.plans}
         )
         assert found.attempted > found.failed == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Code
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_both_loops_are_pipelined_and_nothing_spills(arch):
+    """Boxes have a loop for the context and one for x; their dots read both operands from shared memory."""
+    found = compiled("streaming", str(arch))
+    assert {name: faults for name, (_, _, faults) in found.items() if faults} == {}
+    for name, (kernel, ahead, _) in found.items():
+        assert kernel == ("gather" if arch < 90 or name == "reflect" else "box")
+        assert len(ahead) == (2 if kernel == "box" else 1)
+
+
+@pytest.mark.slow
+def test_sizes_of_chunks_contexts_and_images_compile_few_kernels():
+    """A box kernel once more for each shape of box that images of these sizes want."""
+    counts = compiled("frames")
+    assert counts["gather"] == 1
+    assert counts["box"] <= 2

@@ -9,6 +9,7 @@ from .branches import Branch, multi_conv2d
 from .causal import causal_conv1d, causal_conv1d_update
 from .convert import convert
 from .deform import deform_conv2d
+from .fold import fold_batchnorm
 from .functional import (
     conv1d,
     conv2d,
@@ -23,6 +24,7 @@ from .functional import (
     scaled_conv2d,
     scaled_conv3d,
 )
+from .fusion import fuse
 from .invariance import batch_invariant
 from .override import override
 from .separable import separable_conv1d, separable_conv2d, separable_conv3d
@@ -48,6 +50,8 @@ __all__ = [
     "conv_transpose3d",
     "convert",
     "deform_conv2d",
+    "fold_batchnorm",
+    "fuse",
     "int_conv1d",
     "int_conv2d",
     "int_conv3d",

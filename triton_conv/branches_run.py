@@ -53,24 +53,27 @@ def empty_output(calls: Calls) -> Tensor:
     return torch.empty(shape, dtype=source.dtype, device=source.device, memory_format=memory_format)
 
 
-def run(calls: Calls, one_launch: bool | None) -> Tensor:
-    """The output of several convolutions.
+def run(calls: Calls, one_launch: bool | None) -> tuple[Tensor, Bound | None]:
+    """The output of several convolutions, and what computes it another time, if that is known.
 
     Raises RuntimeError where one launch is asked for and cannot be had, but for input gradients, which nobody calls.
     """
     output = empty_output(calls)
     if output.numel() == 0:
-        return output
+        return output, None
     device = execute.device_of(calls.source.device)
     if device is None:
-        return _plain(calls, output)
+        return _plain(calls, output), None
     if one_launch is not False:
         plans = _plans(calls, output, device)
         if not isinstance(plans, str) and (one_launch or all(p.worth_it for p in plans)):
-            return _launched(calls, plans, output)
+            bound = Bound(calls, plans, output, device)
+            with execute._on_device(output.device):
+                biases = [call.bias for call in calls.each]
+                return bound.into(output, calls.source, calls.filters, biases), bound
         if isinstance(plans, str) and one_launch and calls.role is Role.FPROP:
             raise RuntimeError(f"one launch cannot compute these branches: {plans} ({_sizes(calls)})")
-    return _one_by_one(calls, output)
+    return _one_by_one(calls, output), None
 
 
 def _sizes(calls: Calls) -> str:
@@ -139,30 +142,60 @@ def _covered(calls: Calls) -> bool:
     return sum(count for _, count in set(calls.slices)) == calls.channels
 
 
-def _launched(calls: Calls, plans: Sequence[BranchesPlan], output: Tensor) -> Tensor:
-    """All of them by the plans' kernels."""
-    if not _covered(calls):
-        output.zero_()
-    parts = sorted(set(calls.slices))
-    read, written = ("x", "y") if calls.role is Role.FPROP else ("y", "x")
-    with execute._on_device(output.device):
+class Bound:
+    """Launches without their tensors: those of any call with operands and parameters alike.
+
+    Operands are alike that have the same shapes, strides, dtypes, devices and alignment.
+    """
+
+    def __init__(self, calls: Calls, plans: Sequence[BranchesPlan], output: Tensor, device: Device):
+        self.device = device  # held: its identity is part of a key
+        self.shape, self.strides, self.covered = output.shape, output.stride(), _covered(calls)
+        read, written = ("x", "y") if calls.role is Role.FPROP else ("y", "x")
+        parts = sorted(set(calls.slices))
+        self.each = []
         for p in plans:
-            last = torch.channels_last
-            source = calls.source.contiguous(memory_format=last) if read in p.moves else calls.source
-            target = torch.empty_like(output, memory_format=last) if written in p.moves else output
             mine = sorted({term.part for term in p.order})
-            tensors = {f"{written}{part}": _slice(target, parts[part]) for part in mine}
-            for number in (term.number for term in p.order):
-                call = calls.each[number]
-                filters = call.b.permute(0, 2, 3, 1).contiguous() if number in p.packs else call.b
-                tensors |= {f"{read}{number}": _slice(source, calls.reads[number]), f"w{number}": filters}
-                if call.bias is not None:
-                    tensors[f"bias{number}"] = call.bias.contiguous()
-            for launch in p.direct:
+            self.each.append(
+                (
+                    p.direct,
+                    read in p.moves,
+                    written in p.moves,
+                    [(f"{written}{part}", parts[part]) for part in mine],
+                    [(f"{read}{t.number}", calls.reads[t.number], f"w{t.number}", t.number) for t in p.order],
+                    {t.number: f"bias{t.number}" for t in p.order if t.has_bias},
+                    frozenset(p.packs),
+                )
+            )
+
+    def __call__(self, source: Tensor, filters: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
+        output = source.new_empty_strided(self.shape, self.strides)
+        with execute._on_device(output.device):
+            return self.into(output, source, filters, biases)
+
+    def into(
+        self, output: Tensor, source: Tensor, filters: Sequence[Tensor], biases: Sequence[Tensor | None]
+    ) -> Tensor:
+        last = torch.channels_last
+        if not self.covered:
+            output.zero_()
+        for launches, reads_copy, writes_copy, parts, terms, with_bias, packs in self.each:
+            given = source.contiguous(memory_format=last) if reads_copy else source
+            target = torch.empty_like(output, memory_format=last) if writes_copy else output
+            tensors = {name: _slice(target, channels) for name, channels in parts}
+            for name, channels, flt, number in terms:
+                w = filters[number]
+                tensors[name] = _slice(given, channels)
+                tensors[flt] = w.permute(0, 2, 3, 1).contiguous() if number in packs else w
+            for number, name in with_bias.items():
+                bias = biases[number]
+                assert bias is not None
+                tensors[name] = bias.contiguous()
+            for launch in launches:
                 launch.run(tensors)
-            for part in mine if target is not output else ():
-                _slice(output, parts[part]).copy_(tensors[f"{written}{part}"])
-    return output
+            for name, channels in parts if writes_copy else ():
+                _slice(output, channels).copy_(tensors[name])
+        return output
 
 
 def _one_by_one(calls: Calls, output: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass
 
 import torch
+from torch.nn import Module
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
@@ -71,20 +72,20 @@ def convert(model: torch.nn.Module) -> Conversion:
     for name, module in model.named_modules():
         if not _convolves(module):
             continue
-        reason = _reason_to_skip(module)
+        reason = reason_to_skip(module)
         if reason:
             skipped.append((name, reason))
         else:
-            module.__class__ = _our_class(module)
+            module.__class__ = our_class(module)
             converted.append(name)
     return Conversion(tuple(converted), tuple(skipped))
 
 
-def _convolves(module: torch.nn.Module) -> bool:
+def _convolves(module: Module) -> bool:
     return isinstance(module, (_ConvNd, DeformConv2d, *_torchvisions()))
 
 
-def _reason_to_skip(module: torch.nn.Module) -> str:
+def reason_to_skip(module: Module) -> str:
     """Why `convert` leaves a module alone; "" if it need not."""
     cls = parametrize.type_before_parametrizations(module)
     if isinstance(module, (_Ours, DeformConv2d)):
@@ -105,9 +106,14 @@ def _torchvisions() -> dict[type, type]:
     return {cls: DeformConv2d} if isinstance(cls, type) else {}
 
 
-def _our_class(module: torch.nn.Module) -> type:
-    cls, known = type(module), OURS | _torchvisions()
+def our_class(module: Module) -> type:
+    known = OURS | _torchvisions()
+    return class_over(module, known[parametrize.type_before_parametrizations(module)])
+
+
+def class_over(module: Module, cls: type) -> type:
+    """`cls`, for a module that may be parametrized."""
     if not parametrize.is_parametrized(module):
-        return known[cls]
-    # register_parametrization gave the module a class of its own, with a property per tensor: the same over our class.
-    return type(cls.__name__, (known[cls.__bases__[0]],), dict(vars(cls)))
+        return cls
+    # register_parametrization gave the module a class of its own, with a property per tensor: the same over another.
+    return type(type(module).__name__, (cls,), dict(vars(type(module))))

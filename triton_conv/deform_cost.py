@@ -1,8 +1,8 @@
 """The predicted time of a deformable convolution, and the least; as `cost`, whose constants hold here too.
 
 Beside its dot a kernel interpolates: a sample takes four products and their conversions, and a vector of them the
-address of each corner. A multiprocessor issues these and dots at the same time; corners come through L1, which hands out
-a line a clock. Nobody has measured any of it.
+address of each corner. A multiprocessor issues these and dots at the same time; corners come through L1, which hands
+out a line a clock. Nobody has measured any of it.
 """
 
 from __future__ import annotations

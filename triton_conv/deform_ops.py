@@ -184,14 +184,16 @@ def _backward(dy, input, offset, weight, mask, *rest) -> tuple[Tensor, ...]:
 def _launched(device: Device, dy, input, offset, weight, mask, *rest) -> tuple[Tensor, ...]:
     checked, (to_x, to_offset, to_mask, to_w) = _backward_checked(dy, input, offset, weight, mask, *rest)
     how = (checked.geometry, checked.offset_groups, rest[-2], device)
-    dx = dw = doffset = dmask = nothing = input.new_empty(0)
+    dx: Any = None
+    doffset = dmask = dw = dx
     if to_x:
         dx = deform_run.input_gradient(dy, offset, weight, mask, *how, torch.empty_like(input))
     if to_offset or to_mask:  # one kernel for both
         doffset, dmask = deform_run.offset_gradients(dy, input, offset, weight, mask, *how)
     if to_w:
         dw = deform_run.weight_gradient(dy, input, offset, mask, *how, torch.empty_like(weight))
-    return dx, doffset if to_offset else nothing, dmask if to_mask else nothing, dw
+    found = zip((dx, doffset, dmask, dw), (to_x, to_offset, to_mask, to_w), strict=True)
+    return tuple(g if want else input.new_empty(0) for g, want in found)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

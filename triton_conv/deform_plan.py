@@ -1,4 +1,4 @@
-"""What a deformable convolution launches, as a pure function of numbers: shapes, dtypes, strides, device in, plan out.
+"""What a deformable convolution launches, as a pure function of numbers: shapes, strides and device in, plan out.
 
 A plan prints itself (`str(plan)`).
 """
@@ -22,6 +22,7 @@ from .devices import Device
 from .frozen import Frozen
 from .plan import ACCUMULATORS, span
 from .tiles import Tiles
+from .ways import dense_strides
 
 if TYPE_CHECKING:
     from .kernels.direct import Direct
@@ -45,27 +46,19 @@ _REASONS = {
 }
 
 
-# What each role reads of x, w and y.
-_READ = {
-    DeformRole.FORWARD: ("x", "w"),
-    DeformRole.INPUT: ("y", "w"),
-    DeformRole.OFFSET: ("x", "y", "w"),
-    DeformRole.WEIGHT: ("x", "y"),
-}
-
-
 @dataclass(frozen=True)
 class DeformPlan(Frozen):
     """A kernel and everything it is launched with, for tensors of any address.
 
-    `packs` names those of x, w and y that are copied to channels_last before it; `measured` are the kernels' seconds
-    where the config was measured at this very size.
+    `asked` is the caller's problem, `problem` the one that is left when the tensors that `packs` names are copied to
+    channels-last; `measured` are the kernels' seconds where the config was measured at this very size.
     """
 
     asked: DeformProblem
+    problem: DeformProblem
+    packs: tuple[str, ...]
     config: Config
     numerics: Numerics
-    packs: tuple[str, ...] = ()
     why: str = "tiles by rule"
     measured: float | None = None
 
@@ -91,17 +84,7 @@ class DeformPlan(Frozen):
 
     @property
     def tiles(self) -> Tiles:
-        return configs.tiles(self.asked, self.config)
-
-    @cached_property
-    def problem(self) -> DeformProblem:
-        """What the kernel computes: the problem asked for, after copies."""
-        return _packed(self.asked, self.packs)
-
-    @property
-    def _copies(self) -> tuple[int, ...]:
-        """The sizes of copies, in bytes."""
-        return tuple(prod(self.asked.geometry.shape(name)) * self.asked.item_bytes for name in self.packs)
+        return configs.tiles(self.problem, self.config)
 
     @property
     def dtypes(self) -> dict[str, str]:
@@ -130,6 +113,10 @@ class DeformPlan(Frozen):
             lists, pixels, cells = self.lists_shape
             return copies + lists * (pixels * (4 + 4 + 8) + cells * (4 + 4))
         return copies + (prod(self.slabs_shape) * max(self.asked.item_bytes, 4) if self.slabs_shape else 0)
+
+    @property
+    def _copies(self) -> list[int]:
+        return [prod(self.asked.geometry.shape(name)) * self.asked.item_bytes for name in self.packs]
 
     @cached_property
     def launches(self) -> tuple[Launch, ...]:
@@ -171,7 +158,7 @@ class DeformPlan(Frozen):
 
     @property
     def seconds(self) -> float:
-        """The predicted time of everything."""
+        """The predicted time of everything: copies, sort and kernels."""
         return self.prediction.seconds + self._around
 
     @property
@@ -190,35 +177,35 @@ class DeformPlan(Frozen):
     def __str__(self) -> str:
         numerics = self.numerics
         products = f"float32 products as {numerics.precision}" if self.dtype == "float32" else f"{self.dtype} products"
+        copies = [f"copy {'dw from' if self._writes(name) else name + ' to'} channels_last" for name in self.packs]
         lines = [
             f"kernel     {self.kernel} ({self.role.value})",
             f"geometry   {self.asked}",
             f"config     {self.config}",
             f"numbers    {products}, {numerics.accumulator} accumulator, {numerics.index_bits}-bit offsets",
-            f"layout     {self._layout()}",
+            f"layout     {'; '.join(copies) or 'as given, no copies'}",
             f"workspace  {self.workspace_bytes} bytes{self._workspace_use()}",
             f"reason     {self.reason}",
         ]
         return "\n".join(lines)
 
-    def _layout(self) -> str:
-        apart = [name for name in _READ[self.role] if name != "w" and _apart(self.problem, name)]
-        if apart:
-            return f"channels of {', '.join(apart)} apart in memory: gathered one by one"
-        copied = f": {', '.join(self.packs)} copied" if self.packs else ""
-        return f"channels_last{copied}"
+    def _writes(self, name: str) -> bool:
+        return self.role is DeformRole.WEIGHT and name == "w"
 
     def _workspace_use(self) -> str:
-        uses = [f"{', '.join(self.packs)} in channels_last"] if self.packs else []
+        uses = [f"a copy of {'d' if self._writes(name) else ''}{name}" for name in self.packs]
         if self.role is DeformRole.INPUT:
             uses.append("output pixels sorted by where they sample")
-        if self.slabs_shape:
+        elif self.slabs_shape:
             uses.append(f"{self.config.splits} slabs of dw, summed in order")
         return f" ({'; '.join(uses)})" if uses else ""
 
 
 def make(problem: DeformProblem) -> DeformPlan:
-    """The plan of a problem; the second time a look-up. Raises NotImplementedError for a dtype without kernels."""
+    """The plan of a problem; the second time it is a look-up.
+
+    Raises NotImplementedError for a dtype without kernels.
+    """
     return _make(problem, stored.generation(), None if problem.role is DeformRole.WEIGHT else invariance.batch())
 
 
@@ -226,7 +213,7 @@ def make(problem: DeformProblem) -> DeformPlan:
 def _make(problem: DeformProblem, _generation: Hashable, batch: int | None) -> DeformPlan:
     alike = problem if batch is None else problem._replace(geometry=replace(problem.geometry, N=batch))
     chosen = choice(every(alike))
-    return chosen if batch is None else _assembled(problem, chosen.config, chosen.packs, chosen.why)
+    return chosen if batch is None else _assembled(problem, chosen.config, chosen.why)
 
 
 def every(problem: DeformProblem) -> list[DeformPlan]:
@@ -238,35 +225,32 @@ def every(problem: DeformProblem) -> list[DeformPlan]:
         raise NotImplementedError(
             f"deformable convolutions have no kernel for x of {problem.dtype} with offset of {problem.offset_dtype}"
         )
-    apart = tuple(name for name in _READ[problem.role] if _apart(problem, name))
-    return [_looked_up(problem, packs) for packs in dict.fromkeys(((), apart))]
+    return [_looked_up(problem)]
 
 
 def choice(found: list[DeformPlan]) -> DeformPlan:
-    """The one to run: measured to be quickest where all were, else by predicted times."""
-    measured = all(p.measured is not None for p in found)
-    return min(found, key=lambda p: (p.measured_seconds or 0.0) if measured else p.seconds)
+    """The one to run."""
+    return found[0]
 
 
-def _looked_up(problem: DeformProblem, packs: tuple[str, ...]) -> DeformPlan:
+def _looked_up(problem: DeformProblem) -> DeformPlan:
     """The plan with the config that was stored for it, if there is one that fits, else with the rule's."""
-    rule = _assembled(problem, configs.default(problem), packs)
+    rule = _assembled(problem, configs.default(packed(problem)[1]))
     found = stored.find(problem.device, rule.kernel, *key_of(rule.problem))
     if found is None or not isinstance(found.config, Config) or misfit(problem, found.config):
         return rule
-    p = _assembled(problem, found.config, packs, f"config of {found.where}", found.seconds)
+    p = _assembled(problem, found.config, f"config of {found.where}", found.seconds)
     return p if found.exact or p.prediction.seconds <= ways.MOST_OF_RULE * rule.prediction.seconds else rule
 
 
-def key_of(packed: DeformProblem) -> tuple[keys.Key, keys.Extents]:
+def key_of(left: DeformProblem) -> tuple[keys.Key, keys.Extents]:
     """Under what the configs of a role's kernel are filed, for operands as the kernel reads them."""
-    variant = f"{packed.offset_groups} offset groups{', mask' if packed.has_mask else ''}"
-    if packed.offset_dtype != packed.dtype:
-        variant += f", offset {packed.offset_dtype}"
-    read = [getattr(packed.strides, name) for name in _READ[packed.role] if name != "w"]
-    channels_last = all(strides[1] == 1 for strides in read)
-    what = (packed.role, packed.dtype, packed.dtype, packed.precision, channels_last, variant)
-    return keys.of(packed.geometry, *what)
+    variant = f"{left.offset_groups} offset groups{', mask' if left.has_mask else ''}"
+    if left.offset_dtype != left.dtype:
+        variant += f", offset {left.offset_dtype}"
+    channels_last = left.strides.x[1] == left.strides.y[1] == 1
+    what = (left.role, left.dtype, left.dtype, left.precision, channels_last, variant)
+    return keys.of(left.geometry, *what)
 
 
 def misfit(problem: DeformProblem, config: Config) -> str | None:
@@ -283,33 +267,34 @@ def misfit(problem: DeformProblem, config: Config) -> str | None:
 
 def with_config(problem: DeformProblem, p: DeformPlan, config: Config) -> DeformPlan:
     """The plan of a problem that goes the way of another one of it, with this config."""
-    return _assembled(problem, config, p.packs, "config given for this way")
+    return _assembled(problem, config, "config given for this way")
 
 
 def _assembled(
-    problem: DeformProblem,
-    config: Config,
-    packs: tuple[str, ...],
-    why: str = "tiles by rule",
-    measured: float | None = None,
+    problem: DeformProblem, config: Config, why: str = "tiles by rule", measured: float | None = None
 ) -> DeformPlan:
-    reach = max(_reach(problem, config), _reach(_packed(problem, packs), config))
-    numerics = Numerics(64 if reach >= 2**31 else 32, ACCUMULATORS[problem.dtype], problem.precision, problem.has_bias)
-    return DeformPlan(problem, config, numerics, packs, why, measured)
+    packs, left = packed(problem)
+    bits = 64 if _reach(left, config) >= 2**31 else 32
+    numerics = Numerics(bits, ACCUMULATORS[problem.dtype], problem.precision, problem.has_bias)
+    return DeformPlan(problem, left, packs, config, numerics, why, measured)
 
 
-def _apart(p: DeformProblem, name: str) -> bool:
-    """Whether neighbouring channels of a tensor are no neighbours in memory."""
-    return p.geometry.shape(name)[1] > 1 and getattr(p.strides, name)[1] != 1
+# As many channels make it worth copying a tensor whose channels do not lie side by side: they are gathered in vectors.
+_WORTH_PACKING = 8
 
 
-def _packed(p: DeformProblem, packs: tuple[str, ...]) -> DeformProblem:
-    """The same with these tensors in channels_last."""
-    strides = {}
-    for name in packs:
-        _, C, _, H, W = p.geometry.shape(name)
-        strides[name] = (H * W * C, 1, 0, W * C, C)
-    return p._replace(strides=p.strides._replace(**strides))
+def packed(p: DeformProblem) -> tuple[tuple[str, ...], DeformProblem]:
+    """(tensors that are copied to channels-last, the problem with these copied).
+
+    Those are filters, which kernels take tap by tap, and activations that are read; of what is written, dw.
+    """
+    g = p.geometry
+    written = {DeformRole.FORWARD: "y", DeformRole.INPUT: "x"}.get(p.role)
+    channels = {"x": p.segment, "w": g.C // g.groups, "y": g.K // g.groups}
+    strides = p.strides._asdict()
+    packs = [n for n, c in channels.items() if n != written and strides[n][1] != 1 and c >= _WORTH_PACKING]
+    dense = {name: dense_strides(g.shape(name), channels_last=True) for name in packs}
+    return tuple(packs), p._replace(strides=p.strides._replace(**dense))
 
 
 def _reach(p: DeformProblem, config: Config) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .geometry import ConvGeometry
-from .reference import wide_of as _wide
+from .reference import wide_of
 
 
 class _Tap(NamedTuple):
@@ -54,7 +54,7 @@ def forward(
     offset_groups: int,
 ) -> Tensor:
     """y (N, K, P, Q), not yet rounded to the dtype of x."""
-    wide = _wide(x.dtype)
+    wide = wide_of(x.dtype)
     image, filters = _rows(x.to(wide), offset_groups), _filters(w.to(wide), geometry)
     scales = _scales(mask, geometry, offset_groups, wide)
     sums = None
@@ -81,7 +81,7 @@ def gradients(
     wanted: Sequence[bool] = (True, True, True, True),
 ) -> tuple[Tensor | None, ...]:
     """Those of x, offset, mask and w as far as wanted, not yet rounded; None for the others."""
-    g, wide = geometry, _wide(x.dtype)
+    g, wide = geometry, wide_of(x.dtype)
     image, filters = _rows(x.to(wide), offset_groups), _filters(w.to(wide), g)
     scales = _scales(mask, g, offset_groups, wide)
     given = dy.to(wide).reshape(g.N, g.groups, g.K // g.groups, g.output[1] * g.output[2])

@@ -133,12 +133,15 @@ def plan(
 def run(p: DeformPlan, tensors: dict[str, Tensor]) -> None:
     """Writes what a plan is for, on the operands of its role by name: x, offset, mask, w, bias, y, doffset, dmask."""
     with _on_device(tensors["offset"].device):
-        launched(p, laid(p, tensors))
+        taken = laid(p, tensors)
+        launched(p, taken)
+        if p.role is DeformRole.WEIGHT and "w" in p.packs:
+            tensors["w"].copy_(taken["w"])
 
 
 def laid(p: DeformPlan, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors as the plan's kernels take them."""
-    return tensors | {name: tensors[name].clone(memory_format=torch.channels_last) for name in p.packs}
+    return tensors | {name: tensors[name].contiguous(memory_format=torch.channels_last) for name in p.packs}
 
 
 def launched(p: DeformPlan, tensors: dict[str, Tensor]) -> None:

@@ -39,6 +39,7 @@ def plans(
     channels_last: bool = False,
     bias: bool = False,
     device: Device = config.DEVICES["H200"],
+    training: bool = True,
     **parameters: Any,
 ) -> Mapping[str, AnyPlan]:
     """The plans of a convolution and, for dtypes that have them, of its two gradients; needs no GPU.
@@ -50,6 +51,7 @@ def plans(
     The rank is that of `weight_shape`; `parameters` are those of `triton_conv.conv2d` or `conv_transpose2d`
     (stride, padding, dilation, groups, padding_mode, precision, ...), whose errors this raises too. With the dtype
     float8_e4m3fn they are those of `scaled_conv2d`, with int8 and an `out_dtype` of int32 those of `int_conv2d`.
+    Without `training` no gradient is asked for: the plan is that of inference, which keeps nothing for one.
     `channels_last` lays out input and weight so; `device` is the one that plans are for. A complex convolution shows
     the plan of the four real ones it is made of. With `causal` the plans are those of `causal_conv1d`, of its gradients
     and of `causal_conv1d_update`; the parameters are then `activation` and `initial_state`, whether there is one.
@@ -69,7 +71,8 @@ def plans(
         return branches.plans(input_shape, weight_shape, **how, **parameters)
     if "context" in parameters:
         return streaming.plans(input_shape, weight_shape, **how, **parameters)
-    shape, calls = _traced(input_shape, weight_shape, transposed, dtype, channels_last, bias, parameters)
+    traced = (input_shape, weight_shape, transposed, dtype, channels_last, bias, parameters, training)
+    shape, calls = _traced(*traced)
     found: dict[str, Any] = dict(_plans(calls, device))
     if parameters.get("activation") and len(calls) > 1:
         found["activation gradient"] = _activation_plan(shape.numel(), parameters, dtype, device)
@@ -250,6 +253,7 @@ def _traced(
     channels_last: bool,
     bias: bool,
     parameters: dict[str, Any],
+    training: bool = True,
 ) -> tuple[torch.Size, list[execute.Call]]:
     """The shape of the output and the calls that forward and backward make."""
     name, out = _name(weight_shape, transposed, dtype, parameters.get("out_dtype")), dtype
@@ -261,7 +265,7 @@ def _traced(
         out, parameters = torch.int32, {k: v for k, v in parameters.items() if k != "out_dtype"}
     rank = len(weight_shape) - 2
     layout = _CHANNELS_LAST.get(rank, torch.contiguous_format) if channels_last else torch.contiguous_format
-    differentiable = out is dtype and (dtype.is_floating_point or dtype.is_complex)
+    differentiable = training and out is dtype and (dtype.is_floating_point or dtype.is_complex)
 
     def empty(shape: Sequence[int], dtype: torch.dtype = dtype) -> torch.Tensor:
         t = torch.empty(list(shape), dtype=dtype, device="meta")

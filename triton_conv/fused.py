@@ -15,7 +15,8 @@ The backward pass computes dz, the gradient of what the activation is applied to
 
     dx = dgrad(dz, scale * w), dw = scale * wgrad(dz, x), dscale[k] = sum(w[k] * wgrad(dz, x)[k]), dbias = sum(dz)
 
-The gradient of a residual is dz, or dy itself where it was added after the activation. Beside x, w and scale are saved:
+where scale * w and wgrad(dz, x) are rounded to the dtype of w. The gradient of a residual is dz, or dy itself where it
+was added after the activation. Beside x, w and scale are saved:
 
 | activation                                    | no residual, or before it | residual after it     |
 |-----------------------------------------------|---------------------------|-----------------------|

@@ -4,14 +4,14 @@
     >>> triton_conv.nn.Conv1d(4, 8, 3, padding=((2, 0),), padding_mode="replicate")
     Conv1d(4, 8, kernel_size=(3,), stride=(1,), padding=((2, 0),), padding_mode=replicate)
 
-Each class derives from torch's class of the same name: constructor, parameters, initialisation, state_dict and repr
-are torch's, and `isinstance(module, torch.nn.Conv2d)` holds. Beyond torch, `padding` takes (lower, upper) pairs,
-one per axis; `padding_mode` takes one name per axis, and builds no padded copy in the kernels; `precision` is that
-of `triton_conv.functional`. So are `activation` and `negative_slope`, computed in the convolution's kernel; `forward`
+Each class that torch has too derives from torch's: constructor, parameters, initialisation, state_dict and repr are
+torch's, and `isinstance(module, torch.nn.Conv2d)` holds. Beyond torch, `padding` takes (lower, upper) pairs, one per
+axis; `padding_mode` takes one name per axis, and builds no padded copy in the kernels; `precision` is that of
+`triton_conv.functional`. So are `activation` and `negative_slope`, computed in the convolution's kernel; `forward`
 takes a residual, which is added there too, with `residual_after_activation` after the activation; with `scale` the
 module has a parameter of that name, one number for each output channel, that multiplies the sums before the bias is
-added. Tuples must have one entry per axis, or one entry for all. A lazy class takes the number of
-input channels from its first input, and becomes the class it is named after.
+added. Tuples must have one entry per axis, or one entry for all. A lazy class takes the number of input channels from
+its first input, and becomes the class it is named after.
 """
 
 from __future__ import annotations
@@ -27,6 +27,12 @@ from . import functional, ops
 from .branch_modules import ASPP, InceptionBranches, SelectiveKernel
 from .causal_nn import CausalConv1d, CausalConv3d
 from .deform_nn import DeformConv2d, ModulatedDeformConv2d
+from .factored import (
+    DepthwiseSeparableConv1d,
+    DepthwiseSeparableConv2d,
+    DepthwiseSeparableConv3d,
+    SpatiallySeparableConv2d,
+)
 from .functional import Ints, Modes, Padding
 from .fused_nn import Fusing
 from .geometry import PADDING_MODES
@@ -43,6 +49,9 @@ __all__ = [
     "ConvTranspose2d",
     "ConvTranspose3d",
     "DeformConv2d",
+    "DepthwiseSeparableConv1d",
+    "DepthwiseSeparableConv2d",
+    "DepthwiseSeparableConv3d",
     "InceptionBranches",
     "LazyConv1d",
     "LazyConv2d",
@@ -52,6 +61,7 @@ __all__ = [
     "LazyConvTranspose3d",
     "ModulatedDeformConv2d",
     "SelectiveKernel",
+    "SpatiallySeparableConv2d",
 ]
 
 
@@ -65,23 +75,27 @@ def convolved(
     **fusion: Any,
 ) -> Tensor:
     """`function` of these tensors, with the parameters of a module of torch's or ours; `fusion` goes with them."""
-    padding = module.padding
-    if module.padding_mode != "zeros":
-        # What torch hands to F.pad in these modes; code that patches torch's modules sets this one attribute.
-        border = module._reversed_padding_repeated_twice
-        padding = tuple((border[i], border[i + 1]) for i in range(len(border) - 2, -1, -2))  # lists are not remembered
     return function(
         input,
         weight,
         bias,
         module.stride,
-        padding,
+        padding_of(module),
         module.dilation,
         module.groups,
         padding_mode=module.padding_mode,
         precision=precision,
         **fusion,
     )
+
+
+def padding_of(module: Any) -> Any:
+    """The padding of a module that is not transposed, as functions take it."""
+    if module.padding_mode == "zeros":
+        return module.padding
+    # What torch hands to F.pad in the other modes; code that patches torch's modules sets this one attribute.
+    border = module._reversed_padding_repeated_twice
+    return tuple((border[i], border[i + 1]) for i in range(len(border) - 2, -1, -2))  # lists are not remembered
 
 
 def transposed(
@@ -93,6 +107,22 @@ def transposed(
     **fusion: Any,
 ) -> Tensor:
     """The same of a transposed convolution."""
+    return function(
+        input,
+        module.weight,
+        module.bias,
+        module.stride,
+        module.padding,
+        output_padding_of(module, input, output_size),
+        module.groups,
+        module.dilation,
+        precision=precision,
+        **fusion,
+    )
+
+
+def output_padding_of(module: Any, input: Tensor, output_size: Sequence[int] | None) -> tuple[int, ...]:
+    """That of a transposed module, for an output of this size."""
     output_padding = module._output_padding(
         input,
         output_size,
@@ -103,18 +133,7 @@ def transposed(
         len(module.kernel_size),
         module.dilation,
     )
-    return function(
-        input,
-        module.weight,
-        module.bias,
-        module.stride,
-        module.padding,
-        tuple(int(p) for p in output_padding),
-        module.groups,
-        module.dilation,
-        precision=precision,
-        **fusion,
-    )
+    return tuple(int(p) for p in output_padding)
 
 
 class _Ours(Fusing):
@@ -545,6 +564,11 @@ def _own_constructor(cls: Any) -> None:
 
 for _cls in OURS.values():
     _own_constructor(_cls)
+
+
+DepthwiseSeparableConv1d.convolution = Conv1d
+DepthwiseSeparableConv2d.convolution = SpatiallySeparableConv2d.convolution = Conv2d
+DepthwiseSeparableConv3d.convolution = Conv3d
 
 
 def _is_sequence(value: Any) -> bool:

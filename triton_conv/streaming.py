@@ -7,8 +7,8 @@
     >>> torch.equal(torch.cat((first, rest), dim=2), triton_conv.causal_conv3d(video, filters, padding=1))
     True
 
-The operator, as a profile names it, is `triton_conv::causal_conv`; its gradients are `triton_conv::conv_dgrad` and
-`triton_conv::conv_wgrad`. A sequence is to it a video whose frames have one position.
+The operators, as a profile names them, are `triton_conv::causal_conv` and, with an epilogue, `causal_conv_fused`; their
+gradients are `triton_conv::conv_dgrad` and `conv_wgrad`. A sequence is to them a video whose frames have one position.
 """
 
 from __future__ import annotations
@@ -21,28 +21,20 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import config, execute, functional, invariance, ops, plan, reference, streaming_plan
+from . import config, execute, functional, fused, ops, plan, streaming_ops, streaming_plan
 from .config import Device
+from .epilogue import PLAIN, Epilogue
 from .execute import Call
 from .functional import Ints, Modes, Padding
-from .geometry import Context, ConvGeometry, Role, output_extent
-from .streaming_plan import Problem, StreamingPlan
+from .fused import Fusion
+from .geometry import Role, output_extent
+from .streaming_plan import StreamingPlan
 from .unsupported import check_kind, refuse_script
 
 __all__ = ["causal_conv3d"]
 
 DTYPES = tuple(getattr(torch, name) for name in streaming_plan.DTYPES)
 TIME_MODES = ("zeros", "replicate")
-
-# padding is that of rows and columns, padding_mode one name for both or two joined by commas; the rest is of three axes
-_SCHEMA = (
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor? context, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
-    "SymInt groups, str padding_mode, str time_mode, str? precision) -> Tensor"
-)
-_lib = torch.library.Library("triton_conv", "FRAGMENT")
-_lib.define("causal_conv" + _SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
-_lib.define(f"causal_conv.traced{_SCHEMA.replace('SymInt', 'int')}")
-_op = torch.ops.triton_conv.causal_conv.default
 
 
 def causal_conv3d(
@@ -59,6 +51,11 @@ def causal_conv3d(
     time_mode: str = "zeros",
     return_context: bool = False,
     precision: str | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
+    residual_after_activation: bool = False,
+    scale: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """3-D convolution that looks back in time, never ahead; `context` is what came before x.
 
@@ -83,7 +80,10 @@ def causal_conv3d(
     not on a CPU, where frames are computed one by one and are therefore slow. x, context and weight are to lie in
     memory alike each time (contiguous or channels-last), and N to be the same.
 
-    Gradients exist for x, context, weight and bias, of any order. Those of x and context are views of one tensor; for
+    activation, negative_slope, residual, residual_after_activation, scale: as in `triton_conv.conv3d`. Where no
+    gradient is asked for they happen in the same kernel, else in plain torch after it, rounded once more.
+
+    Gradients exist for all tensors, of any order. Those of x and context are views of one tensor; for
     that of weight context and x are concatenated, and forward they never are.
 
     Raises what PyTorch raises for arguments of the wrong type, shape, dtype or device, before anything is launched;
@@ -92,12 +92,12 @@ def causal_conv3d(
     Method: implicit GEMM; pixels or whole taps choose between two base addresses (the cache of causal convolutions in
     video decoders such as Wan 2.1, 2025, without its concatenation); on a CPU, PyTorch's own convolution.
     """
-    tensors = (x, weight, bias, context)
+    tensors = (x, weight, bias, context, residual, scale)
     if has_torch_function(tensors):
         return handle_torch_function(
             causal_conv3d,
             tensors,
-            *tensors,
+            *tensors[:4],
             stride=stride,
             padding=padding,
             dilation=dilation,
@@ -106,9 +106,15 @@ def causal_conv3d(
             time_mode=time_mode,
             return_context=return_context,
             precision=precision,
+            activation=activation,
+            negative_slope=negative_slope,
+            residual=residual,
+            residual_after_activation=residual_after_activation,
+            scale=scale,
         )
-    how = _video(tensors, stride, padding, dilation, groups, padding_mode, time_mode, precision)
-    return _convolved("causal_conv3d", *how, return_context)
+    how = _video(tensors[:4], stride, padding, dilation, groups, padding_mode, time_mode, precision)
+    fusion = fused.asked(activation, negative_slope, residual, residual_after_activation, scale)
+    return _convolved("causal_conv3d", *how, return_context, fusion)
 
 
 def dense_causal_conv1d(
@@ -164,6 +170,11 @@ def _sequence(
     (step,), (reach,) = functional._ints(name, "stride", stride, 1), functional._ints(name, "dilation", dilation, 1)
     params = ([step, 1, 1], [0] * 4, [reach, 1, 1], functional._index(name, "groups", groups), "zeros")
     x, weight, bias, context = tensors
+    if weight.shape[1] * params[3] != x.shape[-2]:
+        raise RuntimeError(
+            f"Given groups={groups}, expected weight (K, C / groups, S) for x (B, C, L), or (C, W) for one a channel, "
+            f"but got weight {list(weight.shape)}, x {list(x.shape)}"
+        )
     x, weight, context = (t if t is None else t[..., None, None] for t in (x, weight, context))
     how = (*params, _time_mode(name, time_mode), functional._precision(name, precision))
     return batched, (x, weight, bias, context), how
@@ -175,20 +186,35 @@ def _time_mode(name: str, time_mode: Any) -> str:
     return time_mode
 
 
-def _convolved(name: str, batched: bool, tensors: tuple, params: tuple, return_context: Any) -> Any:
+def _convolved(
+    name: str, batched: bool, tensors: tuple, params: tuple, return_context: Any, fusion: Fusion | None = None
+) -> Any:
     x, weight, bias, context = tensors
     if not isinstance(return_context, bool):
         raise TypeError(f"{name}(): argument 'return_context' must be bool, not {type(return_context).__name__}")
     if not batched:
         x, context = x.unsqueeze(0), None if context is None else context.unsqueeze(0)
-    op: Any = torch.ops.triton_conv.causal_conv.traced if torch.jit.is_tracing() else _op
-    y = op(x, weight, bias, context, *params)
+    if fusion is None:
+        y = streaming_ops.recordable(streaming_ops.causal_conv)(x, weight, bias, context, *params)
+    else:
+        y = _fused(name, batched, (x, weight, bias), context, params, fusion)
     y = y if batched else y.squeeze(0)
     if not return_context:
         return y
     stride, _, dilation, _, _, time_mode, _ = params
     following = _next_context(name, x, context, weight.shape[2], stride[0], dilation[0], time_mode)
     return y, following if batched else following.squeeze(0)
+
+
+def _fused(name: str, batched: bool, tensors: tuple, context: Tensor | None, params: tuple, fusion: Fusion) -> Tensor:
+    activation, slope, residual, after, scale = fusion
+    fused.check(name, activation, slope)
+    for argument, t in (("residual", residual), ("scale", scale)):
+        if t is not None:
+            check_kind(name, argument, t)
+    residual = residual if batched or residual is None else residual.unsqueeze(0)
+    op = streaming_ops.recordable(streaming_ops.causal_conv_fused)
+    return op(*tensors, scale, residual, context, *params, activation or "", float(slope), bool(after))
 
 
 def _check_tensors(name: str, rank: int, x: Any, weight: Any, bias: Any, context: Any) -> bool:
@@ -237,222 +263,6 @@ def _next_context(
     return torch.cat((x[:, :, :1].expand(size) if time_mode == "replicate" else x.new_zeros(size), x), dim=2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What the operator computes, by real and fake kernels
-
-
-def _conv_params(
-    weight: Tensor, context: Tensor | None, stride, padding, dilation, groups, padding_mode, time_mode, precision
-) -> tuple:
-    """Those of the same convolution of all frames in a row: `triton_conv::conv`'s."""
-    first = dilation[0] * (weight.shape[2] - 1) if context is None else 0
-    modes = padding_mode.split(",")
-    modes = [time_mode if context is None else "zeros", *(modes if len(modes) == 2 else modes * 2)]
-    return stride, [first, 0, *padding], dilation, groups, ",".join(modes), precision
-
-
-def _call(x, weight, bias, context, *params) -> Call:
-    """The convolution of all frames in a row, whose input is x alone; raises for what does not fit."""
-    if x.dim() != 5 or weight.dim() != 5:
-        raise RuntimeError(
-            f"expected x and weight with five dimensions, but got x {list(x.shape)}, weight {list(weight.shape)}"
-        )
-    if context is not None:
-        sizes = f"context {list(context.shape)}, x {list(x.shape)}"
-        if (*context.shape[:2], *context.shape[3:]) != (*x.shape[:2], *x.shape[3:]):
-            raise RuntimeError(f"expected context to have the shape of x but for its number of frames, but got {sizes}")
-        if context.dtype != x.dtype:
-            raise RuntimeError(f"expected context of {x.dtype}, but got {context.dtype} ({sizes})")
-        ops._check_device("x", x, "context", context)
-    if x.shape[2] < 1:
-        raise RuntimeError(f"expected x to have a frame, but got x of size {list(x.shape)}")
-    stride, padding, dilation, groups, modes, precision = _conv_params(weight, context, *params)
-    frames = x.shape[2] + (0 if context is None else context.shape[2])
-    geometry = ops._geometry(
-        ConvGeometry.forward,
-        (*x.shape[:2], frames, *x.shape[3:]),
-        weight.shape,
-        stride,
-        ops._pairs(padding),
-        dilation,
-        groups,
-        ops._modes(modes, weight.shape),
-    )
-    ops._check_operands(bias, geometry.K, precision, x=x, weight=weight)
-    return Call(Role.FPROP, geometry, x, weight, bias, precision)
-
-
-def _fake(*args) -> Tensor:
-    return execute._empty_like_output(_call(*args))
-
-
-def _run(x, weight, bias, context, *params) -> Tensor:
-    call = _call(x, weight, bias, context, *params)
-    output, device = execute._empty_like_output(call), execute.device_of(x.device)
-    if output.numel() == 0:
-        return output
-    if x.numel() == 0 or weight.numel() == 0:
-        return reference.add_bias(output.zero_(), bias)
-    if device is None:
-        return _by_frames(call, context, output)
-    problem = problem_of(call, context, output, device)
-    p = streaming_plan.make(problem)
-    tensors = {"x": x, "w": weight, "y": output}
-    if problem.context.held:  # where there is no context, it is x that repeats
-        tensors["context"] = (x if context is None else context)[:, :, : problem.context.held]
-    tensors |= {name: _channels_last(tensors[name]) for name in p.packs}
-    if bias is not None:
-        tensors["bias"] = bias.contiguous()
-    with execute._on_device(x.device):
-        for launch in p.direct:
-            launch.run(tensors)
-    return output
-
-
-def problem_of(call: Call, context: Tensor | None, output: Tensor, device: Device) -> Problem:
-    """The numbers a plan is made from."""
-    x, weight, g = call.a, call.b, call.geometry
-    before = Context(0, _strides(x))
-    if context is not None and context.shape[2]:
-        before = Context(context.shape[2], _strides(context))
-    elif g.modes[0] == "replicate":
-        first = g.padding[0][0]
-        pads, modes = ((0, 0), *g.padding[1:]), ("zeros", *g.modes[1:])
-        g = replace(g, input=(first + g.input[0], *g.input[1:]), padding=pads, modes=modes)
-        before = Context(first, _strides(x[:, :, :1].expand(-1, -1, first, -1, -1)))
-    operands = {"x": x, "context": context, "w": weight}
-    there = {name: t for name, t in operands.items() if t is not None and t.device.type != "meta"}
-    return Problem(
-        g,
-        before,
-        str(x.dtype).removeprefix("torch."),
-        (call.precision or execute.default_precision()) if x.dtype is torch.float32 else "ieee",
-        _strides(x),
-        weight.stride(),
-        _strides(output),
-        call.bias is not None,
-        tuple(name for name, t in there.items() if t.data_ptr() % 16),
-        device,
-    )
-
-
-def _strides(t: Tensor) -> tuple[int, ...]:
-    """Those of axes with one row or column, which are whatever they are, as 0; for D 0 says that a frame repeats."""
-    n, c, d, *rest = t.stride()
-    d = d if d or t.shape[2] > 1 else 1
-    return (n, c, d, *(0 if extent == 1 else s for s, extent in zip(rest, t.shape[3:], strict=True)))
-
-
-def _channels_last(t: Tensor) -> Tensor:
-    """A dense copy (N, D, H, W, C)."""
-    return t.permute(0, 2, 3, 4, 1).clone(memory_format=torch.contiguous_format)
-
-
-def _by_frames(call: Call, context: Tensor | None, output: Tensor) -> Tensor:
-    """By plain torch, one output frame at a time: PyTorch's convolutions may do as they like with several."""
-    x, weight, g = call.a, call.b, call.geometry
-    if invariance.batch() is not None and g.N > 1:
-        one = replace(g, N=1)
-        contexts = [None] * g.N if context is None else context.split(1)
-        for a, before, y in zip(x.split(1), contexts, output.split(1), strict=True):
-            _by_frames(replace(call, geometry=one, a=a), before, y)
-        return output
-    taps, before = g.filter[0], 0 if context is None else context.shape[2]
-    one = replace(
-        g,
-        input=(taps, *g.input[1:]),
-        output=(1, *g.output[1:]),
-        stride=(1, *g.stride[1:]),
-        padding=((0, 0), *g.padding[1:]),
-        dilation=(1, *g.dilation[1:]),
-        modes=("zeros", *g.modes[1:]),
-    )
-    for z in range(g.output[0]):
-        window = x.new_zeros(g.N, g.C, *one.input)
-        for t in range(taps):
-            frame = z * g.stride[0] - g.padding[0][0] + t * g.dilation[0]
-            if context is not None and frame < before:
-                window[:, :, t] = context[:, :, frame]
-            elif frame >= 0 or g.modes[0] == "replicate":
-                window[:, :, t] = x[:, :, max(frame - before, 0)]
-        output[:, :, z : z + 1] = reference.fprop(window, weight, call.bias, one)
-    return output
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Derivatives and transforms
-
-
-class _Causal(ops._SingleLevelFunction):
-    @staticmethod
-    def forward(op, x, weight, bias, context, *params):
-        return ops._below_autograd(op, x, weight, bias, context, *params)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, x, weight, _, context, *ctx.params = inputs
-        ctx.output_shape = output.shape
-        ops._save(ctx, x, weight, context)
-
-    @staticmethod
-    def backward(ctx, dy):
-        none = (None,) * len(ctx.params)
-        if dy is None:
-            return (None,) * 5 + none
-        (x, weight, context), needs = ctx.saved_tensors, ctx.needs_input_grad
-        how = _conv_params(weight, context, *ctx.params)
-        frames = [0 if context is None else context.shape[2], x.shape[2]]
-        dx = dweight = dcontext = None
-        if needs[1] or needs[4]:
-            size = [*x.shape[:2], sum(frames), *x.shape[3:]]
-            dcontext, dx = ops.conv_dgrad(dy, weight, size, *how).split(frames, dim=2)
-        if needs[2]:
-            both = x if context is None else torch.cat((context, x), dim=2)
-            dweight = ops.conv_wgrad(dy, both, weight.shape, ops._gradient_strides(weight), *how)
-        dbias = ops._bias_gradient(dy) if needs[3] else None
-        return None, dx if needs[1] else None, dweight, dbias, dcontext if needs[4] else None, *none
-
-    @staticmethod
-    def jvp(ctx, _, dx, dweight, dbias, dcontext, *unused):
-        x, weight, context = ctx.saved_tensors
-        parts = []
-        if dx is not None or dcontext is not None:
-            dx = torch.zeros_like(x) if dx is None else dx
-            if context is not None and dcontext is None:
-                dcontext = torch.zeros_like(context)
-            parts.append(_op(dx, weight, None, dcontext, *ctx.params))
-        if dweight is not None:
-            parts.append(_op(x, dweight, None, context, *ctx.params))
-        return ops._sum_of(parts, dbias, ctx.output_shape)
-
-
-def _vmap(info, in_dims, x, weight, bias, context, *params):
-    """A batch of x and context is more samples; of filters, that of the convolution of all frames in a row."""
-    size, (x_dim, weight_dim, bias_dim, context_dim) = info.batch_size, in_dims[:4]
-    if weight_dim is None and bias_dim is None:
-        x = ops._folded(x, x_dim, size, 0)
-        context = None if context is None else ops._folded(context, context_dim, size, 0)
-        return ops._unfolded(_op(x, weight, bias, context, *params), size, 0), 0
-    frames, dim = x, x_dim
-    if context is not None:
-        parts, dim = [context, x], None
-        if x_dim is not None or context_dim is not None:
-            parts, dim = [ops._front(context, context_dim, size), ops._front(x, x_dim, size)], 0
-        frames = torch.cat(parts, dim=2 if dim is None else 3)
-    how = _conv_params(weight if weight_dim is None else weight.select(weight_dim, 0), context, *params)
-    rule = ops._activation_vmap(ops._fprop_op(how), 0)
-    return rule(info, (dim, weight_dim, bias_dim), frames, weight, bias, *how)
-
-
-_lib.impl("causal_conv", _run, "CPU")
-_lib.impl("causal_conv", _run, "CUDA")
-_lib.impl("causal_conv", ops._autograd_kernel(_op, _Causal), "Autograd")
-_lib.impl("causal_conv.traced", _op, "CompositeImplicitAutograd")
-torch.library.register_fake("triton_conv::causal_conv", _fake, lib=_lib)
-torch.library.register_vmap("triton_conv::causal_conv", _vmap, lib=_lib)
-for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-    _lib.impl("causal_conv", ops._autocast_kernel(_op, _device), _key)
-
 refuse_script(causal_conv3d)
 
 
@@ -478,7 +288,8 @@ def plans(
         ['forward', 'input gradient', 'weight gradient']
 
     `context` counts its frames; None is a beginning. `options` are those of `causal_conv3d` or, for a weight of three
-    dimensions, of `causal_conv1d`. With `channels_last` input, context and weight are laid out so.
+    dimensions, of `causal_conv1d`, and a `residual` "before" or "after" the activation and a `scale` where there is one
+    (True). With `channels_last` input, context and weight are laid out so.
     """
 
     def empty(*shape: int) -> Tensor:
@@ -490,17 +301,35 @@ def plans(
     before = None if context is None else empty(*input_shape[:2], context, *input_shape[3:])
     biases = torch.empty(weight_shape[0], dtype=dtype, device="meta") if bias else None
     arguments: Any = _video if len(weight_shape) == 5 else _sequence
+    names = ("activation", "negative_slope", "residual", "scale")
+    fusion = {name: options.pop(name) for name in names if name in options}
     _, tensors, params = arguments((x, weight, biases, before), **options)
-    call, before = _call(*tensors, *params), tensors[3]
-    y = execute._empty_like_output(call)
+    call, before = _of_shapes(tensors, params, fusion), tensors[3]
+    y, plain = execute._empty_like_output(call), replace(call, epilogue=PLAIN, scale=None, residual=None)
     both = call.a if before is None else torch.cat((before, call.a), dim=2)
     weight_stride = tuple(ops._gradient_strides(call.b))
     gradients = {
-        "input gradient": replace(call, role=Role.DGRAD, a=y, bias=None),
-        "weight gradient": replace(call, role=Role.WGRAD, a=y, b=both, bias=None, weight_stride=weight_stride),
+        "input gradient": replace(plain, role=Role.DGRAD, a=y, bias=None),
+        "weight gradient": replace(plain, role=Role.WGRAD, a=y, b=both, bias=None, weight_stride=weight_stride),
     }
-    forward = streaming_plan.make(problem_of(call, before, y, device))
+    forward = streaming_plan.make(streaming_ops.problem_of(call, before, y, device))
     return {
         "forward": forward,
         **{name: plan.make(execute.problem_of(gradient, device)) for name, gradient in gradients.items()},
     }
+
+
+def _of_shapes(tensors: tuple, params: tuple, fusion: dict[str, Any]) -> Call:
+    """The call of tensors without memory; a residual and a scale are like those that one would give."""
+    call = streaming_ops.call_of(*tensors, *params)
+    activation, residual, scale = (fusion.get(name) or "" for name in ("activation", "residual", "scale"))
+    slope = fusion.get("negative_slope", PLAIN.slope) if activation == "leaky_relu" else PLAIN.slope
+    if not (activation or residual or scale):
+        return call
+    fused.check("plans", activation or None, slope)
+    return replace(
+        call,
+        epilogue=Epilogue(activation, slope, residual, bool(scale)),
+        residual=execute._empty_like_output(call) if residual else None,
+        scale=torch.empty(call.geometry.K, dtype=call.a.dtype, device="meta") if scale else None,
+    )

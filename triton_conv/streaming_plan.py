@@ -18,6 +18,7 @@ from . import config as configs
 from .config import ITEM_BYTES, BoxConfig, Config, KernelConfig, Numerics
 from .cost import Prediction, Roofline
 from .devices import Device
+from .epilogue import PLAIN, Epilogue
 from .frozen import Frozen
 from .geometry import Context, ConvGeometry, Role, Strides
 from .tiles import ceil_div
@@ -39,7 +40,7 @@ class Problem(NamedTuple):
 
     `geometry` is that of all frames in a row, those of the context first. Strides are of (N, C, D, H, W) for x,
     (K, C / groups, T, R, S) and (N, K, Z, P, Q). `unaligned` names those of "x", "context" and "w" that do not start
-    at a multiple of 16 bytes.
+    at a multiple of 16 bytes; `moves_residual` says that the epilogue's residual does not lie as y does.
     """
 
     geometry: ConvGeometry
@@ -52,6 +53,8 @@ class Problem(NamedTuple):
     has_bias: bool
     unaligned: tuple[str, ...]
     device: Device
+    epilogue: Epilogue = PLAIN
+    moves_residual: bool = False
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The five extents of "x", "context" or "w" in memory."""
@@ -106,7 +109,7 @@ class StreamingPlan(Frozen):
     @property
     def context(self) -> Context:
         """The context as the kernel reads it."""
-        given = self.problem.context
+        given = self.problem.context._replace(aligned=not {"x", "context"} & {*self.problem.unaligned})
         if "context" not in self.packs:
             return given
         strides = dense_strides(self.problem.shape("context"), channels_last=True)
@@ -122,7 +125,7 @@ class StreamingPlan(Frozen):
     @property
     def dtypes(self) -> dict[str, str]:
         """The dtype of every operand that a launch may name."""
-        return dict.fromkeys(("x", "context", "w", "bias", "y"), self.dtype)
+        return dict.fromkeys(("x", "context", "w", "bias", "scale", "residual", "y"), self.dtype)
 
     @property
     def workspace_bytes(self) -> int:
@@ -132,7 +135,10 @@ class StreamingPlan(Frozen):
     @property
     def _copies(self) -> dict[str, int]:
         """The size in bytes of every tensor that stands for another."""
-        return {name: prod(self.problem.shape(name)) * ITEM_BYTES[self.dtype] for name in self.packs}
+        copies = {name: prod(self.problem.shape(name)) for name in self.packs}
+        if self.problem.moves_residual:
+            copies["residual"] = prod(self.geometry.shape("y"))
+        return {name: elements * ITEM_BYTES[self.dtype] for name, elements in copies.items()}
 
     @cached_property
     def launches(self) -> tuple[Launch, ...]:
@@ -155,14 +161,15 @@ class StreamingPlan(Frozen):
     @cached_property
     def roofline(self) -> Roofline:
         """The least time of what the plan computes, by whatever kernel."""
-        return cost.roofline(self.asked, self.role, self.dtype, self.numerics.precision, self.device)
+        what = (self.role, self.dtype, self.numerics.precision, self.device, self.dtype)
+        return cost.roofline(self.asked, *what, self.numerics.epilogue)
 
     @cached_property
     def prediction(self) -> Prediction:
         """The predicted time of the kernel."""
         rows = ways.reads_channels_last(self.role, self.strides)
         what = (self.geometry, self.role, self.kernel, self.config, self.dtype, self.numerics.precision, self.device)
-        return cost.predict(*what, rows)
+        return cost.predict(*what, rows, self.dtype, self.numerics.epilogue)
 
     @property
     def limit(self) -> str:
@@ -186,11 +193,15 @@ class StreamingPlan(Frozen):
     def __str__(self) -> str:
         numerics = self.numerics
         copies = ", ".join(f"a copy of {name}" for name in self._copies)
+        dot = self.dtype == "float32" and getattr(self.config, "dot", True)
+        products = f"float32 products as {numerics.precision}" if dot else f"{self.dtype} products"
+        fused = plan._fused(numerics.epilogue, numerics.has_bias)
         lines = [
             f"kernel     {self.kernel} ({self.role.value} of context and x, not concatenated)",
             f"geometry   {self.problem}",
             f"config     {self.config}",
-            f"numbers    {self.dtype} products, {numerics.accumulator} accumulator, {numerics.index_bits}-bit offsets",
+            f"numbers    {products}, {numerics.accumulator} accumulator, {numerics.index_bits}-bit offsets",
+            *([f"epilogue   {fused}"] if fused else []),
             f"layout     {'; '.join(self.steps)}",
             f"workspace  {self.workspace_bytes} bytes{f' ({copies})' if copies else ''}",
             f"reason     {self.reason}",
@@ -211,8 +222,9 @@ def _make(problem: Problem, explicit: KernelConfig | None, generation: Hashable,
     p, g = problem, problem.geometry
     way = _chosen(_of_fixed_length(p, g.N if batch is None else batch), explicit, generation)
     read = [name for name in _WORDS if name != "context" or p.context.held]
-    packs = tuple(name for name in read if way.kernel == "box" and not _fits_a_box(p, name))
-    numerics = Numerics(32, plan.ACCUMULATORS[p.dtype], p.precision, p.has_bias)
+    fits = _fits_a_box if way.kernel == "box" else _in_rows if way.layout.packs else _as_it_lies
+    packs = tuple(name for name in read if not fits(p, name))
+    numerics = Numerics(32, plan.ACCUMULATORS[p.dtype], p.precision, p.has_bias, epilogue=p.epilogue)
     made = StreamingPlan(p, way.kernel, way.config, numerics, packs, way.reason)
     reach = max(
         plan._reach(g, made.strides, Role.FPROP, way.config),
@@ -257,6 +269,7 @@ def _of_fixed_length(p: Problem, N: int) -> ways.Problem:
         has_scale=False,
         aligned=True,
         device=p.device,
+        epilogue=p.epilogue,
     )
 
 
@@ -275,16 +288,16 @@ def _chosen(problem: ways.Problem, explicit: KernelConfig | None, _generation: H
             raise RuntimeError(f"a box config was given for {g}, but {misfit or 'its box is more than one frame'}")
         return Way("box", copied, explicit, "config given explicitly")
     gathered = ways._gathered(problem, given, explicit if isinstance(explicit, Config) else None, obstacle)
-    if obstacle or isinstance(explicit, Config):
+    if isinstance(explicit, Config) or (obstacle and "x" not in packs):
         return _for_any_length(gathered)
-    boxed = _boxed(problem, copied)
-    first, second = (gathered, boxed) if "x" in packs else (boxed, gathered)
+    other = ways._gathered(problem, copied, None, obstacle) if obstacle else _boxed(problem, copied)
+    first, second = (gathered, other) if "x" in packs else (other, gathered)
     times = [_seconds(problem, way) for way in (first, second)]
     worth = times[1] < choose.WORTH_LEAVING * times[0]
-    best, other = (second, first) if worth else (first, second)
+    best, left = (second, first) if worth else (first, second)
     ours, theirs = reversed(times) if worth else times
-    after = " after copies" if "x" in other.layout.packs else ""
-    against = f"{1e6 * ours:.3g} us predicted, against {1e6 * theirs:.3g} us of {other.kernel}{after}"
+    after = " after copies" if "x" in left.layout.packs else ""
+    against = f"{1e6 * ours:.3g} us predicted, against {1e6 * theirs:.3g} us of {left.kernel}{after}"
     return _for_any_length(best._replace(reason=f"{best.reason}; {against}"))
 
 
@@ -305,8 +318,8 @@ def _boxed(problem: ways.Problem, layout: Layout) -> Way:
     config: Any = way.config
     if config.box[1] > 1:
         config = replace(config, box=configs.little_waste((g.N, 1, *g.output[1:]), config.BLOCK_M))
-    # two loops have more addresses, which after Hopper spill where planes are stored
-    if problem.device.capability >= 100 and problem.strides.y[1] != 1:
+    # two loops have more addresses, which after Hopper spill where planes are stored and where operands are wide
+    if problem.device.capability >= 100 and (problem.strides.y[1] != 1 or ITEM_BYTES[problem.dtype] > 2):
         config = replace(config, num_stages=min(config.num_stages, 3))
     return way._replace(config=config)
 
@@ -315,8 +328,18 @@ def _seconds(problem: ways.Problem, way: Way) -> float:
     g, item = problem.geometry, ITEM_BYTES[problem.dtype]
     rows = ways.reads_channels_last(Role.FPROP, way.layout.strides)
     what = (g, Role.FPROP, way.kernel, way.config, problem.dtype, problem.precision, problem.device, rows)
+    fused = (problem.dtype, problem.epilogue)
     copies = sum(cost.copy_seconds(prod(g.shape(name)) * item, problem.device) for name in way.layout.packs)
-    return cost.predict(*what).seconds + copies
+    return cost.predict(*what, *fused).seconds + copies
+
+
+def _as_it_lies(p: Problem, name: str) -> bool:
+    return True
+
+
+def _in_rows(p: Problem, name: str) -> bool:
+    """Whether the channels of an operand lie side by side."""
+    return p.strides(name)[1] == 1 or p.shape(name)[1] == 1
 
 
 def _fits_a_box(p: Problem, name: str) -> bool:

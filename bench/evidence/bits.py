@@ -41,6 +41,7 @@ class Family(NamedTuple):
     mode: str = "zeros"
     gradients: bool = True
     remembered: bool = True  # by `triton_conv.fast`
+    recorded: bool = True  # by `execute.recording`, as plain convolutions are
 
     def operands(self, device: torch.device | str, N: int, tiny: bool) -> tuple[Tensor, Tensor]:
         """Input and filters, the same values whatever N."""
@@ -87,8 +88,32 @@ def _transposed(x: Tensor, w: Tensor, **options: Any) -> Tensor:
     return triton_conv.conv_transpose2d(x, w, stride=2, **options)
 
 
+def _fused(x: Tensor, w: Tensor, **options: Any) -> Tensor:
+    scale = torch.linspace(0.5, 1.5, len(w), device=w.device, dtype=w.dtype)
+    return triton_conv.conv2d(x, w, activation="silu", scale=scale, **options)
+
+
+def _branches(x: Tensor, w: Tensor, padding: Any, padding_mode: str) -> Tensor:
+    return triton_conv.multi_conv2d(x, [triton_conv.Branch(filters, padding=padding) for filters in (w, w.flip(0))])
+
+
+def _deformable(x: Tensor, w: Tensor, padding: Any, padding_mode: str) -> Tensor:
+    offset = 2 * x[:, : 2 * w.shape[2] * w.shape[3]].detach()
+    return triton_conv.deform_conv2d(x, offset, w, padding=padding)
+
+
+def _in_chunks(x: Tensor, w: Tensor) -> Tensor:
+    context = x[:, :, : w.shape[2] - 1].detach().neg()
+    y = triton_conv.causal_conv3d(x, w, context=context, padding=w.shape[-1] // 2)
+    assert isinstance(y, Tensor)
+    return y
+
+
 _IMAGE, _FILTERS, _SMALL = (64, 28, 28), (64, 64, 3, 3), ((16, 1, 3), (16, 16, 1, 2))
 _EACH, _LANES = (64, 1, 3, 3), ((2, 1, 4), (2, 1, 1, 3))
+_POINT, _FRAMES = ((16, 1, 3), (16, 16, 1, 1)), ((4, 1, 2, 2), (4, 4, 2, 1, 1))
+_VIDEO, _CUBES = (64, 4, 14, 14), (64, 64, 3, 3, 3)
+_APART: dict[str, Any] = {"remembered": False, "recorded": False}
 FAMILIES = (
     Family("box", _IMAGE, _FILTERS, _SMALL),
     Family("gather", _IMAGE, _FILTERS, _SMALL, last=False, dtype=torch.float32),
@@ -100,6 +125,10 @@ FAMILIES = (
     Family("transposed", (64, 14, 14), _FILTERS, _SMALL, function=_transposed),
     Family("causal", (256, 1024), (256, 4), ((2, 5), (2, 4)), last=False, function=_causal, remembered=False),
     Family("separable", _IMAGE, _EACH, _LANES, last=False, function=_separable, gradients=False, remembered=False),
+    Family("fused", _IMAGE, _FILTERS, _SMALL, function=_fused, **_APART),
+    Family("branches", _IMAGE, _FILTERS, _SMALL, function=_branches, **_APART),
+    Family("deformable", _IMAGE, _FILTERS, _POINT, function=_deformable, **_APART),
+    Family("video in chunks", _VIDEO, _CUBES, _FRAMES, last=False, function=_in_chunks, **_APART),
 )
 SIMULATED = ("few channels", "separable")  # the interpreter takes its time for others
 
@@ -115,7 +144,7 @@ def units(context: Context) -> Iterator[Unit]:
 
 
 def plans(family: Family, device: Device, batches: tuple[int, ...]) -> list[Plan]:
-    """What runs in a unit of a family, but for causal and separable kernels; from shapes alone."""
+    """What runs in a unit of a family whose kernels are those of plain convolutions; from shapes alone."""
     found = []
     for N in batches:
         with execute.recording() as calls:
@@ -133,7 +162,8 @@ def _ahead(context: Context) -> dict[str, Any]:
     device = execute.device_of(context.device)
     if context.device.type != "cuda" or device is None:
         return {"ok": True, "words": "nothing to compile on a CPU"}
-    wanted = [p for family in FAMILIES if family.gradients for p in plans(family, device, _BATCHES)]
+    known = [family for family in FAMILIES if family.gradients and family.recorded]
+    wanted = [p for family in known for p in plans(family, device, _BATCHES)]
     facts = compile_ahead(wanted, context.device)
     words = f"{facts['plans']} plans in {facts['seconds']:.1f} s, {len(facts['faults'])} of which do not compile"
     return {"ok": not facts["faults"], "words": words, **facts}

@@ -10,8 +10,22 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from torch import Tensor
 
-from triton_conv import causal_conv1d, causal_conv1d_update, check, config, execute, plan, separable_conv2d
+from triton_conv import (
+    Branch,
+    causal_conv1d,
+    causal_conv1d_update,
+    causal_conv3d,
+    check,
+    config,
+    conv2d,
+    deform_conv2d,
+    execute,
+    multi_conv2d,
+    plan,
+    separable_conv2d,
+)
 from triton_conv.check import Case
 from triton_conv.config import BandedConfig, KernelConfig
 from triton_conv.devices import Device
@@ -56,6 +70,7 @@ def main() -> int:
         name: partial(_case, case, device, CONFIGS.get(name, {})) for name, case in CASES.items()
     }
     programs |= {"causal": partial(_causal, device), "separable": partial(_separable, device)}
+    programs |= {name: partial(_differentiated, *shapes, function, device) for name, (shapes, function) in MORE.items()}
     wrong = 0
     for name, program in programs.items():
         if arguments.few and name not in _FEW:
@@ -111,6 +126,53 @@ def _separable(device: torch.device) -> str:
         x, depthwise, pointwise = (t.to(where) for t in tensors)
         x = x.contiguous(memory_format=torch.channels_last)
         return [separable_conv2d(x, depthwise, pointwise, padding=1, precision="ieee", fused=where.type == "cuda")]
+
+    return _unequal(run, device)
+
+
+def _fused(x: Tensor, w: Tensor) -> Tensor:
+    residual, scale = 1 - x, torch.linspace(0.5, 1.5, len(w), device=w.device)
+    return conv2d(x, w, padding=1, precision="ieee", activation="gelu", residual=residual, scale=scale)
+
+
+def _branches(x: Tensor, w: Tensor) -> Tensor:
+    filters = [Branch(w, padding=1), Branch(w[:7].flip(2), padding=2, dilation=2)]
+    return multi_conv2d(x, filters, precision="ieee")
+
+
+def _deformable(x: Tensor, w: Tensor) -> Tensor:
+    offset, mask = 2 * x.repeat(1, 2, 1, 1)[:, :18], x[:, :9].sigmoid()
+    return deform_conv2d(x, offset, w, padding=1, mask=mask, precision="ieee")
+
+
+def _in_chunks(x: Tensor, w: Tensor) -> Tensor:
+    y = causal_conv3d(x[:, :, 2:], w, context=x[:, :, :2], padding=1, padding_mode="reflect", precision="ieee")
+    assert isinstance(y, Tensor)
+    return y
+
+
+# Shapes of input and filters, and what is computed from them.
+Shapes = tuple[tuple[int, ...], tuple[int, ...]]
+_IMAGE, _VIDEO = ((2, 16, 9, 11), (16, 16, 3, 3)), ((2, 8, 4, 6, 7), (10, 8, 3, 3, 3))
+MORE: dict[str, tuple[Shapes, Callable[[Tensor, Tensor], Tensor]]] = {
+    "fused": (_IMAGE, _fused),
+    "branches": (_IMAGE, _branches),
+    "deformable": (_IMAGE, _deformable),
+    "chunk of video": (_VIDEO, _in_chunks),
+}
+
+
+def _differentiated(
+    shape: tuple[int, ...], filters: tuple[int, ...], function: Callable[..., Tensor], device: torch.device
+) -> str:
+    """Values and gradients of a function of an input and filters."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(size, generator=generator) for size in (shape, filters)]
+
+    def run(where: torch.device) -> list[torch.Tensor]:
+        leaves = [t.to(where).requires_grad_() for t in tensors]
+        y = function(*leaves)
+        return [y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y))]
 
     return _unequal(run, device)
 

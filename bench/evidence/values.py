@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 
 import torch
 
@@ -88,11 +89,9 @@ def _units_of_small_ones(context: Context, compiler: Compiler) -> Iterator[Unit]
 
 
 def _units_of_twins(context: Context, compiler: Compiler) -> Iterator[Unit]:
-    """At eight warps, of those whose kernels are no plain convolution's."""
-    found = compound.few(compiler.device)[-1:] if context.simulate else compound.jobs()
-    for job in found:
-        if job.kind is None or job.kind.convolution:
-            continue
+    """At eight warps."""
+    found: Iterable[Job] = compound.few(compiler.device) if context.simulate else compound.jobs()
+    for job in islice(found, 1 if context.simulate else None):
         name = f"{_EIGHT} {job.name}, {job.op}"
         compiler.add(name, partial(compound.planned, job, compiler.device, 8))
         kernel = f"{compound.family(job, compiler.device)}, {_EIGHT}"
@@ -100,6 +99,10 @@ def _units_of_twins(context: Context, compiler: Compiler) -> Iterator[Unit]:
 
 
 def _compound_twin(job: Job, context: Context, compiler: Compiler, name: str) -> Facts:
+    try:
+        compound.planned(job, compiler.device, 8)
+    except RuntimeError as error:
+        return {"ok": True, "words": f"cannot have eight warps: {error}", "right": None}
     return _as_finding(compound.compared(job, context, compiler, name, 8))
 
 

@@ -62,7 +62,8 @@ class Branches(Kind):
 
     def ours(self, layer: Layer, t: Tensors) -> Tensor:
         branches = [triton_conv.Branch(w, **how) for w, how in self._each(layer, t)]
-        return triton_conv.multi_conv2d(t["x"], branches, combine=self._combine(layer))
+        precision = layer.options.get("precision")
+        return triton_conv.multi_conv2d(t["x"], branches, combine=self._combine(layer), precision=precision)
 
     def rivals(self, layer: Layer, op: str) -> Sequence[Rival]:
         names = {SEPARATE_CONTIGUOUS: False, SEPARATE_CHANNELS_LAST: True}
@@ -82,7 +83,7 @@ class Branches(Kind):
         """Our own convolutions one after the other, and the output put together from theirs."""
         if op != "fprop":
             return None
-        whole = {n: v for n, v in layer.options.items() if n in ("dtype", "channels_last")}
+        whole = {n: v for n, v in layer.options.items() if n in ("dtype", "channels_last", "precision")}
         total = 0.0
         for weight, how in layer.options["branches"]:
             found: Any = explain.plans(layer.input, weight, device=device, **whole, **how)

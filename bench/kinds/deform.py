@@ -95,7 +95,8 @@ class Deformable(Kind):
         return (w.reshape(groups, K // groups, -1) @ columns).view(N, K, P, Q)
 
     def ours(self, layer: Layer, t: Tensors) -> Tensor:
-        how = {name: layer.options[name] for name in ("stride", "padding", "dilation") if name in layer.options}
+        names = ("stride", "padding", "dilation", "precision")
+        how = {name: layer.options[name] for name in names if name in layer.options}
         return triton_conv.deform_conv2d(t["x"], t["offset"], t["w"], None, mask=t.get("mask"), **how)
 
     def between(self, layer: Layer, op: str) -> bool:

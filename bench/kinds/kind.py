@@ -35,7 +35,7 @@ class Kind:
     """A kind of layers; `plans` are the titles of `explain.plans` that each operation runs.
 
     The gradients of a step are those of all operands. `convolution` says that it is one with something after it: it is
-    made small, and multiplied, as a plain one.
+    made small as a plain one.
     """
 
     plans: ClassVar[Mapping[str, tuple[str, ...]]]

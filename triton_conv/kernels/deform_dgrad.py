@@ -7,9 +7,9 @@
 The pixels of x lie at the corners of *cells*, (H + 1) x (W + 1) of them with the border. `deform_cells` writes the cell
 that each output pixel samples in at each tap; sorted by cell, in `order`, output pixels are lists, one for a cell, that
 begin at `first`. A pixel of x belongs to four cells, two and two of them neighbours in that order. So a program finds
-all that its BLOCK_M pixels contributed to as two runs each, gathers BLOCK_K channels of dy there, weighted anew, and multiplies
-the sums by the filters of BLOCK_N channels. It goes on to the tile's longest list. A thread holds a vector of each
-PART_K channels, so that it works out a weight for several.
+all that its BLOCK_M pixels contributed to as two runs each, gathers BLOCK_K channels of dy there, weighted anew, and
+multiplies the sums by the filters of BLOCK_N channels. It goes on to the tile's longest list. A thread holds a vector
+of each PART_K channels, so that it works out a weight for several.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def deform_cells(
     tl.store(cells + ((n * lists + index) * P + p) * Q + q, cell, mask=valid)
 
 
-@triton.jit(do_not_specialize=[*IMAGE_SIZED, "tiles_n"], do_not_specialize_on_alignment=CHANNEL_STRIDES)
+@triton.jit(do_not_specialize=IMAGE_SIZED, do_not_specialize_on_alignment=CHANNEL_STRIDES)
 def deform_dgrad_kernel(
     offset,
     mask,
@@ -155,9 +155,7 @@ def deform_dgrad_kernel(
         entries = order + (lists + tap) * (P * Q).to(INDEX)
         tap_filters = filters_of + (tap // columns * sr + tap % columns * ss) * FLT_VEC
         for block in range(tl.cdiv(K, BLOCK_K)):
-            sums: tl.tuple = ()
-            for part in tl.static_range(BLOCK_K // PART_K):
-                sums += (tl.zeros((PART_K, BLOCK_M), ACC),)
+            sums = (tl.zeros((PART_K, BLOCK_M), ACC),) * (BLOCK_K // PART_K)
             for j in range(longest):
                 has = j < count
                 entry = tl.where(has, tl.where(j < above_count, above + j, below + (j - above_count)), 0)

@@ -1,10 +1,10 @@
-"""The gradients of a deformable convolution's offset and mask, by dots whose results meet the corners of x in registers.
+"""The gradients of a deformable convolution's offset and mask: results of dots meet the corners of x in registers.
 
     GEMM_M = input channels of one segment
     GEMM_N = N * P * Q   (pixels)
     GEMM_K = output channels of one group
 
-A program has one tap of one offset group at BLOCK_M pixels. It computes what arrives at the samples of BLOCK_N channels,
+A program has one tap of one offset group at BLOCK_M pixels. It computes what arrives at samples of BLOCK_N channels,
 
     column[c, pixel] = sum over k of w[k, c, tap] * dy[k, pixel],
 

@@ -103,7 +103,8 @@ CHANNEL_STRIDES = ["x_sc", "y_sc"]
 def arguments(kernel, problem: DeformProblem, of_c: int, of_k: int) -> dict:
     """Those arguments of a kernel that say where its tensors lie and how x is sampled.
 
-    C_VEC and K_VEC, powers of two up to the blocks `of_c` and `of_k`, divide the channels of a segment and of y's group.
+    C_VEC and K_VEC, powers of two up to the blocks `of_c` and `of_k`, divide the channels of a segment and those of a
+    group of y.
     Strides of x, y and w but the channel's are in units of X_VEC, Y_VEC and FLT_VEC elements.
     """
     p, g = problem, problem.geometry

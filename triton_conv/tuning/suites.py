@@ -269,7 +269,7 @@ SUITES: dict[str, Suite] = {
         _suite("mamba", "Mamba's short convolutions (2023, 2024)", 8, _mamba()),
         _suite(
             "resnet50_fused",
-            "ResNet-50 for inference, norms folded: bias, relu and shortcut in the kernel",
+            "ResNet-50, norms folded: bias, relu and shortcut in the kernel (He et al. 2015)",
             128,
             compound.fused_bottlenecks([(blocks, width, out, stride) for blocks, width, _, out, stride in _RESNET]),
         ),
