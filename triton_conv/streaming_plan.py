@@ -233,6 +233,12 @@ def _make(problem: Problem, explicit: KernelConfig | None, generation: Hashable,
     return replace(made, numerics=numerics._replace(index_bits=64)) if reach >= 2**31 else made
 
 
+def asked_as(p: Problem) -> tuple[ways.Problem, Layout]:
+    """The ordinary problem, and its layout, whose stored config a plan's kernel takes: of a fixed number of frames."""
+    alike = _of_fixed_length(p, p.geometry.N)
+    return alike, Layout((), True, 1, alike.geometry, alike.strides, ())
+
+
 def _of_fixed_length(p: Problem, N: int) -> ways.Problem:
     """The same convolution of as many frames as plans are made for, in one dense tensor.
 

@@ -259,12 +259,12 @@ def _banded(problem: Problem, layout: Layout, explicit: BandedConfig | None = No
     kernel = "banded_wgrad" if role is Role.WGRAD else "banded"
     if explicit is not None:
         return Way(kernel, layout, explicit, f"{why}; config given explicitly")
-    config = configs.default_banded(layout.geometry, role, ITEM_BYTES[problem.dtype], problem.device)
+    config = configs.default_banded(layout.geometry, role, ITEM_BYTES[problem.dtype], problem.device, problem.epilogue)
     return _with_config(problem, kernel, layout, config, why, f"blocks by rule for {problem.device.name}")
 
 
 # A config of another size in its bucket has to be predicted to take no longer than this share of the rule's time.
-_MOST_OF_RULE = 1.1
+MOST_OF_RULE = 1.1
 
 
 def _with_config(problem: Problem, kernel: str, layout: Layout, rule: KernelConfig, why: str, by_rule: str) -> Way:
@@ -277,7 +277,7 @@ def _with_config(problem: Problem, kernel: str, layout: Layout, rule: KernelConf
         channels_last = reads_channels_last(role, layout.strides)
         what = (problem.dtype, problem.precision, device, channels_last, problem.out_dtype, problem.epilogue)
         times = [cost.predict(g, role, kernel, config, *what).seconds for config in (found.config, rule)]
-        if times[0] > _MOST_OF_RULE * times[1]:
+        if times[0] > MOST_OF_RULE * times[1]:
             return Way(kernel, layout, rule, f"{why}; {by_rule}, predicted to be quicker than that of {found.where}")
     measured = (found.seconds, found.rival, found.rival_name)
     return Way(kernel, layout, found.config, f"{why}; config of {found.where}", *measured)
@@ -299,6 +299,10 @@ def misfit(problem: Problem, kernel: str, layout: Layout, config: KernelConfig) 
         return f"its {config.splits} splits are for weight gradients"
     if isinstance(config, BoxConfig):
         return _box_misfit(problem, config, g)
+    if isinstance(config, BandedConfig):
+        full = configs.moves_another(problem.epilogue) and prod(config.blocks) > configs.MOST_BESIDE_ANOTHER
+        if full:
+            return f"its {prod(config.blocks)} blocks leave no registers for another tensor like the output"
     if isinstance(config, Config):
         if config.dot and not configs.multiplies_matrices(dtype, role):
             return f"there is no dot of {dtype}"
