@@ -283,7 +283,7 @@ def _chosen(problem: ways.Problem, explicit: KernelConfig | None, _generation: H
     copied = Layout(packs, True, 1, g, strides._replace(**dense), ())
     obstacle = _box_obstacle(problem, copied)
     if isinstance(explicit, BoxConfig):
-        misfit = obstacle or ways._box_misfit(explicit, problem.dtype, Role.FPROP, g)
+        misfit = obstacle or ways._box_misfit(problem, explicit, g)
         if misfit or explicit.box[1] > 1:
             raise RuntimeError(f"a box config was given for {g}, but {misfit or 'its box is more than one frame'}")
         return Way("box", copied, explicit, "config given explicitly")
