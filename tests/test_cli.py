@@ -206,10 +206,8 @@ def titles(lines):
 def test_explain_shows_what_is_fused_and_saved(capsys):
     lines = explained(capsys, "8x64x28x28 64x64x3x3 --padding 1 --activation silu --residual before --scale")
     assert lines[0].endswith("padding 1 activation silu residual before scale on NVIDIA H200")
-    saved = (
-        "Saved for backward: input, weight, scale, what silu is applied to, 1.61 MB more, written by the same kernel."
-    )
-    assert lines[1] == f"{saved}written by the same kernel."
+    saved = "Saved for backward: input, weight, scale, what silu is applied to, 1.61 MB more, written by the same "
+    assert lines[1] == f"{saved}kernel."
     assert "epilogue   scale, residual, silu; what silu is applied to is kept" in lines
     assert titles(lines) == ["forward", "input gradient", "weight gradient", "activation gradient"]
     assert "the output, which costs nothing" in explained(capsys, "8x64x28x28 64x64x3x3 --activation relu")[1]
