@@ -58,7 +58,7 @@ NARROW = {
     "causal_config": {"config", "tiles", "devices"},
     "reference": {"geometry", "epilogue"},
     "config": {"geometry", "tiles", "devices", "epilogue"},
-    "tiles": {"geometry"},
+    "tiles": {"geometry", "epilogue"},
     "branches_problem": {"geometry", "devices"},
     "geometry": set(),
     "devices": set(),

@@ -228,6 +228,11 @@ def _finishing(g: ConvGeometry, role: Role, dtype: str, device: Device, epilogue
     return output * each / (LANES * device.clock * device.multiprocessors)
 
 
+def box_shared(config: BoxConfig, role: Role, g: ConvGeometry, dtype: str, out_dtype: str, epilogue: Epilogue) -> int:
+    """Bytes of shared memory that a box kernel needs."""
+    return _step(role, g, config, ITEM_BYTES[dtype], ITEM_BYTES[out_dtype], True, epilogue).shared
+
+
 def fold_seconds(geometry: ConvGeometry, dtype: str, device: Device, epilogue: Epilogue = PLAIN) -> float:
     """Of folding a padded gradient onto dx; it is written and read as wide as accumulators are."""
     item = ITEM_BYTES[dtype]
@@ -396,7 +401,9 @@ def _step(
     # only whole vectors are copied asynchronously, and only for a dot
     stages = config.num_stages if boxed or (dot and whole_vectors) else 1
     loads = 0 if boxed else elements * item // 16 if whole_vectors else elements
-    stored = rows * columns * out_item if persistent else 0
+    # what is kept leaves through the same memory as the output, a residual comes in beside it
+    beside = 1 + bool(epilogue.residual)
+    stored = prod(counting.box_part(config, epilogue)) * config.BLOCK_N * out_item * beside if persistent else 0
     shared = stages * elements * item + stored if dot else 0
     programs = config.programs if persistent else 32
     joined = persistent and all(axis.phases == 1 for axis in g.axes(role))

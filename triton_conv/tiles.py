@@ -9,6 +9,7 @@ from itertools import product
 from math import prod
 from typing import Any, NamedTuple
 
+from .epilogue import PLAIN, Epilogue
 from .geometry import Axis, ConvGeometry, Role
 
 
@@ -46,6 +47,18 @@ def gather(role: Role, geometry: ConvGeometry, config: Any) -> Tiles:
 def box(role: Role, geometry: ConvGeometry, config: Any) -> Tiles:
     """FPROP or DGRAD by `kernels.box`, whose tiles do not run on from one image row into the next."""
     return _activations(role, geometry, config, prod(blocks(positions(role, geometry), config.box)), False)
+
+
+def box_part(config: Any, epilogue: Epilogue) -> tuple[int, ...]:
+    """The sides of the box of pixels that `kernels.box` finishes and stores at a time.
+
+    That is half a tile where its sums fill half of the registers, so that what an epilogue adds to them is not spilled.
+    """
+    full = prod(config.box) * config.BLOCK_N // (32 * config.num_warps) >= 128
+    if epilogue == PLAIN or not full:
+        return config.box
+    axis = next(axis for axis, side in enumerate(config.box) if side > 1)
+    return tuple(side // 2 if i == axis else side for i, side in enumerate(config.box))
 
 
 def wgrad(geometry: ConvGeometry, config: Any) -> Tiles:

@@ -99,7 +99,7 @@ def of(
             raise RuntimeError(f"a banded config was given for {g}, but {banded}")
         return [_banded(problem, columns, explicit)]
     if explicit is not None:
-        misfit = obstacle or _box_misfit(explicit, problem.dtype, role, copied.geometry)
+        misfit = obstacle or _box_misfit(problem, explicit, copied.geometry)
         if misfit:
             raise RuntimeError(f"a box config was given for {g}, but {misfit}")
         return [_boxed(problem, copied, explicit)]
@@ -298,7 +298,7 @@ def misfit(problem: Problem, kernel: str, layout: Layout, config: KernelConfig) 
     if config.splits > 1 and role is not Role.WGRAD:
         return f"its {config.splits} splits are for weight gradients"
     if isinstance(config, BoxConfig):
-        return _box_misfit(config, dtype, role, g)
+        return _box_misfit(problem, config, g)
     if isinstance(config, Config):
         if config.dot and not configs.multiplies_matrices(dtype, role):
             return f"there is no dot of {dtype}"
@@ -359,8 +359,9 @@ def _too_shallow(config: Config | BoxConfig, dtype: str) -> str | None:
     return None
 
 
-def _box_misfit(config: BoxConfig, dtype: str, role: Role, g: ConvGeometry) -> str | None:
+def _box_misfit(problem: Problem, config: BoxConfig, g: ConvGeometry) -> str | None:
     """What is wrong with a box config for a geometry that has box plans, in words."""
+    role, dtype, epilogue = problem.role, problem.dtype, problem.epilogue
     rows, deep = g.axes(role)[1], "rows in steps take the place of depth, so its box must have a depth of 1"
     if role is Role.WGRAD:
         if max(config.box) != config.BLOCK_M:
@@ -376,6 +377,9 @@ def _box_misfit(config: BoxConfig, dtype: str, role: Role, g: ConvGeometry) -> s
         return f"its BLOCK_K {config.BLOCK_K} does not divide the {src // g.groups} channels of a group"
     if config.box[1] > 1 and (rows.src_step > 1 or (rows.phases > 1 and extents[0] == 1)):
         return deep
+    shared = cost.box_shared(config, role, g, dtype, problem.out_dtype, epilogue) if epilogue.residual else 0
+    if shared > problem.device.shared_per_block:
+        return f"with a residual it needs {shared} bytes of shared memory"
     return None
 
 

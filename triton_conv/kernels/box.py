@@ -25,7 +25,6 @@ import triton
 import triton.language as tl
 
 from .. import tiles
-from ..epilogue import PLAIN
 from ..geometry import Context, ConvGeometry, Role, Strides, describable, tap_step
 from .epilogue import activate, scaled
 from .epilogue import constants as epilogue_constants
@@ -293,7 +292,7 @@ def launch(
     axes = g.axes(role)
     counted = tiles.box(role, g, config)
     bn, bz, bp, bq = config.box
-    part = part_of(config, numerics.epilogue)
+    part = tiles.box_part(config, numerics.epilogue)
     arguments = {
         "N": g.N,
         "SRC_C": src_c // g.groups,
@@ -362,18 +361,6 @@ def _boxes_in_time(g: ConvGeometry, strides: Strides, context: Context, config) 
         parts.append(stepped(name, sizes, g.C, of_frames, steps, config.box, config.BLOCK_K))
     before, x = parts
     return (before if context.held else x), x
-
-
-def part_of(config, epilogue) -> tuple[int, ...]:
-    """The sides of the box of pixels that is finished and stored at a time.
-
-    That is half a tile where its sums fill half of the registers, so that what an epilogue adds to them is not spilled.
-    """
-    full = 128 * 32 * config.num_warps <= config.BLOCK_M * config.BLOCK_N
-    if epilogue == PLAIN or not full:
-        return config.box
-    axis = next(axis for axis, side in enumerate(config.box) if side > 1)
-    return tuple(side // 2 if i == axis else side for i, side in enumerate(config.box))
 
 
 def _boxes(

@@ -40,14 +40,31 @@ def operands(problem: Problem, device: torch.device, seed: int) -> tuple[execute
         scales = first, second
     a, b = (placed[name] for name in read)
     call = execute.Call(problem.role, g, a, b, bias, problem.precision, (), scales, placed[written].dtype)
-    return call, poison(placed[written])
+    return _with_epilogue(call, problem, written, device, generator), poison(placed[written])
+
+
+def _with_epilogue(
+    call: execute.Call, problem: Problem, written: str, device: torch.device, generator: torch.Generator
+) -> execute.Call:
+    """The call with what its problem's epilogue reads and keeps."""
+    e, scale, residual, kept = problem.epilogue, None, None, None
+    if e.scale:
+        channels = problem.geometry.shape(written)[1]
+        scale = torch.empty(channels, device=device).uniform_(0.5, 1.5, generator=generator)
+    if e.residual:  # one that is not aligned is copied
+        residual = _empty(problem._replace(aligned=not problem.moves_residual), written, device, written)
+        _randomise(residual, generator)
+    if e.keep:
+        kept = poison(_empty(problem, written, device, written))
+    return replace(call, epilogue=e, scale=scale, residual=residual, kept=kept)
 
 
 def bytes_of(problem: Problem) -> int:
     """Of the operands and the output, with what lies between their elements."""
-    g, strides = problem.geometry, problem.strides
+    g, strides, e = problem.geometry, problem.strides, problem.epilogue
     item = torch.empty((), dtype=getattr(torch, problem.dtype)).itemsize
-    return sum(plan.span(g.shape(name), getattr(strides, name)) for name in "xwy") * item
+    of_output = (bool(e.residual) + e.keep) * ("x" if problem.role is Role.DGRAD else "y")
+    return sum(plan.span(g.shape(name), getattr(strides, name)) for name in "xwy" + of_output) * item
 
 
 def poison(t: Tensor) -> Tensor:
@@ -87,7 +104,7 @@ def expected(problem: Problem, call: execute.Call) -> Tensor:
     result = torch.cat(total)
     if call.scales is not None:
         result *= prod(_SCALES)
-    return reference.add_bias(result, None if call.bias is None else call.bias.double())
+    return reference.finished(result, call.scale, call.bias, call.residual, call.epilogue)[0]
 
 
 def _parts(g: ConvGeometry) -> Iterator[tuple[slice, ConvGeometry]]:
