@@ -4,6 +4,8 @@ because kernels that are being interpreted cannot be compiled.
     python tests/compile_plans.py sizes        compiled variants over fifty image sizes
     python tests/compile_plans.py lengths      compiled variants over fifty lengths of causal convolutions
     python tests/compile_plans.py activations  the same of an activation's gradient, and which of them spill
+    python tests/compile_plans.py streaming 90 what became of causal convolutions with a context
+    python tests/compile_plans.py frames       compiled variants of these over sizes of chunks, contexts and images
     python tests/compile_plans.py classes 90   input gradients that forgot that a residue class may have no tap
 """
 
@@ -159,10 +161,51 @@ def _argument_used(llir: str, signature: str, argument: str) -> bool:
     return re.search(rf"%{number}\b", llir.split("{\n", 1)[1]) is not None
 
 
+def streaming(arch: int) -> dict[str, list]:
+    """[kernel, steps that the loads of each loop with a dot run ahead, what is wrong] of plans with a context."""
+    from triton_conv import streaming
+    from triton_conv.tuning import audit, code
+
+    options = {"padding": 1, "dtype": torch.bfloat16, "channels_last": True, "bias": True, "device": TARGETS[arch]}
+    layers = {
+        "zeros": options,
+        "reflect": options | {"padding_mode": "reflect"},
+        "contiguous": options | {"channels_last": False},
+        "fused": options | {"activation": "silu", "residual": "after", "scale": True},
+    }
+    found = {}
+    for name, layer in layers.items():
+        plan = streaming.plans((1, 256, 4, 60, 104), (256, 256, 3, 3, 3), context=2, **layer)["forward"]
+        with compiling_for(arch):
+            ((launch, kernel),) = compiled_kernels(plan)
+        wanted = audit._wanted(plan, launch, arch)
+        row = audit.Row(arch, name, 1, "fprop", launch.name, plan.dtype, plan.config, wanted, code.read(kernel, arch))
+        found[name] = [launch.name, code.steps_ahead(kernel.asm["ttgir"]), audit.faults(row)]
+    return found
+
+
+def frames() -> dict[str, int]:
+    """How often kernels with a context are compiled for twenty-five sizes of chunks, contexts and images."""
+    from triton_conv import streaming
+    from triton_conv.kernels import box, gather
+
+    counts = {}
+    options = {"padding": 1, "dtype": torch.bfloat16, "channels_last": True}
+    for name, kernel, arch in (("gather", gather.gather_kernel, 80), ("box", box.box_kernel, 90)):
+        kernel.device_caches.clear()
+        for size in range(3, 28):
+            shapes = (1, 64, size, 64, 8 * size), (64, 64, 3, 3, 3)
+            plan = streaming.plans(*shapes, context=2 + size // 9, device=TARGETS[arch], **options)["forward"]
+            with compiling_for(arch):
+                list(compiled_kernels(plan))
+        counts[name] = sum(len(cache[0]) for cache in kernel.device_caches.values())
+    return counts
+
+
 if __name__ == "__main__":
     what, *arch = sys.argv[1:]
     print(
         json.dumps(
-            {"sizes": sizes, "lengths": lengths, "activations": activations, "classes": classes}[what](*map(int, arch))
+            {f.__name__: f for f in (sizes, lengths, activations, classes, streaming, frames)}[what](*map(int, arch))
         )
     )

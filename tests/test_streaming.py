@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from test_compile import compiled
 from tolerance import assert_close
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional
@@ -572,3 +573,26 @@ def test_examples():
             module, extraglobs={"torch": torch, "triton_conv": triton_conv, "plans": streaming.plans}
         )
         assert found.attempted > found.failed == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Code
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_both_loops_are_pipelined_and_nothing_spills(arch):
+    """Boxes have a loop for the context and one for x; their dots read both operands from shared memory."""
+    found = compiled("streaming", str(arch))
+    assert {name: faults for name, (_, _, faults) in found.items() if faults} == {}
+    for name, (kernel, ahead, _) in found.items():
+        assert kernel == ("gather" if arch < 90 or name == "reflect" else "box")
+        assert len(ahead) == (2 if kernel == "box" else 1)
+
+
+@pytest.mark.slow
+def test_sizes_of_chunks_contexts_and_images_compile_few_kernels():
+    """A box kernel once more for each shape of box that images of these sizes want."""
+    counts = compiled("frames")
+    assert counts["gather"] == 1
+    assert counts["box"] <= 2

@@ -304,10 +304,12 @@ class Context(NamedTuple):
     """The first frames (D) of a convolution's input where they are in another tensor than x.
 
     `strides` are as those of x. A D stride of 0 shows one frame `frames` times. Without frames it is x's own place.
+    `aligned` says that both start at multiples of 16 bytes.
     """
 
     frames: int
     strides: tuple[int, ...]
+    aligned: bool = True
 
     @property
     def held(self) -> int:

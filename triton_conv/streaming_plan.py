@@ -109,7 +109,7 @@ class StreamingPlan(Frozen):
     @property
     def context(self) -> Context:
         """The context as the kernel reads it."""
-        given = self.problem.context
+        given = self.problem.context._replace(aligned=not {"x", "context"} & {*self.problem.unaligned})
         if "context" not in self.packs:
             return given
         strides = dense_strides(self.problem.shape("context"), channels_last=True)
@@ -309,8 +309,8 @@ def _boxed(problem: ways.Problem, layout: Layout) -> Way:
     config: Any = way.config
     if config.box[1] > 1:
         config = replace(config, box=configs.little_waste((g.N, 1, *g.output[1:]), config.BLOCK_M))
-    # two loops have more addresses, which after Hopper spill where planes are stored
-    if problem.device.capability >= 100 and problem.strides.y[1] != 1:
+    # two loops have more addresses, which after Hopper spill where planes are stored and where operands are wide
+    if problem.device.capability >= 100 and (problem.strides.y[1] != 1 or ITEM_BYTES[problem.dtype] > 2):
         config = replace(config, num_stages=min(config.num_stages, 3))
     return way._replace(config=config)
 

@@ -112,6 +112,7 @@ def gather_kernel(
     CONTEXT: tl.constexpr,
     BOTH_LAST: tl.constexpr,  # channels lie side by side in both
     CTX_VEC: tl.constexpr,
+    CTX_WHOLE: tl.constexpr,  # elements that divide the address of every row of channels, in both
     FORWARD: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     SCALED: tl.constexpr,
@@ -210,6 +211,9 @@ def gather_kernel(
             row = (image + (d - ctx_d) * src_sd + h * src_sh + w * src_sw) * SRC_VEC
             ctx_row = (ctx_image + d * ctx_sd + h * ctx_sh + w * ctx_sw) * CTX_VEC
             address = tl.where(early, context + ctx_row, src + row)
+            if CTX_WHOLE > 1:  # or Triton 3.9 forgets that it is so
+                WIDTH: tl.constexpr = src.dtype.element_ty.primitive_bitwidth // 8
+                address = tl.multiple_of(address, [min(CTX_WHOLE * WIDTH, 16), min(CTX_WHOLE * WIDTH, 16)])
             address += c if BOTH_LAST else c * tl.where(early, ctx_sc, src_sc)
             pixels = tl.load(address, mask=valid & valid_d & valid_h & valid_w, other=0.0)  # [BLOCK_K, BLOCK_M]
         else:
@@ -288,6 +292,7 @@ def launch(
         CONTEXT=context is not None,
         BOTH_LAST=context is not None and ctx_strides[1] == src_strides[1] == 1,
         CTX_VEC=ctx_vec,
+        CTX_WHOLE=min(src_vec, ctx_vec) if context and context.aligned else 1,
         FORWARD=forward,
         HAS_SCALE=numerics.has_scale,
         **epilogue_constants(numerics),

@@ -162,7 +162,7 @@ def read(kernel: Any, arch: int) -> Code:
         copies=counts["LDGSTS"] - narrow,
         narrow_copies=narrow,
         wide_loads=len(re.findall(r"\bLDG\.\S*\.128\b", text)),
-        ahead=_steps_ahead(ir),
+        ahead=min(steps_ahead(ir), default=0),
         wide_stores=len(re.findall(r"\bSTG\.\S*\.128\b", text)),
         atomics=sum(counts[name] for name in ATOMIC) + len(re.findall(r"\btt\.atomic_|\bdescriptor_reduce", ir)),
     )
@@ -205,8 +205,8 @@ _LOAD = re.compile(r"\b(?:tt\.load|async_copy_global_to_local|async_tma_copy_glo
 _DOT = re.compile(r"\b(?:tt\.dot|warp_group_dot|tc_gen5_mma)\b.*loc\((#\w+)\)$")
 
 
-def _steps_ahead(ir: str) -> int:
-    """By how many steps the loads of the innermost loops with a dot run ahead of their use, the least of them.
+def steps_ahead(ir: str) -> list[int]:
+    """For each innermost loop with a dot: by how many steps its loads run ahead of their use, the least of them.
 
     Pipelining copies a load, with its location in the source, once in front of the loop for every step that it is
     ahead, and once more for each step that is peeled off the loop together with its dot.
@@ -226,7 +226,7 @@ def _steps_ahead(ir: str) -> int:
             peeled = max(dots[where] for where in _found(_DOT, body))
             found.append(min((loads[where] for where in _found(_LOAD, body)), default=0) - peeled)
             last = end
-    return min(found, default=0)
+    return found
 
 
 def _found(what: re.Pattern, lines: Sequence[str]) -> Counter:
