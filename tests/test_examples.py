@@ -145,7 +145,7 @@ def test_a_cube_of_ones():
     assert torch.equal(y, torch.full((1, 1, 2, 2, 2), 8))
 
 
-@pytest.mark.parametrize("name", ["functional", "geometry"])
+@pytest.mark.parametrize("name", ["functional", "geometry", "branches", "branch_modules"])
 def test_the_examples_of_the_documentation(name):
     module = importlib.import_module(f"triton_conv.{name}")
     names = {"torch": torch, "triton_conv": triton_conv, **vars(module)}

@@ -358,9 +358,12 @@ def _config(problem: Problem) -> Config:
         rule = replace(rule, BLOCK_N=max(rule.BLOCK_N, 16), BLOCK_K=least, dot=True, flatten=False, filters_first=False)
     if config._through_registers(problem.dtype, device):
         rule = replace(rule, num_stages=2)
-    sums = len(problem.terms) > len({term.part for term in problem.terms})
+    parts = [term.part for term in problem.terms]
+    summed = max(map(parts.count, parts))
     crowded = not vectorised or (ITEM_BYTES[problem.dtype] > 2 and config._through_registers(problem.dtype, device))
-    return replace(rule, BLOCK_M=max(rule.BLOCK_M // 2, 16)) if sums and crowded else rule
+    if summed > 1 and crowded:
+        rule = replace(rule, BLOCK_M=max(rule.BLOCK_M // 2, 16), BLOCK_K=16 if summed > 4 else rule.BLOCK_K)
+    return rule
 
 
 def _quickest(problem: Problem, kernel: str, rule: BoxConfig, others: list[BoxConfig]) -> BoxConfig:

@@ -186,6 +186,7 @@ def launch(role: Role, terms, strides, config, numerics, programs: int) -> Launc
         GROUP=8,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=255,  # as in `gather_branches`
     )
     every = tuple(named(name, place) for place, name in enumerate(operands(role, terms)))
     return Launch("box_branches", box_branches_kernel, programs, every, arguments)
