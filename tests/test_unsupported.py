@@ -160,7 +160,7 @@ def test_script_names_what_does_work(name):
 def test_every_function_refuses_to_be_scripted():
     functions = [getattr(triton_conv, name) for name in triton_conv.__all__ if "_conv" in name or "conv_" in name]
     functions += [triton_conv.conv1d, triton_conv.conv2d, triton_conv.conv3d]
-    assert len(functions) == 17
+    assert len(functions) > 16
     for function in functions:
         with pytest.raises(RuntimeError, match=rf"triton_conv\.{function.__name__} cannot"):
             torch.jit.script(function)

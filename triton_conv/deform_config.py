@@ -108,29 +108,24 @@ def default(p: DeformProblem) -> Config:
     else:
         kind = "half" if p.item_bytes == 2 else p.precision if p.dtype == "float32" else p.dtype
         block_m, block_n, block_k = _LARGEST[p.role][kind]
-        if kind == "half":
-            block_m, block_n, block_k = _for_halves(p, block_m, block_n, block_k)
+        if not _whole_vectors(p):  # every element has an address in a register of its own
+            block_m, block_n, block_k = max(block_m // 2, 16), min(block_n, 64), min(block_k, 32)
+        elif p.role is DeformRole.INPUT and kind == "half" and p.device.capability == 90:
+            block_k = 128
+        elif p.role is DeformRole.OFFSET and p.segment <= 16:
+            block_k = min(block_k, 32)
         config = Config(
             _tile(pixels, 16, block_m), _tile(written, 16, block_n), _tile(reduced, 16, block_k), num_stages=2
         )
     return replace(config, splits=_splits(p, config)) if p.role is DeformRole.WEIGHT else config
 
 
-def _for_halves(p: DeformProblem, block_m: int, block_n: int, block_k: int) -> tuple[int, int, int]:
-    """Fewer elements where each has an address in a register of its own; more on Hopper, which holds few of them."""
-    whole_vectors = all(
-        strides[1] == 1 and channels % 8 == 0
-        for strides, channels in ((p.strides.x, p.segment), (p.strides.y, p.geometry.K // p.geometry.groups))
-    )
-    if not whole_vectors:
-        if p.role is DeformRole.WEIGHT:
-            return 16, 64, 32
-        return block_m, min(block_n, 64), 32
-    if p.role is DeformRole.INPUT and p.device.capability == 90:
-        return block_m, block_n, 128
-    if p.role is DeformRole.OFFSET and p.segment <= 16:
-        return block_m, block_n, 32
-    return block_m, block_n, block_k
+def _whole_vectors(p: DeformProblem) -> bool:
+    """Whether the activations that are read lie in whole vectors of channels of a segment or a group."""
+    sources = {"x": (p.strides.x, p.segment), "y": (p.strides.y, p.geometry.K // p.geometry.groups)}
+    if p.role in (DeformRole.FORWARD, DeformRole.INPUT):
+        del sources["y" if p.role is DeformRole.FORWARD else "x"]
+    return all(strides[1] == 1 and channels * p.item_bytes % 16 == 0 for strides, channels in sources.values())
 
 
 def tiles(p: DeformProblem, config: Config) -> Tiles:

@@ -31,7 +31,7 @@ from .indexing import channel_block, launchable, multiply
 from .launch import Launch
 
 
-@triton.jit(do_not_specialize=[*IMAGE_SIZED, "tiles_n"], do_not_specialize_on_alignment=CHANNEL_STRIDES)
+@triton.jit(do_not_specialize=[*IMAGE_SIZED, "tiles_m", "tiles_n"], do_not_specialize_on_alignment=CHANNEL_STRIDES)
 def deform_kernel(
     x,
     offset,

@@ -66,7 +66,7 @@ def deform_cells(
     tl.store(cells + ((n * lists + index) * P + p) * Q + q, cell, mask=valid)
 
 
-@triton.jit(do_not_specialize=[*IMAGE_SIZED, "tiles_n"], do_not_specialize_on_alignment=CHANNEL_STRIDES)
+@triton.jit(do_not_specialize=IMAGE_SIZED, do_not_specialize_on_alignment=CHANNEL_STRIDES)
 def deform_dgrad_kernel(
     offset,
     mask,
