@@ -82,7 +82,7 @@ def predict(p: DeformProblem, config: Config) -> Prediction:
         again, steps_of_place = 1, ceil_div(g.C // p.offset_groups, config.BLOCK_N)
     else:
         samples = g.N * prod(g.input) * g.taps * g.K * (g.C // g.groups // p.segment)
-        again, steps_of_place = counted.tiles_n, 1
+        again, steps_of_place = counted.tiles_n, max(config.BLOCK_K * item // 64, 1)
     corners = LISTED if p.role is DeformRole.INPUT else 4
     each = SAMPLE * corners / 4 + corners * CORNER / vector
     each += PLACE * (LISTED if p.role is DeformRole.INPUT else 1) / (vector * steps_of_place)
