@@ -15,18 +15,20 @@ The backward pass computes dz, the gradient of what the activation is applied to
 
     dx = dgrad(dz, scale * w), dw = scale * wgrad(dz, x), dscale[k] = sum(w[k] * wgrad(dz, x)[k]), dbias = sum(dz)
 
-The gradient of a residual is dz, or dy itself where it was added after the activation. Beside x, w and scale are saved:
+where scale * w and wgrad(dz, x) are rounded to the dtype of w. The gradient of a residual is dz, or dy itself where it
+was added after the activation. Beside x, w and scale are saved:
 
-| activation                                     | no residual, or before it | residual after it   |
-|------------------------------------------------|---------------------------|---------------------|
-| none                                           | nothing                   | nothing             |
-| relu, relu6, sigmoid, leaky_relu (slope >= 0)  | the output                | what it is applied to |
-| silu, gelu, gelu_tanh, hardswish               | what it is applied to     | what it is applied to |
+| activation                                    | no residual, or before it | residual after it     |
+|-----------------------------------------------|---------------------------|-----------------------|
+| none                                          | nothing                   | nothing               |
+| relu, relu6, sigmoid, leaky_relu (slope >= 0) | the output                | what it is applied to |
+| silu, gelu, gelu_tanh, hardswish              | what it is applied to     | what it is applied to |
 
-The output costs no memory where the next layer keeps its input. What the activation is applied to is a tensor more,
-written by the same kernel, and only where a gradient is asked for that needs it; it is an output to autograd, so that
-gradients have gradients. No residual is saved. Under torch.func's transforms and forward-mode AD a fused convolution is
-a convolution and functions of plain torch, whose values are rounded once more.
+The output costs no memory where the next layer keeps its input; like that of torch.relu it is not to be changed in
+place where it is saved. What the activation is applied to is a tensor more, written by the same kernel, and only where
+a gradient is asked for that needs it; it is an output to autograd, so that gradients have gradients. No residual is
+saved. Under torch.func's transforms and forward-mode AD a fused convolution is a convolution and functions of plain
+torch, whose values are rounded once more.
 """
 
 from __future__ import annotations

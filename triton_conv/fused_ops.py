@@ -292,7 +292,9 @@ def _vmap(kind: Kind, keeping: bool):
             given = zip((x, residual), (in_dims[0], in_dims[4]), strict=True)
             x, residual = (None if t is None else ops._folded(t, dim, size, 0) for t, dim in given)
             made = (kind.keeping if keeping else kind.op)(x, w, bias, scale, residual, *params)
-            return tuple(ops._unfolded(t, size, 0) for t in made) if keeping else ops._unfolded(made, size, 0), 0
+            if keeping:
+                return tuple(ops._unfolded(t, size, 0) for t in made), (0, 0)
+            return ops._unfolded(made, size, 0), 0
         op, axis = (ops.conv_transpose, 1) if kind.transposed else (ops._fprop_op(conv), 0)
         if in_dims[0] is None and in_dims[1] is None:
             z = op(x, w, None, *conv).unsqueeze(0)
