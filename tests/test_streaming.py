@@ -234,6 +234,20 @@ def test_sequences_in_chunks(options, kernels):
     assert set(ran) == {"gather"}
 
 
+@pytest.mark.parametrize("rows", [False, True])
+def test_long_reductions_of_sequences_are_over_rows(rows, kernels, poisoned):
+    """Which are copied where positions lie side by side; a chunk of one position is both."""
+    x, w = draw(1, 7, 64, device=kernels).transpose(1, 2), draw(64, 64, 2, dtype=torch.float32, device=kernels)
+    x = x if rows else x.contiguous()
+    with running(None):
+        whole = causal_conv1d(x, w)
+        pieces, _ = in_chunks(partial(causal_conv1d, weight=w), x, (1, 6))
+    assert_close(whole.cpu(), functional.conv1d(functional.pad(x, (1, 0)).cpu().double(), w.cpu().double()), 128)
+    assert torch.equal(pieces, whole)
+    long = streaming.plans((1, 512, 4000), (512, 512, 3), dtype=torch.bfloat16, channels_last=rows, context=2)
+    assert long["forward"].packs == (() if rows else ("x", "context", "w"))
+
+
 def test_nothing_is_chosen_by_the_number_of_frames():
     """Nor by the context's, for any layer: kernel, config, and what is read of x."""
     for device in (DEVICES["H200"], DEVICES["A100"]):
@@ -253,7 +267,7 @@ def test_nothing_is_chosen_by_the_number_of_frames():
                         many, weight, dtype=torch.bfloat16, context=context, device=device, bias=True, **options
                     )["forward"]
                     assert not isinstance(p.config, BoxConfig) or p.config.box[1] == 1
-                    found.add((p.kernel, p.config, "x" in p.packs, p.reason))
+                    found.add((p.kernel, p.config, p.reason))
             assert len(found) == 1
 
 

@@ -170,6 +170,11 @@ def _sequence(
     (step,), (reach,) = functional._ints(name, "stride", stride, 1), functional._ints(name, "dilation", dilation, 1)
     params = ([step, 1, 1], [0] * 4, [reach, 1, 1], functional._index(name, "groups", groups), "zeros")
     x, weight, bias, context = tensors
+    if weight.shape[1] * params[3] != x.shape[-2]:
+        raise RuntimeError(
+            f"Given groups={groups}, expected weight (K, C / groups, S) for x (B, C, L), or (C, W) for a filter of each "
+            f"channel, but got weight {list(weight.shape)}, x {list(x.shape)}"
+        )
     x, weight, context = (t if t is None else t[..., None, None] for t in (x, weight, context))
     how = (*params, _time_mode(name, time_mode), functional._precision(name, precision))
     return batched, (x, weight, bias, context), how

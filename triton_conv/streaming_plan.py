@@ -193,12 +193,14 @@ class StreamingPlan(Frozen):
     def __str__(self) -> str:
         numerics = self.numerics
         copies = ", ".join(f"a copy of {name}" for name in self._copies)
+        dot = self.dtype == "float32" and getattr(self.config, "dot", True)
+        products = f"float32 products as {numerics.precision}" if dot else f"{self.dtype} products"
         fused = plan._fused(numerics.epilogue, numerics.has_bias)
         lines = [
             f"kernel     {self.kernel} ({self.role.value} of context and x, not concatenated)",
             f"geometry   {self.problem}",
             f"config     {self.config}",
-            f"numbers    {self.dtype} products, {numerics.accumulator} accumulator, {numerics.index_bits}-bit offsets",
+            f"numbers    {products}, {numerics.accumulator} accumulator, {numerics.index_bits}-bit offsets",
             *([f"epilogue   {fused}"] if fused else []),
             f"layout     {'; '.join(self.steps)}",
             f"workspace  {self.workspace_bytes} bytes{f' ({copies})' if copies else ''}",
@@ -220,7 +222,8 @@ def _make(problem: Problem, explicit: KernelConfig | None, generation: Hashable,
     p, g = problem, problem.geometry
     way = _chosen(_of_fixed_length(p, g.N if batch is None else batch), explicit, generation)
     read = [name for name in _WORDS if name != "context" or p.context.held]
-    packs = tuple(name for name in read if way.kernel == "box" and not _fits_a_box(p, name))
+    fits = _fits_a_box if way.kernel == "box" else _in_rows if way.layout.packs else _as_it_lies
+    packs = tuple(name for name in read if not fits(p, name))
     numerics = Numerics(32, plan.ACCUMULATORS[p.dtype], p.precision, p.has_bias, epilogue=p.epilogue)
     made = StreamingPlan(p, way.kernel, way.config, numerics, packs, way.reason)
     reach = max(
@@ -279,16 +282,16 @@ def _chosen(problem: ways.Problem, explicit: KernelConfig | None, _generation: H
             raise RuntimeError(f"a box config was given for {g}, but {misfit or 'its box is more than one frame'}")
         return Way("box", copied, explicit, "config given explicitly")
     gathered = ways._gathered(problem, given, explicit if isinstance(explicit, Config) else None, obstacle)
-    if obstacle or isinstance(explicit, Config):
+    if isinstance(explicit, Config) or (obstacle and "x" not in packs):
         return _for_any_length(gathered)
-    boxed = _boxed(problem, copied)
-    first, second = (gathered, boxed) if "x" in packs else (boxed, gathered)
+    other = ways._gathered(problem, copied, None, obstacle) if obstacle else _boxed(problem, copied)
+    first, second = (gathered, other) if "x" in packs else (other, gathered)
     times = [_seconds(problem, way) for way in (first, second)]
     worth = times[1] < choose.WORTH_LEAVING * times[0]
-    best, other = (second, first) if worth else (first, second)
+    best, left = (second, first) if worth else (first, second)
     ours, theirs = reversed(times) if worth else times
-    after = " after copies" if "x" in other.layout.packs else ""
-    against = f"{1e6 * ours:.3g} us predicted, against {1e6 * theirs:.3g} us of {other.kernel}{after}"
+    after = " after copies" if "x" in left.layout.packs else ""
+    against = f"{1e6 * ours:.3g} us predicted, against {1e6 * theirs:.3g} us of {left.kernel}{after}"
     return _for_any_length(best._replace(reason=f"{best.reason}; {against}"))
 
 
@@ -322,6 +325,15 @@ def _seconds(problem: ways.Problem, way: Way) -> float:
     fused = (problem.dtype, problem.epilogue)
     copies = sum(cost.copy_seconds(prod(g.shape(name)) * item, problem.device) for name in way.layout.packs)
     return cost.predict(*what, *fused).seconds + copies
+
+
+def _as_it_lies(p: Problem, name: str) -> bool:
+    return True
+
+
+def _in_rows(p: Problem, name: str) -> bool:
+    """Whether the channels of an operand lie side by side."""
+    return p.strides(name)[1] == 1 or p.shape(name)[1] == 1
 
 
 def _fits_a_box(p: Problem, name: str) -> bool:
