@@ -309,7 +309,7 @@ def misfit(problem: Problem, made: BoxConfig) -> str | None:
     for term in problem.terms:
         g, fit = term.geometry, fitted(problem.role, term.geometry, made)
         _, dst = channels_of(problem.role, g)
-        why = ways._box_misfit(fit, problem.dtype, problem.role, g)
+        why = ways._box_misfit(alone(problem, term), fit, g)
         if why:
             return why
         if g.groups > 1 and dst % fit.BLOCK_N:
