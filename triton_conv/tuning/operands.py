@@ -50,7 +50,8 @@ def _with_epilogue(
     e, scale, residual, kept = problem.epilogue, None, None, None
     if e.scale:
         channels = problem.geometry.shape(written)[1]
-        scale = torch.empty(channels, device=device).uniform_(0.5, 1.5, generator=generator)
+        dtype = getattr(torch, problem.scale_dtype or problem.out_dtype)
+        scale = torch.empty(channels, device=device).uniform_(0.5, 1.5, generator=generator).to(dtype)
     if e.residual:  # one that is not aligned is copied
         residual = _empty(problem._replace(aligned=not problem.moves_residual), written, device, written)
         _randomise(residual, generator)
