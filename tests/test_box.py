@@ -10,7 +10,7 @@ from halves import half_of
 from triton_conv import config, execute, explain, plan
 from triton_conv.check import Case, check_case
 from triton_conv.config import BoxConfig, Config, little_waste, run_of_little_waste
-from triton_conv.geometry import Role
+from triton_conv.geometry import ConvGeometry, Role
 
 ACTIVATIONS = (Role.FPROP, Role.DGRAD)
 
@@ -339,3 +339,25 @@ def test_every_box_is_whole():
     for _ in range(200):
         counts = tuple(rng.randint(1, 40) for _ in range(4))
         assert torch.Size(little_waste(counts, 128)).numel() == 128
+
+
+@pytest.mark.parametrize("role", Role, ids=lambda role: role.value)
+def test_slices_of_channels_with_steps_along_rows_are_right(role, kernels):
+    """Columns fold into channels only where all channels are there."""
+    case = _of((8, 16), 3, C=32, K=32, N=1, padding=1, stride=2)
+    operands = case.operands(0, kernels)
+    x, w, dy = operands.x, operands.w, operands.dy
+    wide = torch.full((1, 48, 8, 16), 7.0, dtype=x.dtype, device=x.device).contiguous(memory_format=torch.channels_last)
+    x = wide[:, 8:40].copy_(x)
+    a, b = {Role.FPROP: (x, w), Role.DGRAD: (dy, w), Role.WGRAD: (dy, x)}[role]
+    g = ConvGeometry.forward(x.shape, w.shape, (2, 2), ((1, 1), (1, 1)))
+    call = execute.Call(role, g, a, b, None, None, tuple(w.stride()))
+    dx = wide.clone()[:, 8:40]
+    output = dx if role is Role.DGRAD else execute.empty_output(call)
+    p = plan.make(execute.problem_of(call, config.DEVICES["H200"], output))
+    assert p.kernel.startswith("box") == (role is Role.DGRAD)
+    execute.run(p, call, output)
+    expected = execute._reference(call, torch.empty_like(output))
+    torch.testing.assert_close(output, expected)
+    assert (dx._base[:, :8] == 7).all()
+    assert (dx._base[:, 40:] == 7).all()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import triton_conv
-from triton_conv import cli, cost, explain, functional
+from triton_conv import cli, cost, explain, explain_words, functional
 from triton_conv.check import CASES, DTYPES
 
 
@@ -175,7 +175,7 @@ def test_explain_predicts_times_and_says_that_nobody_measured_them(capsys):
 def test_explain_says_where_there_is_no_prediction(monkeypatch):
     p = explain.plans((8, 64, 28, 28), (64, 64, 3, 3), padding=1)["forward"]
     monkeypatch.delitem(cost.TILES, p.kernel)
-    limit, time = explain._times(p).splitlines()
+    limit, time = explain_words.times(p).splitlines()
     assert limit.startswith("roofline ")
     assert time == "time       not predicted: there is no model of this kernel"
 
@@ -192,6 +192,84 @@ def test_explain_says_that_a_complex_convolution_is_four(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("conv1d input 2x3x9 weight 4x3x3 output 2x4x7 complex64")
     assert "one of four real convolutions" in lines[1]
+
+
+def explained(capsys, argv):
+    assert cli.main(["explain", *argv.split()]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def titles(lines):
+    return [lines[n - 1] for n, line in enumerate(lines) if line.startswith("kernel ")]
+
+
+def test_explain_shows_what_is_fused_and_saved(capsys):
+    lines = explained(capsys, "8x64x28x28 64x64x3x3 --padding 1 --activation silu --residual before --scale")
+    assert lines[0].endswith("padding 1 activation silu residual before scale on NVIDIA H200")
+    saved = "Saved for backward: input, weight, scale, what silu is applied to, 1.61 MB more, written by the same "
+    assert lines[1] == f"{saved}kernel."
+    assert "epilogue   scale, residual, silu; what silu is applied to is kept" in lines
+    assert titles(lines) == ["forward", "input gradient", "weight gradient", "activation gradient"]
+    assert "the output, which costs nothing" in explained(capsys, "8x64x28x28 64x64x3x3 --activation relu")[1]
+
+
+def test_explain_shows_branches(capsys):
+    argv = "2x64x33x33 32x64x1x1 --bias --dtype bfloat16 --channels-last --branch 32x64x3x3/padding=2:1,1/dilation=6"
+    first, *rest = explained(capsys, f"{argv.replace('2:1,1', '6')} --branch 16x64x3x3/padding=1:1,1")
+    assert first == ("multi_conv2d input 2x64x33x33 bfloat16 channels_last bias combine concatenate on NVIDIA H200")
+    assert rest[:3] == [
+        "branch 0: weight 32x64x1x1",
+        "branch 1: weight 32x64x3x3 padding 6 dilation 6",
+        "branch 2: weight 16x64x3x3 padding 1:1,1",
+    ]
+    assert titles(rest) == ["forward", "input gradient", *(f"weight gradient of branch {i}" for i in range(3))]
+    assert sum(line.startswith("time ") and "predicted, not measured" in line for line in rest) == 5
+
+
+def test_explain_shows_deformable_convolutions(capsys):
+    lines = explained(capsys, "2x64x14x14 64x64x3x3 --padding 1 --deform --offset-groups 2 --no-mask")
+    assert lines[0] == (
+        "deform_conv2d input 2x64x14x14 weight 64x64x3x3 without mask float32 padding 1 offset_groups 2 on NVIDIA H200"
+    )
+    assert titles(lines) == ["forward", "input gradient", "offset and mask gradient", "weight gradient"]
+    assert sum(line.startswith("roofline ") for line in lines) == 4
+
+
+def test_explain_shows_streaming_convolutions(capsys):
+    lines = explained(capsys, "1x32x1x16x16 32x32x3x3x3 --padding 1 --dtype bfloat16 --channels-last --context 2")
+    assert lines[:2] == [
+        "causal_conv3d input 1x32x1x16x16 weight 32x32x3x3x3 context of 2 frames bfloat16 channels_last padding 1 "
+        "on NVIDIA H200",
+        "Saved for backward: input, context and weight.",
+    ]
+    assert titles(lines) == ["forward", "input gradient", "weight gradient"]
+    assert explained(capsys, "1x32x9 32x32x3 --context 2")[0].startswith("causal_conv1d ")
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ("--deform --context 2", "argument --deform: does not go with --context"),
+        ("--deform --groups 2", "argument --deform: does not go with --groups"),
+        ("--context 2 --transposed", "argument --context: does not go with --transposed"),
+        ("--context 2 --activation relu", "argument --context: does not go with --activation"),
+        ("--causal --padding 1", "argument --causal: does not go with --padding"),
+        ("--causal --activation relu", "argument --causal: has --activation silu or none"),
+        ("--no-mask", "argument --no-mask: only --deform has one"),
+        ("--sum", "argument --sum: only --branch has one"),
+        ("--activation silu --negative-slope 1", "argument --negative-slope: only --activation leaky_relu has one"),
+        ("--branch 8x8x3x3", "expected all branches to have the same output extents"),
+    ],
+)
+def test_explain_says_which_options_do_not_go_together(options, why, capsys):
+    assert cli.main(["explain", "1x8x8x8", "8x8x1x1", *options.split()]) == 2
+    assert why in capsys.readouterr().err
+
+
+def test_explain_says_what_is_no_branch(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["explain", "1x8x8x8", "8x8x1x1", "--branch", "8x8x3x3/pad=1"])
+    assert "'pad=1' is not one of padding, dilation, stride, groups with a value" in capsys.readouterr().err
 
 
 def test_explain_reports_what_is_no_convolution(capsys):

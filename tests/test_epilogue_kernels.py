@@ -384,3 +384,13 @@ def test_boxes_that_have_no_room_for_a_residual_do_not_fit():
                     epilogue=Epilogue("relu", residual="before"), device=devices.H200._replace(shared_per_block=200_000)
                 )
             )
+
+
+def test_scales_of_other_dtypes_are_other_plans(kernels):
+    """A plan's kernel is launched again without a look at dtypes."""
+    call = call_of(FORWARD, BOX, Epilogue("relu", scale=True), dtype=torch.float16, device=kernels)
+    assert call.scale.dtype == torch.float32
+    narrow = replace(call, scale=call.scale.half())
+    wide_plan, narrow_plan = map(plan_of, (call, narrow))
+    assert wide_plan is not narrow_plan
+    assert (wide_plan.dtypes["scale"], narrow_plan.dtypes["scale"]) == ("float32", "float16")

@@ -145,3 +145,15 @@ def test_precision_follows_pytorch_until_it_is_given(kernels):
 def test_allow_tf32_is_followed(allowed, expected):
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=allowed):
         assert execute.default_precision() == expected
+
+
+@pytest.mark.parametrize("deformed", [False, True])
+def test_a_single_filter_of_any_stride_has_a_right_gradient(deformed, kernels, poisoned):
+    """Slabs of it are as far apart as it has elements, whatever the stride of its one filter."""
+    x, dy = (torch.randn(2, channels, 40, 40, device=kernels) for channels in (5, 1))
+    w = torch.randn(8, 64, 1, 1, device=kernels)[:1, :5].requires_grad_()
+    offset = x.new_zeros(2, 2, 40, 40)
+    y = triton_conv.deform_conv2d(x, offset, w) if deformed else triton_conv.conv2d(x, w)
+    dw = torch.autograd.grad(y, w, dy)[0]
+    expected = torch.einsum("nchw,nkhw->kc", x.double(), dy.double())[..., None, None]
+    torch.testing.assert_close(dw.double(), expected, rtol=0, atol=1e-2)

@@ -361,6 +361,7 @@ def _config(problem: Problem) -> Config:
     parts = [term.part for term in problem.terms]
     summed = max(map(parts.count, parts))
     crowded = not vectorised or (ITEM_BYTES[problem.dtype] > 2 and config._through_registers(problem.dtype, device))
+    crowded |= problem.dtype == "float64" and device.capability == 100  # which has no matrix instruction for it
     if summed > 1 and crowded:
         rule = replace(rule, BLOCK_M=max(rule.BLOCK_M // 2, 16), BLOCK_K=16 if summed > 4 else rule.BLOCK_K)
     return rule

@@ -321,8 +321,13 @@ def default_box(
     return BoxConfig(little_waste(counts, 128), _tile(dst, 64, widest), block_k, num_stages=stages)
 
 
-def default_banded(geometry: ConvGeometry, role: Role, item_bytes: int, device: Device) -> BandedConfig:
-    """Sane blocks by rule: 128 positions, and rows of 64 bytes of the input; more images rather than more blocks."""
+def default_banded(
+    geometry: ConvGeometry, role: Role, item_bytes: int, device: Device, epilogue: Epilogue = PLAIN
+) -> BandedConfig:
+    """Sane blocks by rule: 128 positions, and rows of 64 bytes of the input; more images rather than more blocks.
+
+    Half as many blocks where the epilogue moves another tensor like the output: its addresses take registers.
+    """
     g = geometry
     source, (_, P, Q) = (g.output, g.input) if role is Role.DGRAD else (g.input, g.output)
     # elsewhere every element, or few of them, has an address in a register of its own
@@ -334,7 +339,7 @@ def default_banded(geometry: ConvGeometry, role: Role, item_bytes: int, device: 
     if role is not Role.WGRAD:
         height = _tile(P, 1, 128 // columns)
         counts = (g.N, ceil_div(P, height), ceil_div(Q, columns))
-        size = _tile(prod(counts), 16, 128 if wide_rows else 64)
+        size = _tile(prod(counts), 16, MOST_BESIDE_ANOTHER if moves_another(epilogue) or not wide_rows else 128)
         return BandedConfig(most_images(counts, size), height, columns, chunk, num_stages=stages)
     taps = _tile(g.filter[2], 16, tiles.BANDED_TAPS)  # of which programs gather sums, in registers
     height = _tile(g.filter[1], 1, min((128 if wide_rows and device.capability < 120 else 64) // chunk, 128 // taps))
@@ -343,6 +348,14 @@ def default_banded(geometry: ConvGeometry, role: Role, item_bytes: int, device: 
     config = BandedConfig(most_images(counts, size), height, columns, chunk, num_stages=stages)
     wanted = ceil_div(2 * device.multiprocessors, g.C * ceil_div(g.filter[1], height))
     return replace(config, splits=max(1, min(wanted, prod(counts) // size // _STEPS_PER_SPLIT)))
+
+
+MOST_BESIDE_ANOTHER = 64  # blocks of 128 positions of a banded config whose epilogue moves another tensor
+
+
+def moves_another(epilogue: Epilogue) -> bool:
+    """Whether a tensor like the output is read or written beside it."""
+    return bool(epilogue.residual) or epilogue.keep
 
 
 def most_images(counts: tuple[int, int, int], size: int) -> tuple[int, int, int]:

@@ -94,7 +94,7 @@ def predict(p: DeformProblem, config: Config) -> Prediction:
     matrix = _matrix_rate(p.dtype, p.precision, device) * MATRIX_SHARE if config.dot else 0.0
     multiplying = flops / (matrix or _vector_rate(p.dtype, device) * VECTOR_SHARE)
 
-    registers = min(REGISTERS + _held(p, config), MOST_REGISTERS)
+    registers = min(REGISTERS + held(p, config), MOST_REGISTERS)
     resident = max(min(device.registers // (registers * 32 * config.num_warps), 32), 1)
     waves = ceil_div(counted.total, resident * device.multiprocessors)
     full = counted.total / (ceil_div(counted.total, device.multiprocessors) * device.multiprocessors)
@@ -126,7 +126,7 @@ def predict(p: DeformProblem, config: Config) -> Prediction:
     )
 
 
-def _held(p: DeformProblem, config: Config) -> int:
+def held(p: DeformProblem, config: Config) -> int:
     """Registers of a thread for its accumulator and its samples."""
     rows = {DeformRole.FORWARD: config.BLOCK_K, DeformRole.INPUT: config.BLOCK_K, DeformRole.WEIGHT: config.BLOCK_K}
     sampled = rows.get(p.role, config.BLOCK_N) * config.BLOCK_M

@@ -5,6 +5,7 @@ A plan prints itself (`str(plan)`).
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import prod
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from . import deform_config as configs
 from . import deform_cost as cost
-from . import invariance
-from .config import Config, Numerics
+from . import invariance, stored, ways
+from . import key as keys
+from .config import Config, Numerics, most_splits
 from .cost import Prediction, Roofline, copy_seconds
 from .deform_config import DeformProblem, DeformRole
 from .devices import Device
@@ -49,7 +51,7 @@ class DeformPlan(Frozen):
     """A kernel and everything it is launched with, for tensors of any address.
 
     `asked` is the caller's problem, `problem` the one that is left when the tensors that `packs` names are copied to
-    channels-last.
+    channels-last; `measured` are the kernels' seconds where the config was measured at this very size.
     """
 
     asked: DeformProblem
@@ -57,6 +59,8 @@ class DeformPlan(Frozen):
     packs: tuple[str, ...]
     config: Config
     numerics: Numerics
+    why: str = "tiles by rule"
+    measured: float | None = None
 
     @property
     def kernel(self) -> str:
@@ -155,7 +159,20 @@ class DeformPlan(Frozen):
     @property
     def seconds(self) -> float:
         """The predicted time of everything: copies, sort and kernels."""
-        return self.prediction.seconds + sum(copy_seconds(size, self.device) for size in self._copies)
+        return self.prediction.seconds + self._around
+
+    @property
+    def measured_seconds(self) -> float | None:
+        """The time of everything where the kernels' was measured; copies before them are predicted."""
+        return None if self.measured is None else self.measured + self._around
+
+    @property
+    def _around(self) -> float:
+        return sum(copy_seconds(size, self.device) for size in self._copies)
+
+    @property
+    def reason(self) -> str:
+        return f"{_REASONS[self.role]}; {self.why}"
 
     def __str__(self) -> str:
         numerics = self.numerics
@@ -168,7 +185,7 @@ class DeformPlan(Frozen):
             f"numbers    {products}, {numerics.accumulator} accumulator, {numerics.index_bits}-bit offsets",
             f"layout     {'; '.join(copies) or 'as given, no copies'}",
             f"workspace  {self.workspace_bytes} bytes{self._workspace_use()}",
-            f"reason     {_REASONS[self.role]}",
+            f"reason     {self.reason}",
         ]
         return "\n".join(lines)
 
@@ -189,26 +206,77 @@ def make(problem: DeformProblem) -> DeformPlan:
 
     Raises NotImplementedError for a dtype without kernels.
     """
-    return _make(problem, None if problem.role is DeformRole.WEIGHT else invariance.batch())
+    return _make(problem, stored.generation(), None if problem.role is DeformRole.WEIGHT else invariance.batch())
 
 
 @lru_cache(maxsize=4096)
-def _make(problem: DeformProblem, batch: int | None) -> DeformPlan:
+def _make(problem: DeformProblem, _generation: Hashable, batch: int | None) -> DeformPlan:
+    alike = problem if batch is None else problem._replace(geometry=replace(problem.geometry, N=batch))
+    chosen = choice(every(alike))
+    return chosen if batch is None else _assembled(problem, chosen.config, chosen.why)
+
+
+def every(problem: DeformProblem) -> list[DeformPlan]:
+    """The plans of all ways to run a problem: on operands as they lie, and after copies; `make` chooses.
+
+    Raises NotImplementedError for a dtype without kernels.
+    """
     if problem.dtype not in DTYPES or problem.offset_dtype not in DTYPES:
         raise NotImplementedError(
             f"deformable convolutions have no kernel for x of {problem.dtype} with offset of {problem.offset_dtype}"
         )
-    _, left = packed(problem)
-    model = left if batch is None else left._replace(geometry=replace(problem.geometry, N=batch))
-    return with_config(problem, configs.default(model))
+    return [_looked_up(problem)]
 
 
-def with_config(problem: DeformProblem, config: Config) -> DeformPlan:
-    """The plan of a problem with this config."""
+def choice(found: list[DeformPlan]) -> DeformPlan:
+    """The one to run."""
+    return found[0]
+
+
+def _looked_up(problem: DeformProblem) -> DeformPlan:
+    """The plan with the config that was stored for it, if there is one that fits, else with the rule's."""
+    rule = _assembled(problem, configs.default(packed(problem)[1]))
+    found = stored.find(problem.device, rule.kernel, *key_of(rule.problem))
+    if found is None or not isinstance(found.config, Config) or misfit(problem, found.config):
+        return rule
+    p = _assembled(problem, found.config, f"config of {found.where}", found.seconds)
+    return p if found.exact or p.prediction.seconds <= ways.MOST_OF_RULE * rule.prediction.seconds else rule
+
+
+def key_of(left: DeformProblem) -> tuple[keys.Key, keys.Extents]:
+    """Under what the configs of a role's kernel are filed, for operands as the kernel reads them."""
+    variant = f"{left.offset_groups} offset groups{', mask' if left.has_mask else ''}"
+    if left.offset_dtype != left.dtype:
+        variant += f", offset {left.offset_dtype}"
+    channels_last = left.strides.x[1] == left.strides.y[1] == 1
+    what = (left.role, left.dtype, left.dtype, left.precision, channels_last, variant)
+    return keys.of(left.geometry, *what)
+
+
+def misfit(problem: DeformProblem, config: Config) -> str | None:
+    """What is wrong with a config for a problem, in words; None if nothing is."""
+    if config.flatten or config.filters_first:
+        return "taps are not flattened, and filters not first"
+    if config.splits == 1:
+        return None
+    if problem.role is not DeformRole.WEIGHT:
+        return f"its {config.splits} splits are for weight gradients"
+    most = most_splits(problem.geometry, configs.tiles(problem, replace(config, splits=1)).longest)
+    return f"its {config.splits} slabs are more than {most}" if config.splits > most else None
+
+
+def with_config(problem: DeformProblem, p: DeformPlan, config: Config) -> DeformPlan:
+    """The plan of a problem that goes the way of another one of it, with this config."""
+    return _assembled(problem, config, "config given for this way")
+
+
+def _assembled(
+    problem: DeformProblem, config: Config, why: str = "tiles by rule", measured: float | None = None
+) -> DeformPlan:
     packs, left = packed(problem)
     bits = 64 if _reach(left, config) >= 2**31 else 32
     numerics = Numerics(bits, ACCUMULATORS[problem.dtype], problem.precision, problem.has_bias)
-    return DeformPlan(problem, left, packs, config, numerics)
+    return DeformPlan(problem, left, packs, config, numerics, why, measured)
 
 
 # As many channels make it worth copying a tensor whose channels do not lie side by side: they are gathered in vectors.

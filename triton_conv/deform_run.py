@@ -36,7 +36,7 @@ def forward(
         return y.zero_() if bias is None else y.copy_(bias[:, None, None])
     p = plan(DeformRole.FORWARD, x, w, y, offset, mask, geometry, offset_groups, precision, device, bias is not None)
     operands = _given(x=x, offset=offset, mask=mask, w=w, bias=None if bias is None else bias.contiguous(), y=y)
-    _run(p, operands)
+    run(p, operands)
     return y
 
 
@@ -55,16 +55,7 @@ def input_gradient(
     if dx.numel() == 0 or dy.numel() == 0:
         return dx.zero_()
     p = plan(DeformRole.INPUT, dx, w, dy, offset, mask, geometry, offset_groups, precision, device)
-    with _on_device(dx.device):
-        cells, contributions = p.direct
-        lists, pixels, ends = p.lists_shape
-        keys = torch.empty((lists, pixels), dtype=torch.int32, device=dx.device)
-        cells.run({"offset": offset, "cells": keys})
-        keys, order = keys.sort(dim=1, stable=True)
-        numbers = torch.arange(ends, dtype=torch.int32, device=dx.device).repeat(lists, 1)
-        first = torch.searchsorted(keys, numbers, out_int32=True)
-        operands = _given(offset=offset, mask=mask, w=w, y=dy, order=order, first=first, x=dx)
-        contributions.run(_packed(p, operands))
+    run(p, _given(offset=offset, mask=mask, w=w, y=dy, x=dx))
     return dx
 
 
@@ -85,7 +76,7 @@ def offset_gradients(
     if doffset.numel() == 0 or x.numel() == 0 or dy.numel() == 0:
         return doffset.zero_(), None if dmask is None else dmask.zero_()
     p = plan(DeformRole.OFFSET, x, w, dy, offset, mask, geometry, offset_groups, precision, device)
-    _run(p, _given(x=x, offset=offset, mask=mask, w=w, y=dy, doffset=doffset, dmask=dmask))
+    run(p, _given(x=x, offset=offset, mask=mask, w=w, y=dy, doffset=doffset, dmask=dmask))
     return doffset, dmask
 
 
@@ -104,13 +95,8 @@ def weight_gradient(
     if dw.numel() == 0 or x.numel() == 0 or dy.numel() == 0:
         return dw.zero_()
     p = plan(DeformRole.WEIGHT, x, dw, dy, offset, mask, geometry, offset_groups, precision, device)
-    operands = _given(x=x, offset=offset, mask=mask, y=dy, w=dw)
-    if p.slabs_shape:
-        operands["workspace"] = dw.new_empty(p.slabs_shape, dtype=getattr(torch, p.dtypes["workspace"]))
-    if "w" in p.packs:
-        operands["w"] = torch.empty_like(dw, memory_format=torch.channels_last)
-    _run(p, operands)
-    return dw if operands["w"] is dw else dw.copy_(operands["w"])
+    run(p, _given(x=x, offset=offset, mask=mask, y=dy, w=dw))
+    return dw
 
 
 def plan(
@@ -144,16 +130,37 @@ def plan(
     return deform_plan.make(problem)
 
 
-def _run(p: DeformPlan, tensors: dict[str, Tensor]) -> None:
-    with _on_device(tensors["x"].device):
-        tensors = _packed(p, tensors)
+def run(p: DeformPlan, tensors: dict[str, Tensor]) -> None:
+    """Writes what a plan is for, on the operands of its role by name: x, offset, mask, w, bias, y, doffset, dmask."""
+    with _on_device(tensors["offset"].device):
+        taken = laid(p, tensors)
+        launched(p, taken)
+        if p.role is DeformRole.WEIGHT and "w" in p.packs:
+            tensors["w"].copy_(taken["w"])
+
+
+def laid(p: DeformPlan, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as the plan's kernels take them."""
+    return tensors | {name: tensors[name].contiguous(memory_format=torch.channels_last) for name in p.packs}
+
+
+def launched(p: DeformPlan, tensors: dict[str, Tensor]) -> None:
+    """The plan's kernels on tensors that are laid so, and for an input gradient the sort between them."""
+    if p.role is not DeformRole.INPUT:
+        if p.slabs_shape:
+            dtype = getattr(torch, p.dtypes["workspace"])
+            tensors = tensors | {"workspace": tensors["w"].new_empty(p.slabs_shape, dtype=dtype)}
         for launch in p.direct:
             launch.run(tensors)
-
-
-def _packed(p: DeformPlan, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, those that the plan packs as copies in channels-last."""
-    return tensors | {name: tensors[name].contiguous(memory_format=torch.channels_last) for name in p.packs}
+        return
+    cells, contributions = p.direct
+    (lists, pixels, ends), offset = p.lists_shape, tensors["offset"]
+    keys = torch.empty((lists, pixels), dtype=torch.int32, device=offset.device)
+    cells.run({"offset": offset, "cells": keys})
+    keys, order = keys.sort(dim=1, stable=True)
+    numbers = torch.arange(ends, dtype=torch.int32, device=offset.device).repeat(lists, 1)
+    first = torch.searchsorted(keys, numbers, out_int32=True)
+    contributions.run(tensors | {"order": order, "first": first})
 
 
 def _given(**tensors: Tensor | None) -> dict[str, Tensor]:

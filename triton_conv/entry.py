@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 
 from . import key as keys
 from .config import KernelConfig
+from .deform_config import DeformRole
 from .geometry import Role
 from .key import CONFIGS, Extents, Key
 
@@ -101,7 +102,8 @@ def dumps(device: str, kernel: str, entries: Iterable[Entry]) -> str:
     head = {"schema": SCHEMA, "device": device, "kernel": kernel}
     blocks = []
     for entry in sorted(entries, key=lambda e: (e.key, e.extents)):
-        what = {name: value for name, value in entry.key._asdict().items() if name != "pixels"}
+        what = {name: value for name, value in entry.key._asdict().items() if name not in _LEFT_OUT}
+        what |= {"variant": entry.key.variant} if entry.key.variant else {}
         first = {**what, **entry.extents._asdict(), "source": entry.source, **_present(entry)}
         lines = [_line(_candidate(c)) for c in entry.candidates]
         blocks.append(f'{_line(first)[:-1]}, "candidates": [\n  ' + ",\n  ".join(lines) + "]}")
@@ -146,21 +148,24 @@ def _candidate(c: Candidate) -> dict[str, Any]:
     return {"config": config, **rest}
 
 
-# The number of pixels follows from the extents.
+# The number of pixels follows from the extents; ordinary convolutions have no variant.
+_LEFT_OUT = ("pixels", "variant")
+_ROLES = {role.value for kind in (Role, DeformRole) for role in kind}
 _ENTRY = {*Key._fields, *Extents._fields, "source", "stamp", "baseline", "candidates"} - {"pixels"}
 
 
 def _entry(found: Any, kernel: str) -> Entry:
     found = _checked(found, dict, "an entry")
     unknown = found.keys() - _ENTRY
-    missing = _ENTRY - {"stamp", "baseline"} - found.keys()
+    missing = _ENTRY - {"stamp", "baseline", "variant"} - found.keys()
     if unknown or missing:
         raise MalformedError(f"an entry has {shown(sorted(unknown))} too much, {sorted(missing)} too little")
     extents = Extents(*(_value(found[name], hint, name) for name, hint in _hints(Extents).items()))
-    hints = {name: hint for name, hint in _hints(Key).items() if name != "pixels"}
+    hints = {name: hint for name, hint in _hints(Key).items() if name not in _LEFT_OUT}
     given = {name: _value(found[name], hint, name) for name, hint in hints.items()}
-    key = Key(**given, pixels=keys.bucket(extents))
-    if key.role not in {role.value for role in Role}:
+    variant = _checked(found.get("variant", ""), str, "variant")
+    key = Key(**given, pixels=keys.bucket(extents), variant=variant)
+    if key.role not in _ROLES:
         raise MalformedError(f"role is {shown(key.role)}")
     if found["source"] not in SOURCES:
         raise MalformedError(f"source is {shown(found['source'])}")

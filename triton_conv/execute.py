@@ -212,8 +212,14 @@ def problem_of(call: Call, device: Device, output: Tensor | None = None) -> plan
     aligned = all(map(_aligned, (call.a, call.b, *written)))
     has_bias, has_scale, epilogue = call.bias is not None, call.scales is not None, call.epilogue
     moves = call.residual is not None and not (_aligned(call.residual) and _lies_as(call.residual, output))
-    how = (precision, has_bias, has_scale, aligned, device, epilogue, moves)
+    how = (precision, has_bias, has_scale, aligned, device, epilogue, moves, scale_dtype(call, out_dtype))
     return plan.Problem(call.role, call.geometry, dtype, out_dtype, strides, *how)
+
+
+def scale_dtype(call: Call, out_dtype: str) -> str:
+    """The dtype of an epilogue's scale, "" where it is the output's or there is none."""
+    name = "" if call.scale is None else str(call.scale.dtype).removeprefix("torch.")
+    return "" if name == out_dtype else name
 
 
 def _aligned(t: Tensor) -> bool:

@@ -10,30 +10,15 @@ from typing import Any
 
 import torch
 
-from . import (
-    activation,
-    activation_plan,
-    branches,
-    causal,
-    config,
-    cost,
-    deform,
-    execute,
-    functional,
-    plan,
-    separable,
-    streaming,
-)
+from . import activation_plan, branches, causal, config, deform, execute, functional, plan, separable, streaming
+from . import explain_words as words
 from .activation_plan import ActivationPlan, ActivationProblem
-from .branches_plan import BranchesPlan
 from .causal_plan import CausalPlan
 from .config import Device
-from .deform_plan import DeformPlan
 from .epilogue import Epilogue
+from .explain_words import AnyPlan as AnyPlan
+from .explain_words import written as written
 from .separable_plan import SeparablePlan
-from .streaming_plan import StreamingPlan
-
-AnyPlan = plan.Plan | CausalPlan | SeparablePlan | ActivationPlan | BranchesPlan | DeformPlan | StreamingPlan
 
 _NAMES = ("forward", "input gradient", "weight gradient")
 # What those of a transposed convolution are of the convolution whose input gradient it is.
@@ -130,42 +115,48 @@ def text(
     That time is the measured one where the config was measured for this very size, else predicted by
     `triton_conv.cost`, and compared with the least that the device's data sheet allows.
     """
-    if parameters.pop("causal", False):
-        how = (transposed, dtype, channels_last, bias, device)
-        shown = _causal_plans(input_shape, weight_shape, *how, **parameters)
-        lines = [f"causal_conv1d {shown['forward'].asked} {written(dtype)} on {device.name}"]
-        for title, causal_one in shown.items():
-            lines += [f"\n{title}", str(causal_one), _times(causal_one)]
-        return "\n".join(lines)
-    if parameters.get("pointwise") is not None:
-        how = (transposed, dtype, channels_last, bias, device)
-        both = _separable_plans(input_shape, weight_shape, *how, **parameters)
-        sizes = f"{'x'.join(map(str, input_shape))}, depthwise {'x'.join(map(str, weight_shape))}"
-        lines = [
-            f"separable convolution {sizes}, pointwise {parameters['pointwise']} {written(dtype)} on {device.name}"
-        ]
-        for title, p in both.items():
-            lines += [f"\n{title}", str(p), _times(p)]
-        return "\n".join(lines)
+    how = (dtype, channels_last, bias, device)
+    named: dict[str, Any] = {"dtype": dtype, "channels_last": channels_last, "bias": bias, "device": device}
+    shown = plans(input_shape, weight_shape, transposed=transposed, **named, **parameters)
+    if any(parameters.get(kind) for kind in ("causal", "pointwise", "deform", "branches")) or "context" in parameters:
+        lines = words.of_kind(input_shape, weight_shape, shown, *how, parameters)
+    else:
+        lines = _call(input_shape, weight_shape, transposed, *how, parameters)
+    meanings = dict(zip(_NAMES, _OF_THE_CONVOLUTION, strict=True)) if transposed else {}
+    for title, p in shown.items():
+        meaning = f" ({meanings[title]})" if title in meanings else ""
+        lines += [f"\n{title}{meaning}", str(p), words.times(p)]
+    return "\n".join(lines)
+
+
+def _call(
+    input_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    transposed: bool,
+    dtype: torch.dtype,
+    channels_last: bool,
+    bias: bool,
+    device: Device,
+    parameters: dict[str, Any],
+) -> list[str]:
+    """The first lines about an ordinary convolution."""
     name = _name(weight_shape, transposed, dtype, parameters.get("out_dtype"))
-    output_shape, calls = _traced(input_shape, weight_shape, transposed, dtype, channels_last, bias, parameters)
+    output_shape, _ = _traced(input_shape, weight_shape, transposed, dtype, channels_last, bias, dict(parameters))
     shapes = {"input": input_shape, "weight": weight_shape, "output": output_shape}
-    words = [name, *(f"{operand} {'x'.join(map(str, shape))}" for operand, shape in shapes.items())]
-    words.append(written(dtype))
-    words += [word for word, given in (("channels_last", channels_last), ("bias", bias)) if given]
+    said = [name, *(f"{operand} {words.sizes(shape)}" for operand, shape in shapes.items()), written(dtype)]
+    said += [word for word, given in (("channels_last", channels_last), ("bias", bias)) if given]
     defaults = inspect.signature(getattr(functional, name)).parameters
     for parameter, value in parameters.items():
-        if parameter not in defaults or written(value) != written(defaults[parameter].default):
-            words.append(f"{parameter} {written(value)}")
-    lines = [f"{' '.join(words)} on {device.name}"]
+        if parameter == "scale":
+            said += ["scale"] * bool(value)
+        elif parameter not in defaults or written(value) != written(defaults[parameter].default):
+            said.append(f"{parameter} {written(value)}")
+    lines = [f"{' '.join(said)} on {device.name}"]
     if transposed:
         lines.append("It is the input gradient of a convolution; the geometries are that convolution's.")
     if dtype.is_complex:
         lines.append("Each plan is one of four real convolutions, which make a complex one.")
-
-    for (title, p), meaning in zip(_plans(calls, device).items(), _OF_THE_CONVOLUTION, strict=False):
-        lines += [f"\n{title} ({meaning})" if transposed else f"\n{title}", str(p), _times(p)]
-    return "\n".join(lines)
+    return [*lines, *words.saved(parameters, output_shape, dtype)]
 
 
 def _causal_plans(
@@ -231,34 +222,6 @@ def _separable_plans(
     if isinstance(fused, str):
         raise RuntimeError(f"the fused kernel cannot compute this: {fused}")
     return {"both in one kernel": fused, **dict(zip(("depthwise", "pointwise"), fused.apart, strict=True))}
-
-
-def _times(p: plan.Plan | CausalPlan | SeparablePlan) -> str:
-    least = p.roofline
-    scaled = f", numbers {p.device.source}" if p.device.source.startswith("scaled") else ""
-    moved = f"{_with_prefix(least.flops)}FLOP, {_with_prefix(least.bytes)}B"
-    limit = f"roofline   {moved}: at least {_with_prefix(least.seconds)}s, by {least.limit}{scaled}"
-    if isinstance(p, CausalPlan):
-        share = f"{least.seconds / p.seconds:.0%} of that limit, most of it by {p.limit}"
-        programs = f"programs {p.prediction.tiles}, waves {p.prediction.waves}"
-        return f"{limit}\ntime       {_with_prefix(p.seconds)}s predicted, not measured: {share}; {programs}"
-    if isinstance(p, plan.Plan) and p.kernel not in cost.TILES:
-        return f"{limit}\ntime       not predicted: there is no model of this kernel"
-    kernel, words, seconds = p.prediction, f"{_with_prefix(p.seconds)}s predicted, not measured", p.seconds
-    if isinstance(p, plan.Plan) and p.measured_seconds is not None:
-        seconds, around = p.measured_seconds, ", copies around it predicted" if p.packs or p.fold else ""
-        words = f"{_with_prefix(seconds)}s measured{around}, {_with_prefix(p.seconds)}s predicted"
-    share = f"{least.seconds / seconds:.0%} of that limit"
-    tiles = f"tiles {kernel.tiles}, waves {kernel.waves}, {kernel.useful:.0%} of the products useful"
-    return f"{limit}\ntime       {words}: {share}; {tiles}; bound by {kernel.limit}"
-
-
-def _with_prefix(value: float) -> str:
-    """Three digits, a space and the unit's prefix: "59.2 G"."""
-    for scale, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""), (1e-3, "m"), (1e-6, "u")):
-        if value >= scale:
-            return f"{value / scale:.3g} {prefix}"
-    return f"{value / 1e-9:.3g} n"
 
 
 def _plans(calls: Sequence[execute.Call], device: Device) -> dict[str, plan.Plan]:
@@ -328,15 +291,8 @@ def _traced(
 def _activation_plan(total: int, parameters: dict[str, Any], dtype: torch.dtype, device: Device) -> ActivationPlan:
     """Of the first part of a backward pass, which says by what was saved how its gradient is told."""
     name, slope = parameters["activation"], parameters.get("negative_slope", Epilogue().slope)
-    of_output = activation.tells_gradient(name, slope) and parameters.get("residual") != "after"
-    return activation_plan.make(ActivationProblem(total, written(dtype), name, slope, of_output, device))
-
-
-def written(value: Any) -> str:
-    """A parameter as the console script takes it: 2,1 or 2:0,1."""
-    if isinstance(value, (tuple, list)):
-        return ",".join(":".join(map(str, v)) if isinstance(v, (tuple, list)) else str(v) for v in value)
-    return str(value).removeprefix("torch.")
+    problem = ActivationProblem(total, written(dtype), name, slope, words.of_output(parameters), device)
+    return activation_plan.make(problem)
 
 
 def _real(call: execute.Call) -> execute.Call:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .config import BandedConfig, BoxConfig, Config, DepthwiseConfig, KernelConfig
+from .deform_config import DeformRole
 from .geometry import ConvGeometry, Role
 
 # The kernels that have configs to choose from, and of what type these are.
@@ -28,6 +29,10 @@ CONFIGS: dict[str, type[KernelConfig]] = {
     "depthwise_wgrad": DepthwiseConfig,
     "banded": BandedConfig,
     "banded_wgrad": BandedConfig,
+    "deform": Config,
+    "deform_dgrad": Config,
+    "deform_offset": Config,
+    "deform_wgrad": Config,
 }
 
 
@@ -37,7 +42,8 @@ class Key(NamedTuple):
     Numbers are those of the geometry that the kernel computes (`ways.Layout`): a 1x1 convolution of 32 images is the
     same as one of as many pixels in one image. `pixels` is the power of two at or below the number of output positions
     of all images: shapes of one bucket share their config. `zero_padding` says that nothing but zeros is around the
-    input; how much of it, which other padding modes, and bias are left out.
+    input; how much of it, which other padding modes, bias and epilogue are left out. `variant` says in words what else
+    the kernels of another kind of convolution depend on; it is "" for ordinary ones.
     """
 
     role: str
@@ -53,6 +59,7 @@ class Key(NamedTuple):
     stride: tuple[int, int, int]
     dilation: tuple[int, int, int]
     pixels: int
+    variant: str = ""
 
 
 class Extents(NamedTuple):
@@ -64,14 +71,20 @@ class Extents(NamedTuple):
 
 
 def of(
-    g: ConvGeometry, role: Role, dtype: str, out_dtype: str, precision: str, channels_last: bool
+    g: ConvGeometry,
+    role: Role | DeformRole,
+    dtype: str,
+    out_dtype: str,
+    precision: str,
+    channels_last: bool,
+    variant: str = "",
 ) -> tuple[Key, Extents]:
     """The key of a canonical geometry, and where in its bucket it is."""
     extents = Extents(g.N, _three(g.input), _three(g.output))
     walk = (_three(g.filter), _three(g.stride), _three(g.dilation))
     zero_padding = all(mode == "zeros" for mode in g.modes)
     what = (role.value, dtype, out_dtype, precision, channels_last, zero_padding)
-    return Key(*what, g.groups, g.C, g.K, *walk, bucket(extents)), extents
+    return Key(*what, g.groups, g.C, g.K, *walk, bucket(extents), variant), extents
 
 
 def _three(axes: tuple[int, ...]) -> tuple[int, int, int]:

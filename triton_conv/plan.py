@@ -60,8 +60,8 @@ class Plan(Frozen):
     `geometry` and `strides` are canonical: they describe the same memory as the caller's tensors, in fewer axes.
     `asked` is the caller's geometry. `packs` names the tensors that are copied to another memory format, `bundle` says
     how many of the caller's groups are computed as one (`ways.Layout`). `measured` and the rival are as in `ways.Way`.
-    Where `rival_runs`, PyTorch computes this in place of the kernel (`backends`). `moves_residual` is as in
-    `ways.Problem`.
+    Where `rival_runs`, PyTorch computes this in place of the kernel (`backends`). `moves_residual` and
+    `scale_dtype` are as in `ways.Problem`.
     """
 
     kernel: str
@@ -87,6 +87,7 @@ class Plan(Frozen):
     rival_name: str = ""
     rival_runs: bool = False
     moves_residual: bool = False
+    scale_dtype: str = ""
 
     @property
     def N(self) -> int:
@@ -101,7 +102,8 @@ class Plan(Frozen):
     def dtypes(self) -> dict[str, str]:
         """The dtype of every operand that a launch may name."""
         operands = dict.fromkeys(("x", "w", "y"), self.dtype)
-        operands |= dict.fromkeys((_WRITTEN[self.role], "bias", "scale", "residual", "kept"), self.out_dtype)
+        operands |= dict.fromkeys((_WRITTEN[self.role], "bias", "residual", "kept"), self.out_dtype)
+        operands["scale"] = self.scale_dtype or self.out_dtype
         return operands | {"scale_a": "float32", "scale_b": "float32", "workspace": self.workspace_dtype}
 
     @property
@@ -389,6 +391,7 @@ def _assembled(problem: Problem, original: ConvGeometry, strides: Strides, way: 
         rival,
         name,
         moves_residual=problem.moves_residual,
+        scale_dtype=problem.scale_dtype,
     )
 
 

@@ -170,6 +170,7 @@ def problem_of(call: Call, context: Tensor | None, output: Tensor, device: Devic
         device,
         call.epilogue,
         call.residual is not None and not (execute._aligned(call.residual) and execute._lies_as(call.residual, output)),
+        execute.scale_dtype(call, str(output.dtype).removeprefix("torch.")),
     )
 
 

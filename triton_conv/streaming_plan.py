@@ -40,7 +40,8 @@ class Problem(NamedTuple):
 
     `geometry` is that of all frames in a row, those of the context first. Strides are of (N, C, D, H, W) for x,
     (K, C / groups, T, R, S) and (N, K, Z, P, Q). `unaligned` names those of "x", "context" and "w" that do not start
-    at a multiple of 16 bytes; `moves_residual` says that the epilogue's residual does not lie as y does.
+    at a multiple of 16 bytes; `moves_residual` says that the epilogue's residual does not lie as y does. `scale_dtype`
+    is as in `ways.Problem`.
     """
 
     geometry: ConvGeometry
@@ -55,6 +56,7 @@ class Problem(NamedTuple):
     device: Device
     epilogue: Epilogue = PLAIN
     moves_residual: bool = False
+    scale_dtype: str = ""
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The five extents of "x", "context" or "w" in memory."""
@@ -125,7 +127,8 @@ class StreamingPlan(Frozen):
     @property
     def dtypes(self) -> dict[str, str]:
         """The dtype of every operand that a launch may name."""
-        return dict.fromkeys(("x", "context", "w", "bias", "scale", "residual", "y"), self.dtype)
+        operands = dict.fromkeys(("x", "context", "w", "bias", "residual", "y"), self.dtype)
+        return operands | {"scale": self.problem.scale_dtype or self.dtype}
 
     @property
     def workspace_bytes(self) -> int:
@@ -231,6 +234,12 @@ def _make(problem: Problem, explicit: KernelConfig | None, generation: Hashable,
         plan.span((g.N, g.C, made.context.frames, *g.input[1:]), made.context.strides),
     )
     return replace(made, numerics=numerics._replace(index_bits=64)) if reach >= 2**31 else made
+
+
+def asked_as(p: Problem) -> tuple[ways.Problem, Layout]:
+    """The ordinary problem, and its layout, whose stored config a plan's kernel takes: of a fixed number of frames."""
+    alike = _of_fixed_length(p, p.geometry.N)
+    return alike, Layout((), True, 1, alike.geometry, alike.strides, ())
 
 
 def _of_fixed_length(p: Problem, N: int) -> ways.Problem:

@@ -22,7 +22,8 @@ class Problem(NamedTuple):
     `dtype` is that of both operands, `out_dtype` that of output and bias. `precision` says how float32 is multiplied
     ("ieee", "tf32", "tf32x3") and is "ieee" for every other dtype; `aligned` says that every tensor starts at a
     multiple of 16 bytes; `has_scale` that the sum is multiplied by two scales; `moves_residual` that the epilogue's
-    residual lies in memory otherwise than the output.
+    residual lies in memory otherwise than the output. The epilogue's scale has `scale_dtype`, "" for `out_dtype`: a
+    compiled kernel is launched again for operands of the dtypes that it was compiled for.
     """
 
     role: Role
@@ -37,6 +38,7 @@ class Problem(NamedTuple):
     device: Device
     epilogue: Epilogue = PLAIN
     moves_residual: bool = False
+    scale_dtype: str = ""
 
 
 class Layout(NamedTuple):
@@ -259,12 +261,12 @@ def _banded(problem: Problem, layout: Layout, explicit: BandedConfig | None = No
     kernel = "banded_wgrad" if role is Role.WGRAD else "banded"
     if explicit is not None:
         return Way(kernel, layout, explicit, f"{why}; config given explicitly")
-    config = configs.default_banded(layout.geometry, role, ITEM_BYTES[problem.dtype], problem.device)
+    config = configs.default_banded(layout.geometry, role, ITEM_BYTES[problem.dtype], problem.device, problem.epilogue)
     return _with_config(problem, kernel, layout, config, why, f"blocks by rule for {problem.device.name}")
 
 
 # A config of another size in its bucket has to be predicted to take no longer than this share of the rule's time.
-_MOST_OF_RULE = 1.1
+MOST_OF_RULE = 1.1
 
 
 def _with_config(problem: Problem, kernel: str, layout: Layout, rule: KernelConfig, why: str, by_rule: str) -> Way:
@@ -277,7 +279,7 @@ def _with_config(problem: Problem, kernel: str, layout: Layout, rule: KernelConf
         channels_last = reads_channels_last(role, layout.strides)
         what = (problem.dtype, problem.precision, device, channels_last, problem.out_dtype, problem.epilogue)
         times = [cost.predict(g, role, kernel, config, *what).seconds for config in (found.config, rule)]
-        if times[0] > _MOST_OF_RULE * times[1]:
+        if times[0] > MOST_OF_RULE * times[1]:
             return Way(kernel, layout, rule, f"{why}; {by_rule}, predicted to be quicker than that of {found.where}")
     measured = (found.seconds, found.rival, found.rival_name)
     return Way(kernel, layout, found.config, f"{why}; config of {found.where}", *measured)
@@ -299,6 +301,10 @@ def misfit(problem: Problem, kernel: str, layout: Layout, config: KernelConfig) 
         return f"its {config.splits} splits are for weight gradients"
     if isinstance(config, BoxConfig):
         return _box_misfit(problem, config, g)
+    if isinstance(config, BandedConfig):
+        full = configs.moves_another(problem.epilogue) and prod(config.blocks) > configs.MOST_BESIDE_ANOTHER
+        if full:
+            return f"its {prod(config.blocks)} blocks leave no registers for another tensor like the output"
     if isinstance(config, Config):
         if config.dot and not configs.multiplies_matrices(dtype, role):
             return f"there is no dot of {dtype}"
@@ -435,7 +441,7 @@ def _box_obstacle(problem: Problem, layout: Layout) -> str | None:
     tap = tap_step(g, strides)
     if tap is None or tap % vector or strides.w[1] != 1:
         return "filter taps are not evenly spaced"
-    if not _whole_steps(g, role):
+    if not _whole_steps(g, role, strides):
         return "the input is not whole strides"
     if g.axes(role)[2].src_step > 1 and src // g.groups % least:
         return f"the stride of W folds into channels, which are no multiple of {least}"
@@ -450,7 +456,7 @@ def _run_obstacle(g: ConvGeometry, strides: Strides) -> str | None:
         return "groups have few channels"
     if _uneven_rows(g, strides, "x", 8) or _uneven_rows(g, strides, "y", 8):
         return "rows are not multiples of 16 bytes apart"
-    return None if _whole_steps(g, Role.WGRAD) else "the input is not whole strides"
+    return None if _whole_steps(g, Role.WGRAD, strides) else "the input is not whole strides"
 
 
 def _idle_runs(g: ConvGeometry) -> str | None:
@@ -469,11 +475,16 @@ def _uneven_rows(g: ConvGeometry, strides: Strides, name: str, vector: int) -> b
     return any(stride == 0 or stride % vector for stride in along)
 
 
-def _whole_steps(g: ConvGeometry, role: Role) -> bool:
-    """Whether the steps in which the source is walked make axes of a descriptor."""
+def _whole_steps(g: ConvGeometry, role: Role, strides: Strides) -> bool:
+    """Whether the steps in which the source is walked make axes of a descriptor.
+
+    Those along W fold into channels, which must follow on each other from column to column: not in a slice of them.
+    """
     steps = [axis.src_step for axis in g.axes(role)]
     flat = g.filter[0] == 1 and g.padding[0] == (0, 0)
-    return describable(g.output if role is Role.DGRAD else g.input, steps) and (steps[1] == 1 or flat)
+    extents, channels, source = (g.output, g.K, strides.y) if role is Role.DGRAD else (g.input, g.C, strides.x)
+    adjacent = steps[2] == 1 or source[4] == channels
+    return describable(extents, steps) and (steps[1] == 1 or flat) and adjacent
 
 
 def reads_channels_last(role: Role, strides: Strides) -> bool:

@@ -11,7 +11,9 @@ from typing import Any
 from . import values
 from .common import CommandError, add_compiling, counted, require
 
-_AUDITED_ROLES = ("fprop", "dgrad", "wgrad", "forward", "backward", "update")  # the last three are causal_conv1d's
+# Then those of causal_conv1d, of deformable convolutions (whose first is "forward" too) and of activations.
+_AUDITED_ROLES = ("fprop", "dgrad", "wgrad", "forward", "backward", "update")
+_AUDITED_ROLES += ("input gradient", "offset and mask gradient", "weight gradient", "activation gradient")
 
 
 def add(sub: Any) -> None:

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from ..devices import DEVICES
-from . import values
+from . import kinds, values
 from .common import CommandError, add_convolution
 
 
@@ -19,17 +19,7 @@ def add(sub: Any) -> None:
         "padding 2:0,1,1.",
     )
     add_convolution(parser)
-    parser.add_argument(
-        "--causal", action="store_true", help="causal_conv1d: an input B x C x L and a weight C x taps; its layout only"
-    )
-    parser.add_argument(
-        "--pointwise",
-        type=values.positive,
-        metavar="K",
-        help="separable_conv: the weight is depthwise, then come K channels",
-    )
-    parser.add_argument("--activation", choices=("silu", "swish"), help="of --causal (default: none)")
-    parser.add_argument("--initial-state", action="store_true", help="of --causal: with an initial state")
+    kinds.add(parser)
     parser.add_argument(
         "--dtype",
         type=values.dtype_or_float8,
@@ -50,23 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     """`triton-conv explain`."""
     from .. import explain as explaining
 
-    names = ("stride", "padding", "dilation", "groups", "padding_mode", "precision", "out_dtype")
-    parameters = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    if arguments.transposed:
-        parameters["output_padding"] = arguments.output_padding or 0
-    elif arguments.output_padding is not None:
-        raise CommandError("argument --output-padding: only a transposed convolution has one")
-    if arguments.causal:
-        given = {name: getattr(arguments, name) for name in names if _unlike_default(arguments, name)}
-        if given or arguments.output_padding is not None:
-            raise CommandError(f"argument --causal: does not go with {', '.join(given) or 'output_padding'}")
-        parameters = {name: getattr(arguments, name) for name in ("causal", "activation", "initial_state")}
-    elif arguments.activation or arguments.initial_state:
-        raise CommandError("arguments --activation and --initial-state: only --causal has them")
-    if arguments.pointwise is not None:
-        if arguments.causal or arguments.transposed or arguments.out_dtype is not None:
-            raise CommandError("argument --pointwise: does not go with --causal, --transposed or --out-dtype")
-        parameters["pointwise"] = arguments.pointwise
+    parameters = kinds.parameters(arguments)
     try:
         text = explaining.text(
             arguments.input,
@@ -82,8 +56,3 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError(str(error)) from error
     print(text)
     return 0
-
-
-def _unlike_default(arguments: argparse.Namespace, name: str) -> bool:
-    defaults = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, "padding_mode": ("zeros",)}
-    return getattr(arguments, name) != defaults.get(name)

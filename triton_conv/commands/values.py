@@ -116,6 +116,23 @@ def modes(text: str) -> tuple[str, ...]:
     return tuple(text.split(","))
 
 
+_OF_A_BRANCH = {"padding": padding, "dilation": ints, "stride": ints, "groups": positive}
+
+
+def branch(text: str) -> tuple[tuple[int, ...], dict[str, Any]]:
+    sizes, *options = text.split("/")
+    found = {}
+    for option in options:
+        name, _, value = option.partition("=")
+        if name not in _OF_A_BRANCH or not value:
+            names = ", ".join(_OF_A_BRANCH)
+            raise argparse.ArgumentTypeError(
+                f"{option!r} is not one of {names} with a value: write 256x2048x3x3/padding=6/dilation=6"
+            )
+        found[name] = _OF_A_BRANCH[name](value)
+    return shape(sizes), found
+
+
 def known_device(text: str) -> Any:
     import torch
 

@@ -393,13 +393,16 @@ def _boxes(
 
 
 def stores_box(role: Role, geometry: ConvGeometry, strides: Strides, block_n: int) -> bool:
-    """Whether tiles of the destination are boxes of it: channels-last, extents whole steps, blocks whole groups."""
+    """Whether tiles of the destination are boxes of it: channels-last, extents whole steps, blocks whole groups.
+
+    Steps along W fold into channels: then these are all that lie there, not a slice.
+    """
     g = geometry
     forward = role is Role.FPROP
     extents, channels, dst = (g.output, g.K, strides.y) if forward else (g.input, g.C, strides.x)
     phases = [axis.phases for axis in g.axes(role)]
     whole_groups = g.groups == 1 or (channels // g.groups) % block_n == 0
-    whole_channels = phases[2] == 1 or channels % block_n == 0
+    whole_channels = phases[2] == 1 or (channels % block_n == 0 and dst[4] == channels)
     return dst[1] == 1 and whole_groups and whole_channels and describable(extents, phases)
 
 

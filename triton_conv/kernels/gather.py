@@ -272,6 +272,7 @@ def launch(
     dst_vec, dst_strides = in_vectors(dst_strides)
     flt_vec, flt_strides = filter_vectors(g, strides.w)
     ctx_vec, ctx_strides = in_vectors(context.strides) if context else (1, (None,) * 5)
+    of_group = 16 if groups == 1 else power_of_two_in(src_c // groups)  # divides where a group's channels begin
     counted = tiles.gather(role, g, config)
     names = dict(zip(("dst_d", "dst_h", "dst_w", "src_d", "src_h", "src_w"), (*dst_extents, *src_extents), strict=True))
     arguments = dict(
@@ -292,7 +293,7 @@ def launch(
         CONTEXT=context is not None,
         BOTH_LAST=context is not None and ctx_strides[1] == src_strides[1] == 1,
         CTX_VEC=ctx_vec,
-        CTX_WHOLE=min(src_vec, ctx_vec) if context and context.aligned else 1,
+        CTX_WHOLE=min(src_vec, ctx_vec, of_group) if context and context.aligned else 1,
         FORWARD=forward,
         HAS_SCALE=numerics.has_scale,
         **epilogue_constants(numerics),

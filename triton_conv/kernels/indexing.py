@@ -92,9 +92,15 @@ def in_vectors(strides: tuple[int, ...], channel: int = 1) -> tuple[int, tuple[i
 
 
 def filter_vectors(geometry: ConvGeometry, strides: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
-    """`in_vectors` of the strides of filters, that of a group in front; that of an axis with one tap never matters."""
-    taps = (stride if taps > 1 else 0 for stride, taps in zip(strides[2:], geometry.filter, strict=True))
-    return in_vectors((strides[0] * (geometry.K // geometry.groups), *strides[:2], *taps), channel=2)
+    """`in_vectors` of the strides of filters, that of a group in front; that of an axis with one tap never matters.
+
+    vec divides the number of their elements too, by which slabs are apart: the stride of a single filter is anything.
+    """
+    g = geometry
+    taps = (stride if taps > 1 else 0 for stride, taps in zip(strides[2:], g.filter, strict=True))
+    numel = g.K * (g.C // g.groups) * g.taps
+    vec, (*counted, _) = in_vectors((strides[0] * (g.K // g.groups), *strides[:2], *taps, numel), channel=2)
+    return vec, tuple(counted)
 
 
 @triton.jit

@@ -18,10 +18,12 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from .. import causal_cost, explain, stored, tiles
-from ..activation_plan import ActivationConfig
+from ..activation_plan import ActivationConfig, ActivationPlan
+from ..branches_plan import BranchesPlan
 from ..causal_config import CausalConfig
 from ..causal_plan import CausalPlan
 from ..config import ITEM_BYTES, BandedConfig, DepthwiseConfig, Device, KernelConfig
+from ..deform_plan import DeformPlan
 from ..explain import AnyPlan
 from ..plan import Plan
 from ..separable_plan import SeparablePlan
@@ -100,7 +102,9 @@ def shipped(arch: int) -> list[Subject]:
                 plans = explain.plans(*shapes, bias=True, device=TARGETS[arch], **layer.options)
             for plan in plans.values():
                 config: Any = plan.config  # how many slabs there are is no part of the code, if there is more than one
-                key = (name, plan.role, plan.kernel, replace(config, splits=min(config.splits, 2)))
+                if hasattr(config, "splits"):
+                    config = replace(config, splits=min(config.splits, 2))
+                key = (name, plan.role, plan.kernel, config)
                 found.setdefault(key, Subject(name, plan))
     return list(found.values())
 
@@ -271,9 +275,10 @@ def _wanted(plan: AnyPlan, launch: Any, arch: int) -> Wanted:
         kind, vector = _kind(plan.dtype, plan.numerics.precision), 16 // ITEM_BYTES[plan.dtype]
         along_c = plan.problem.x[1] == 1 and plan.asked.C == plan.asked.K and plan.asked.C % vector == 0
         return Wanted(MATRIX_INSTRUCTIONS[arch].get(kind, ""), _OF_FEW_ROWS.get(kind, ""), wide_loads=along_c)
-    if not isinstance(plan, Plan):
-        return Wanted()
-    if isinstance(config, DepthwiseConfig):
+    if isinstance(plan, ActivationPlan):
+        whole = launch.arguments["VEC"] * ITEM_BYTES[plan.dtype] >= 16
+        return Wanted(wide_loads=whole, wide_stores=whole)
+    if isinstance(plan, Plan) and isinstance(config, DepthwiseConfig):
         g, channels_last = plan.geometry, plan.strides.x[1] == plan.strides.y[1] == 1
         along_c = channels_last and g.C == g.K and g.C % config.vector == 0
         vector = config.vector if along_c else launch.arguments["VECTOR"] * launch.arguments["WHOLE"]
@@ -283,10 +288,14 @@ def _wanted(plan: AnyPlan, launch: Any, arch: int) -> Wanted:
         return Wanted()
     kind = _kind(plan.dtype, plan.numerics.precision)
     matrix = MATRIX_INSTRUCTIONS[arch].get(kind, "")
+    if isinstance(plan, DeformPlan):  # what it samples passes through registers
+        return Wanted(matrix=matrix, few_rows=_OF_FEW_ROWS[kind] if matrix else "")
     channels_last = plan.strides.x[1] == plan.strides.y[1] == 1
     flatten = getattr(config, "flatten", False)
-    whole_vectors = boxed or (channels_last and tiles.whole_vectors(plan.geometry) and not flatten)
-    if isinstance(config, BandedConfig):  # filters always are whole vectors, the rows of a weight gradient's operands
+    geometries = [term.geometry for term in plan.order] if isinstance(plan, BranchesPlan) else [plan.geometry]
+    whole_vectors = boxed or (channels_last and all(map(tiles.whole_vectors, geometries)) and not flatten)
+    if isinstance(plan, Plan) and isinstance(config, BandedConfig):
+        # filters always are whole vectors, the rows of a weight gradient's operands
         vectors = [launch.arguments["X_VEC"], launch.arguments.get("FLT_VEC", launch.arguments["Y_VEC"])]
         whole_vectors = min(vectors) * item >= 16 and plan.geometry.modes[2] == "zeros"
     return Wanted(

@@ -15,16 +15,15 @@ from typing import Any
 
 import torch
 
-from .. import execute, plan, stored
+from .. import execute, stored
 from ..devices import DEVICES, H200, Device, known
 from ..key import CONFIGS
 from ..stored import Candidate, Entry
-from . import asked, space, suites
+from . import asked, subject, suites
 from .code import TARGETS
 from .commands_configs import ship
 from .measure import Bench, CudaBench, SimulatedBench
 from .ranks import local_rank
-from .seed import filed
 from .store import Store, merged
 from .sweep import sweep
 from .tune import Budget, Result, Task
@@ -109,14 +108,14 @@ def _dry_run(tasks: Sequence[Task], device: Device, most: int | None) -> int:
     made = tables.table("layer", "role", "ways", ">configs", "likely winner", ">us", ">default us", ">roofline us")
     configs, total, by_default = 0, 0.0, 0.0
     for task in tasks:
-        role = task.problem.role.value
+        role, kind = task.problem.role.value, subject.of(task.problem)
         try:
             with stored.hidden():
-                ways = plan.every(task.problem)
+                ways = kind.every(task.problem)
         except (NotImplementedError, RuntimeError) as error:
             tables.add(made, [task.label, role, "", "0", str(error), "", "", ""])
             continue
-        found, default = space.plans(task.problem, ways), plan.choice(ways)
+        found, default = kind.plans(task.problem, ways), kind.choice(ways)
         best = min(found, key=lambda p: p.seconds)
         count = len(found) if most is None else min(len(found), max(most, len(ways)))
         times = [_us(seconds) for seconds in (best.seconds, default.seconds, default.roofline.seconds)]
@@ -272,8 +271,9 @@ def _entries(results: Iterable[Result], store: Store) -> Iterator[tuple[Device, 
     """(device, kernel, entry) of every way to run what was tuned, each once."""
     seen = set()
     for result in results:
-        for p in plan.every(result.task.problem):
-            what = (p.device.name, p.kernel, *filed(p))
+        kind = subject.of(result.task.problem)
+        for p in kind.every(result.task.problem):
+            what = (p.device.name, p.kernel, *kind.key_of(result.task.problem, p))
             if what not in seen:
                 seen.add(what)
                 for entry in store.entries(p.device.name, p.kernel):

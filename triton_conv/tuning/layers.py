@@ -29,6 +29,17 @@ FLOAT16 = {**BFLOAT16, "dtype": torch.float16}
 FLOAT32 = {**BFLOAT16, "dtype": torch.float32}
 FLOAT8 = {**BFLOAT16, "dtype": torch.float8_e4m3fn}
 INT8 = {**BFLOAT16, "dtype": torch.int8, "out_dtype": torch.int32}
+PLAIN = {"dtype": torch.bfloat16, "channels_last": True}
+FUSED = {"activation": "silu", "residual": "before", "scale": True}
+DEFORMED = {"deform": True, "offset_groups": 1, "mask": True}
+CHUNK = {**BFLOAT16, "context": 2}
+# Branches are shapes of filters and their options: DeepLabV3's, two filters that are summed, SKNet's.
+PYRAMID = (
+    ((256, 2048, 1, 1), {}),
+    *(((256, 2048, 3, 3), {"padding": rate, "dilation": rate}) for rate in (6, 12, 18)),
+)
+KERNELS = (((128, 128, 3, 3), {"padding": 1}), ((128, 128, 5, 5), {"padding": 2}))
+SELECTED = tuple(((128, 4, 3, 3), {"padding": rate, "dilation": rate, "groups": 32}) for rate in (1, 2))
 CAUSAL = {"causal": True, "dtype": torch.bfloat16, "channels_last": False, "activation": "silu"}
 
 LAYERS = {
@@ -128,4 +139,69 @@ LAYERS = {
     ),
     "causal 8 taps": Layer((8, 2048, 4096), (2048, 8), {**CAUSAL, "dtype": torch.float16, "channels_last": True}),
     "causal 8 taps contiguous": Layer((8, 2048, 4096), (2048, 8), {**CAUSAL, "dtype": torch.float16}),
+    "3x3 fused": Layer((32, 256, 56, 56), (256, 256, 3, 3), {**BFLOAT16, **FUSED}),
+    "3x3 fused contiguous": Layer((32, 256, 56, 56), (256, 256, 3, 3), {**BFLOAT16, **FUSED, "channels_last": False}),
+    "3x3 fused circular": Layer(
+        (32, 256, 56, 56), (256, 256, 3, 3), {**BFLOAT16, **FUSED, "activation": "gelu", "padding_mode": "circular"}
+    ),
+    "1x1 fused": Layer(
+        (32, 64, 56, 56), (256, 64, 1, 1), {**BFLOAT16, "padding": 0, "activation": "relu", "residual": "before"}
+    ),
+    "float32 tf32 fused": Layer((32, 256, 56, 56), (256, 256, 3, 3), {**FLOAT32, **FUSED, "precision": "tf32"}),
+    "float64 fused": Layer((32, 64, 28, 28), (64, 64, 3, 3), {**BFLOAT16, **FUSED, "dtype": torch.float64}),
+    "transposed 4x4 fused": Layer(
+        (32, 256, 28, 28),
+        (256, 128, 4, 4),
+        {**BFLOAT16, **FUSED, "transposed": True, "stride": 2, "residual": "after"},
+    ),
+    "depthwise 7x7 fused": Layer(
+        (32, 384, 14, 14), (384, 1, 7, 7), {**BFLOAT16, **FUSED, "groups": 384, "padding": 3, "activation": "gelu"}
+    ),
+    "depthwise 31x31 fused": Layer(
+        (32, 128, 56, 56), (128, 1, 31, 31), {**BFLOAT16, **FUSED, "groups": 128, "padding": 15, "channels_last": False}
+    ),
+    "pyramid": Layer((16, 2048, 33, 33), (256, 2048, 1, 1), {**PLAIN, "branches": PYRAMID}),
+    "pyramid contiguous": Layer(
+        (16, 2048, 33, 33), (256, 2048, 1, 1), {**PLAIN, "branches": PYRAMID, "channels_last": False}
+    ),
+    "pyramid float32 tf32": Layer(
+        (16, 2048, 33, 33),
+        (256, 2048, 1, 1),
+        {**PLAIN, "branches": PYRAMID, "dtype": torch.float32, "precision": "tf32"},
+    ),
+    "pyramid float32 ieee": Layer(
+        (16, 2048, 33, 33),
+        (256, 2048, 1, 1),
+        {**PLAIN, "branches": PYRAMID, "dtype": torch.float32, "precision": "ieee"},
+    ),
+    "summed branches": Layer((32, 128, 56, 56), (128, 128, 3, 3), {**PLAIN, "branches": KERNELS, "combine": "sum"}),
+    "summed branches float64": Layer(
+        (8, 128, 56, 56), (128, 128, 3, 3), {**PLAIN, "branches": KERNELS, "combine": "sum", "dtype": torch.float64}
+    ),
+    "grouped branches": Layer((64, 128, 56, 56), (128, 4, 3, 3), {**PLAIN, "branches": SELECTED}),
+    "deformable": Layer((2, 256, 50, 84), (256, 256, 3, 3), {**FLOAT16, **DEFORMED}),
+    "deformable contiguous": Layer(
+        (2, 256, 50, 84), (256, 256, 3, 3), {**BFLOAT16, **DEFORMED, "channels_last": False}
+    ),
+    "deformable without mask": Layer((2, 128, 100, 168), (128, 128, 3, 3), {**BFLOAT16, **DEFORMED, "mask": False}),
+    "deformable stride 2": Layer((2, 512, 50, 84), (512, 512, 3, 3), {**FLOAT16, **DEFORMED, "stride": 2}),
+    "deformable groups": Layer((8, 128, 56, 56), (128, 32, 3, 3), {**BFLOAT16, **DEFORMED, "offset_groups": 8}),
+    "deformable narrow": Layer((8, 64, 56, 56), (64, 1, 3, 3), {**BFLOAT16, **DEFORMED, "offset_groups": 64}),
+    "deformable float32 tf32": Layer((2, 256, 50, 84), (256, 256, 3, 3), {**FLOAT32, **DEFORMED, "precision": "tf32"}),
+    "deformable float32 ieee": Layer((2, 256, 50, 84), (256, 256, 3, 3), {**FLOAT32, **DEFORMED, "precision": "ieee"}),
+    "deformable float64": Layer((2, 64, 50, 84), (64, 64, 3, 3), {**BFLOAT16, **DEFORMED, "dtype": torch.float64}),
+    "chunk": Layer((1, 384, 4, 60, 104), (384, 384, 3, 3, 3), CHUNK),
+    "chunk contiguous": Layer((1, 384, 4, 60, 104), (384, 384, 3, 3, 3), {**CHUNK, "channels_last": False}),
+    "chunk reflect": Layer((1, 128, 1, 128, 192), (128, 128, 3, 3, 3), {**CHUNK, "padding_mode": "reflect"}),
+    "chunk 3x1x1": Layer((1, 384, 2, 60, 104), (768, 384, 3, 1, 1), {**CHUNK, "padding": 0}),
+    "chunk float32 tf32": Layer(
+        (1, 96, 4, 120, 208), (96, 96, 3, 3, 3), {**CHUNK, "dtype": torch.float32, "precision": "tf32"}
+    ),
+    "chunk float32 ieee": Layer(
+        (1, 96, 4, 120, 208), (96, 96, 3, 3, 3), {**CHUNK, "dtype": torch.float32, "precision": "ieee"}
+    ),
+    "chunk float64": Layer((1, 64, 2, 30, 52), (64, 64, 3, 3, 3), {**CHUNK, "dtype": torch.float64}),
+    "chunk of audio": Layer(
+        (8, 512, 480), (512, 512, 7), {"dtype": torch.bfloat16, "channels_last": False, "context": 6}
+    ),
 }

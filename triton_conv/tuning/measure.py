@@ -6,17 +6,16 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from .. import cost
 from ..config import KernelConfig
 from ..devices import Device
-from ..plan import Plan
-from ..ways import Problem
 from .on_device import CudaBench as CudaBench
 from .on_device import stamp
 from .rounds import Timing as Timing
 from .rounds import interleaved
+from .subject import AnyProblem, of
 
 Fault = tuple[str, str]  # ("wrong" or "failed", why)
 
@@ -29,16 +28,16 @@ class Bench(Protocol):
     def stamp(self, kernel: str) -> dict[str, str]:
         """What a measurement of a kernel is made with: names of its source, versions, the time."""
 
-    def fault(self, problem: Problem, p: Plan) -> Fault | None:
+    def fault(self, problem: AnyProblem, p: Any) -> Fault | None:
         """What keeps a plan from being measured, None if nothing does: it compiles, fits, and its values are right.
 
         Raises torch.AcceleratorError where the device answers nothing any more.
         """
 
-    def time(self, problem: Problem, plans: Sequence[Plan]) -> list[Timing | None]:
+    def time(self, problem: AnyProblem, plans: Sequence[Any]) -> list[Timing | None]:
         """Timings of plans measured in turns; None where time ran out. The slower ones have fewer rounds."""
 
-    def rivals(self, problem: Problem) -> dict[str, float]:
+    def rivals(self, problem: AnyProblem) -> dict[str, float]:
         """Seconds that others' kernels take for the problem, by name."""
 
 
@@ -72,25 +71,27 @@ class SimulatedBench:
     def stamp(self, kernel: str) -> dict[str, str]:
         return stamp(kernel, SIMULATED)
 
-    def fault(self, problem: Problem, p: Plan) -> Fault | None:
+    def fault(self, problem: AnyProblem, p: Any) -> Fault | None:
         if p.prediction.seconds == math.inf:
             return "failed", "simulated: it does not fit"
         return ("wrong", "simulated: its values are wrong") if p.config in self.wrong else None
 
-    def time(self, problem: Problem, plans: Sequence[Plan]) -> list[Timing | None]:
+    def time(self, problem: AnyProblem, plans: Sequence[Any]) -> list[Timing | None]:
         return interleaved([self._sampler(p) for p in plans])
 
-    def rivals(self, problem: Problem) -> dict[str, float]:
+    def rivals(self, problem: AnyProblem) -> dict[str, float]:
+        if not of(problem).comparable(problem):
+            return {}
         what = (problem.role, problem.dtype, problem.precision, problem.device, problem.out_dtype)
         least = cost.roofline(problem.geometry, *what).seconds + cost.LAUNCH
         draw = random.Random(f"rival {problem}")
         return {name: least * draw.uniform(1.2, 2.0) for name in ("cudnn contiguous", "cudnn channels_last")}
 
-    def seconds(self, p: Plan) -> float:
+    def seconds(self, p: Any) -> float:
         """What a plan's kernel takes here, without noise."""
         return p.prediction.seconds * random.Random(repr(p.config)).uniform(0.8, 1.25)
 
-    def _sampler(self, p: Plan) -> Callable[[], float]:
+    def _sampler(self, p: Any) -> Callable[[], float]:
         what = f"{p.config!r} {p.asked} {p.role}"
         self._measured[what] += 1
         draw, exact = random.Random(f"{self.seed} {self._measured[what]} {what}"), self.seconds(p)

@@ -8,12 +8,12 @@ import re
 import subprocess
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from functools import cache, partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import triton
@@ -21,12 +21,11 @@ from torch import Tensor
 
 from .. import backends, execute, key
 from ..devices import Device
-from ..plan import Plan
-from ..ways import Layout, Problem
-from . import audit, operands
+from . import audit, operands, subject
 from .ahead import Ahead
 from .code import TARGETS, compiled_kernels, read
 from .rounds import Timing, interleaved
+from .subject import AnyProblem
 
 _SAMPLE = 1e-3  # seconds of a sample, at least: what starts a graph is little beside it
 _LAUNCHES = 2048  # of a graph, at most
@@ -108,27 +107,26 @@ class KernelBench:
 
     def __init__(self, where: torch.device, device: Device, clock: Clock):
         self.where, self.device, self.clock = where, device, clock
-        self._problem: Problem | None = None
-        self._case: tuple[execute.Call, Tensor, Tensor] | None = None
-        self._excesses: dict[Plan, str] = {}
+        self._problem: AnyProblem = None
+        self._case: tuple[Any, Any] | None = None
+        self._excesses: dict[Any, str] = {}
         ahead = not self.interprets and device.capability in TARGETS
         self._ahead = Ahead(device.capability) if ahead else None
 
     def stamp(self, kernel: str) -> dict[str, str]:
         return stamp(kernel, self.driver)
 
-    def expect(self, plans: Sequence[Plan]) -> None:
+    def expect(self, plans: Sequence[Any]) -> None:
         """Begins to compile what will be measured, and nothing else any more."""
         if self._ahead is not None:
             self._ahead.expect(p for p in plans if p not in self._excesses)
 
-    def fault(self, problem: Problem, p: Plan) -> tuple[str, str] | None:
+    def fault(self, problem: AnyProblem, p: Any) -> tuple[str, str] | None:
         try:
             excess = self._excess(p)
             if excess:
                 return "failed", excess
-            call, output, want = self._operands(problem)
-            wrong = operands.wrong(problem, p, call, output, want)
+            wrong = subject.of(problem).wrong(problem, p, *self._operands(problem))
             return ("wrong", f"{wrong}: {p.role.value} of {p.asked} with {p.config}") if wrong else None
         except torch.AcceleratorError:
             raise
@@ -139,18 +137,19 @@ class KernelBench:
             self._check_device()  # whose end would be this plan's doing
             return "failed", audit.words(error)
 
-    def time(self, problem: Problem, plans: Sequence[Plan]) -> list[Timing | None]:
+    def time(self, problem: AnyProblem, plans: Sequence[Any]) -> list[Timing | None]:
         self._make_room()
-        most = max((p.workspace_bytes for p in plans), default=0)
+        most, kind = max((p.workspace_bytes for p in plans), default=0), subject.of(problem)
         count = self._sets(problem, most)
         while True:
             try:
-                sets = [operands.operands(problem, self.where, seed) for seed in range(count)]
-                ready: dict[Layout, list[dict[str, Tensor]]] = {}
-                for p in plans:  # those of one layout read the same copies
-                    if p.layout not in ready:
-                        ready[p.layout] = [execute.prepared(p, call, output)[0] for call, output in sets]
-                samplers = {n: s for n, p in enumerate(plans) if (s := self._sampler(p, ready[p.layout])) is not None}
+                sets = [kind.case(problem, self.where, seed) for seed in range(count)]
+                ready: dict[Hashable, list[dict[str, Tensor]]] = {}
+                for p in plans:
+                    if kind.place(p) not in ready:
+                        ready[kind.place(p)] = [kind.prepared(p, case) for case in sets]
+                made = [self._sampler(kind, p, ready[kind.place(p)]) for p in plans]
+                samplers = {n: sampler for n, sampler in enumerate(made) if sampler is not None}
                 found = interleaved(list(samplers.values()), self.clock.now, _SECONDS)
                 timings = dict(zip(samplers, found, strict=True))
                 return [timings.get(n) for n in range(len(plans))]
@@ -158,16 +157,16 @@ class KernelBench:
                 if count == 1 and self._case is None:
                     return [None] * len(plans)
                 count = max(count // 2, 1)
-            sets, samplers, ready = [], {}, {}
+            sets, made, samplers, ready = [], [], {}, {}
             self._forget()
 
-    def rivals(self, problem: Problem) -> dict[str, float]:
+    def rivals(self, problem: AnyProblem) -> dict[str, float]:
         """Of PyTorch's own convolution on operands as they lie, and after copies to the other memory format.
 
         Outputs come back in the layout that the problem has. {} for what cuDNN cannot do.
         """
         names = ("cudnn contiguous", "cudnn channels_last")
-        if not backends.comparable(problem):
+        if not subject.of(problem).comparable(problem):
             return {}
         self._make_room()
         count = self._sets(problem, 2 * operands.bytes_of(problem))
@@ -183,7 +182,7 @@ class KernelBench:
             return {}
         return {name: t.seconds for name, t in zip(names, found, strict=True) if t is not None}
 
-    def _excess(self, p: Plan) -> str:
+    def _excess(self, p: Any) -> str:
         """What a plan's kernels take too much of, or why they do not compile, in words."""
         if self.interprets:
             return ""
@@ -199,24 +198,27 @@ class KernelBench:
             self._excesses[p] = "; ".join(found)
         return self._excesses[p]
 
-    def _operands(self, problem: Problem) -> tuple[execute.Call, Tensor, Tensor]:
+    def _operands(self, problem: AnyProblem) -> tuple[Any, Any]:
+        """(operands and outputs, what plans should write)."""
         if self._case is None or self._problem != problem:
             self._forget()
-            call, output = operands.operands(problem, self.where, seed=0)
-            self._problem, self._case = problem, (call, output, operands.expected(problem, call))
+            kind = subject.of(problem)
+            case = kind.case(problem, self.where, seed=0)
+            self._problem, self._case = problem, (case, kind.expected(problem, case))
         return self._case
 
-    def _sets(self, problem: Problem, beside: int) -> int:
+    def _sets(self, problem: AnyProblem, beside: int) -> int:
         """How many sets of operands to take in turns, for which L2 must be too small without the bytes beside each."""
-        size = operands.bytes_of(problem)
+        size = subject.of(problem).bytes_of(problem)
         return rotation(size, self.device.l2_bytes, self.clock.free_bytes() * size // (size + beside))
 
     def _make_room(self) -> None:
         """Keeps what candidates are compared with, if it is little: a reference may take seconds."""
         self.clock.emptied()
         if self._case is not None:
-            call, *others = self._case
-            held = sum(t.numel() * t.element_size() for t in (call.a, call.b, *others))
+            want = self._case[1] if isinstance(self._case[1], tuple) else self._case[1:]
+            held = subject.of(self._problem).bytes_of(self._problem)
+            held += sum(t.numel() * t.element_size() for t in want)
             if held > self.clock.free_bytes() // 4:
                 self._forget()
 
@@ -228,17 +230,11 @@ class KernelBench:
         """Raises torch.AcceleratorError where the device answers nothing any more."""
         self.clock.seconds(lambda: None)
 
-    def _sampler(self, p: Plan, ready: Sequence[dict[str, Tensor]]) -> Callable[[], float] | None:
+    def _sampler(self, kind: subject.Subject, p: Any, ready: Sequence[dict[str, Tensor]]) -> Callable[[], float] | None:
         """Samples of a plan's kernel on these tensors in turns; None where it cannot be captured."""
-        shared = execute.workspace(p, self.where)
-        launches = p.launches[:-1] if p.fold else p.launches  # a fold is no part of the kernel
-
-        def on(t: dict[str, Tensor]) -> None:
-            for launch in launches:
-                launch.run(t)
-
+        on = kind.work(p, self.where)
         try:
-            return repeated(self.clock, [partial(on, t | shared) for t in ready])
+            return repeated(self.clock, [partial(on, t) for t in ready])
         except torch.OutOfMemoryError:
             raise
         except Exception as error:

@@ -50,7 +50,8 @@ def _with_epilogue(
     e, scale, residual, kept = problem.epilogue, None, None, None
     if e.scale:
         channels = problem.geometry.shape(written)[1]
-        scale = torch.empty(channels, device=device).uniform_(0.5, 1.5, generator=generator)
+        dtype = getattr(torch, problem.scale_dtype or problem.out_dtype)
+        scale = torch.empty(channels, device=device).uniform_(0.5, 1.5, generator=generator).to(dtype)
     if e.residual:  # one that is not aligned is copied
         residual = _empty(problem._replace(aligned=not problem.moves_residual), written, device, written)
         _randomise(residual, generator)
@@ -78,12 +79,12 @@ def wrong(problem: Problem, p: Plan, call: execute.Call, output: Tensor, want: T
         execute.run(p, call, poison(output))
     if not output.is_floating_point():
         error = (output.to(torch.int64) - want.to(torch.int64).to(output.dtype).to(torch.int64)).abs()
-        return _where(error, error > 0, "exact")
+        return where(error, error > 0, "exact")
     sums = _SUM_OF_BYTES if call.a.dtype is torch.float8_e4m3fn else 0.0
     depth = check.depth(problem.geometry, problem.role)
     bound = check.tolerance(want, depth, output.dtype, problem.precision, output.device, sums)
     error = torch.nan_to_num((output.to(want.dtype) - want).abs(), nan=torch.inf, posinf=torch.inf)
-    return _where(error, error > bound, "within rounding")
+    return where(error, error > bound, "within rounding")
 
 
 def expected(problem: Problem, call: execute.Call) -> Tensor:
@@ -167,7 +168,8 @@ def _randomised(t: Tensor, generator: torch.Generator) -> Tensor:
     return t.random_(low, low + 9, generator=generator)
 
 
-def _where(error: Tensor, off: Tensor, how: str) -> str | None:
+def where(error: Tensor, off: Tensor, how: str) -> str | None:
+    """How many elements are `off`, and where the error is largest, in words; None where none is."""
     count = int(off.sum())
     if not count:
         return None

@@ -16,6 +16,8 @@ from .layers import LAYERS
 
 # With configs for all of them, files would take several megabytes; the cost model chooses those of the others as well.
 SEEDED_SUITES = ("resnet50",)
+# Options of layers that do not ship: of other kinds of convolution, or ordinary ones with an epilogue that are there.
+_OTHERS = {"causal", "pointwise", "branches", "deform", "context", "activation", "residual", "scale"}
 
 
 def common(device: Device) -> list[tuple[str, Problem]]:
@@ -26,7 +28,7 @@ def common(device: Device) -> list[tuple[str, Problem]]:
     audited = [
         (f"{name}, {title}", problem)
         for name, layer in LAYERS.items()
-        if device.capability >= layer.since and not {"causal", "pointwise"} & layer.options.keys()
+        if device.capability >= layer.since and not _OTHERS & layer.options.keys()
         for title, problem in explain.problems(layer.input, layer.weight, device=device, **layer.options).items()
     ]
     return audited + [(task.label, task.problem) for name in SEEDED_SUITES for task in suites.tasks(name, device)]

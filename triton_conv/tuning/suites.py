@@ -13,15 +13,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
 from .. import explain
+from ..deform_plan import DeformPlan
 from ..devices import Device
-from . import compound, networks
+from ..streaming_plan import StreamingPlan
+from . import compound, networks, subject
 from .layers import Layer
 from .networks import Layers
+from .subject import AnyProblem
 from .tune import Task
 
 
@@ -58,7 +61,9 @@ def tasks(
         69
 
     `batch`, `dtype` and `channels_last` are the suite's own where they are None. Layers without configs to choose from
-    are left out, and a warning says so (see `fixed`); epilogues have no part in configs. Raises ValueError for a suite
+    are left out, and a warning says so (see `fixed`); epilogues have no part in configs, and a streaming convolution is
+    an ordinary one of a fixed number of frames: its bits do not depend on how a video is cut, so its config may not.
+    Raises ValueError for a suite
     that there is not and a batch below 1.
     """
     found: list[Task] = []
@@ -68,12 +73,28 @@ def tasks(
         if reason:
             warnings.warn(f"{name} is left out: {reason}", stacklevel=2)
             continue
-        of_it = compound.bare(layer)
-        for problem in explain.problems(of_it.input, of_it.weight, device=device, **of_it.options).values():
+        problems_of_it = _problems(compound.bare(layer), device)
+        if not problems_of_it:
+            reason = "its kernel walks other axes than that of an ordinary convolution, and runs by rule"
+            warnings.warn(f"{name} is left out: {reason}", stacklevel=2)
+        for problem in problems_of_it:
             if problem not in problems:
                 problems.add(problem)
                 found.append(Task(name, problem))
     return found
+
+
+def _problems(layer: Layer, device: Device) -> list[AnyProblem]:
+    """What is tuned for a layer: of a streaming convolution the ordinary one by whose configs it runs, forward only."""
+    if not layer.options.get("deform") and "context" not in layer.options:
+        return list(explain.problems(layer.input, layer.weight, device=device, **layer.options).values())
+    plans = explain.plans(layer.input, layer.weight, device=device, **layer.options)
+    found = [p.asked if isinstance(p, DeformPlan) else subject.streaming(p) for p in plans.values() if _has_one(p)]
+    return [problem for problem in found if problem is not None]
+
+
+def _has_one(p: explain.AnyPlan) -> TypeGuard[DeformPlan | StreamingPlan]:
+    return isinstance(p, (DeformPlan, StreamingPlan))
 
 
 def layers(
@@ -100,12 +121,7 @@ def layers(
 
 
 # By the option that says so, what has no problem that the tuner knows.
-_RULED = {
-    "causal": "causal_conv1d",
-    "branches": "multi_conv2d",
-    "deform": "deform_conv2d",
-    "context": "causal_conv3d with a context",
-}
+_RULED = {"causal": "causal_conv1d", "branches": "multi_conv2d"}
 
 
 def fixed(layer: Layer) -> str:

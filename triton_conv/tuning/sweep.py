@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from .. import key as keys
-from .. import plan, stored, ways
+from .. import stored
 from ..stored import Candidate, Entry
-from . import ranks
+from . import ranks, subject
 from .measure import Bench
 from .ranks import Queue, Ranks
 from .store import Store, merged
@@ -137,7 +137,7 @@ def _read(text: str) -> Outcome:
 def name_of(task: Task) -> str:
     """The same for the same problem on a device of the same name, whichever rank asks."""
     problem = task.problem
-    what = f"{problem.device.name}\n{problem._replace(device=None)!r}"  # type: ignore[arg-type]
+    what = f"{problem.device.name}\n{problem._replace(device=None)!r}"
     return hashlib.sha256(what.encode()).hexdigest()[:24]
 
 
@@ -147,8 +147,9 @@ def known(task: Task, store: Store) -> tuple[str, ...]:
     With both, whoever installs them finds nothing else for this task, whatever its files say.
     """
     texts = []
-    for p in plan.every(task.problem):
-        place = ways.key_of(task.problem, p.layout)
+    kind = subject.of(task.problem)
+    for p in kind.every(task.problem):
+        place = kind.key_of(task.problem, p)
         entry = Entry(*place, "model", {"kernel": keys.source_hash(p.kernel)}, (Candidate(p.config),), {})
         for there in store.entries(p.device.name, p.kernel):
             found = (there.key, there.extents) == place and stored.current(there, p.kernel)

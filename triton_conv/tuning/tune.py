@@ -5,22 +5,20 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import monotonic
-from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
-from .. import execute, key, stored, ways
-from .. import plan as plans
+from .. import execute, key, stored
 from ..config import KernelConfig
 from ..devices import Device
-from ..plan import Plan
 from ..stored import Candidate, Entry
-from ..ways import Layout, Problem
-from . import audit, space
+from . import audit, subject
 from .measure import Bench
+from .subject import AnyProblem
 
 if TYPE_CHECKING:
     from .store import Store
@@ -34,7 +32,7 @@ class Task(NamedTuple):
     """A problem to tune, and what to call it: the name of a layer, say."""
 
     label: str
-    problem: Problem
+    problem: AnyProblem
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ def tasks_of(calls: Iterable[execute.Call], device: Device, label: str = "") -> 
     Calls that launch no kernel are left out: empty ones, and, with a warning, complex ones, which are made of real
     ones, and dtypes that only plain PyTorch computes.
     """
-    found: dict[Problem, Task] = {}
+    found: dict[AnyProblem, Task] = {}
     left_out: Counter[str] = Counter()
     for call in calls:
         try:
@@ -106,17 +104,18 @@ def tune_one(task: Task, bench: Bench, store: Store, budget: Budget = Budget(), 
     What the store has of the same kernel source is not measured `again` unless so asked. Raises torch.AcceleratorError
     where a candidate broke the device, which is then in the store as failed: a new process goes on with the others.
     """
+    kind = subject.of(task.problem)
     try:
         with stored.hidden():
-            rules = plans.every(task.problem)
+            rules = kind.every(task.problem)
     except (NotImplementedError, RuntimeError) as error:
         return _skipped(task, str(error))
     session = _Session(task.problem, bench, store, again)
-    chosen = plans.choice(rules)
-    tuned = [p for p in plans.every(task.problem) if all(p.config != rule.config for rule in rules)]
+    chosen = kind.choice(rules)
+    tuned = [p for p in kind.every(task.problem) if all(p.config != rule.config for rule in rules)]
     start = monotonic()
-    waiting = [*rules, *tuned, *space.plans(task.problem, rules)[len(rules) :]]
-    waiting = list({(p.kernel, p.layout, p.config): p for p in waiting}.values())
+    waiting = [*rules, *tuned, *kind.plans(task.problem, rules)[len(rules) :]]
+    waiting = list({(p.kernel, kind.place(p), p.config): p for p in waiting}.values())
     if budget.candidates is not None:
         waiting = waiting[: max(budget.candidates, len(rules))]
     session.expect(waiting)
@@ -167,28 +166,29 @@ _Known = dict[KernelConfig, Candidate]
 class _Session:
     """The measurements of one problem: what the store had, and what is added to it."""
 
-    def __init__(self, problem: Problem, bench: Bench, store: Store, again: bool):
+    def __init__(self, problem: AnyProblem, bench: Bench, store: Store, again: bool):
         self.problem, self.bench, self.store, self.again = problem, bench, store, again
+        self.kind = subject.of(problem)
         self.rivals: dict[str, float] | None = None
         self.measured = False
-        self.plans: dict[tuple[str, Layout, KernelConfig], Plan] = {}
-        self.known: dict[tuple[str, Layout], _Known] = {}
+        self.plans: dict[tuple[str, Hashable, KernelConfig], Any] = {}
+        self.known: dict[tuple[str, Hashable], _Known] = {}
         self.faults: list[str] = []
 
-    def expect(self, waiting: Sequence[Plan]) -> None:
+    def expect(self, waiting: Sequence[Any]) -> None:
         """Tells a bench that compiles ahead what will be measured."""
         if isinstance(self.bench, _Expecting):
             self.bench.expect([p for p in waiting if self._new(p)])
 
-    def measure(self, group: Sequence[Plan]) -> None:
+    def measure(self, group: Sequence[Any]) -> None:
         """Checks and measures what is not known of the group, beside the best of what is."""
         right = [p for p in group if self._new(p) and self._right(p)]
         if right:
             best = self._best()
             self._time([*([best] if best is not None and best not in right else []), *right])
 
-    def _new(self, p: Plan) -> bool:
-        self.plans[p.kernel, p.layout, p.config] = p
+    def _new(self, p: Any) -> bool:
+        self.plans[p.kernel, self.kind.place(p), p.config] = p
         return self.again or p.config not in self._known(p)
 
     def finish(self) -> None:
@@ -201,7 +201,7 @@ class _Session:
         if len(near) > 1:
             self._time(near[:_FINALISTS])
 
-    def result(self, task: Task, chosen: Plan) -> Result:
+    def result(self, task: Task, chosen: Any) -> Result:
         """Of the ways' winners the quickest, against what the rules had chosen."""
         winners = []
         for (kernel, layout), known in self.known.items():
@@ -228,7 +228,7 @@ class _Session:
             tuple(self.faults),
         )
 
-    def _right(self, p: Plan) -> bool:
+    def _right(self, p: Any) -> bool:
         try:
             fault = self.bench.fault(self.problem, p)
         except torch.AcceleratorError as error:
@@ -241,15 +241,15 @@ class _Session:
             self._keep(p, Candidate(p.config, status=status, why=why))
         return fault is None
 
-    def _time(self, group: Sequence[Plan]) -> None:
+    def _time(self, group: Sequence[Any]) -> None:
         for p, timing in zip(group, self.bench.time(self.problem, group), strict=True):
             if timing is not None:
                 self._keep(p, Candidate(p.config, timing.seconds, timing.spread))
 
-    def _keep(self, p: Plan, candidate: Candidate) -> None:
+    def _keep(self, p: Any, candidate: Candidate) -> None:
         self._known(p)[p.config] = candidate
         self.measured = True
-        of, extents = ways.key_of(self.problem, p.layout)
+        of, extents = self.kind.key_of(self.problem, p)
         # after copies, an entry is that of operands which lie so from the start: others take another time for these
         baseline = {} if p.packs else self._baseline()
         entry = Entry(of, extents, "measured", self.bench.stamp(p.kernel), (candidate,), baseline)
@@ -260,11 +260,11 @@ class _Session:
             self.rivals = self.bench.rivals(self.problem)
         return self.rivals
 
-    def _known(self, p: Plan) -> _Known:
+    def _known(self, p: Any) -> _Known:
         """The candidates of a plan's way, from the store where they were measured with this source of the kernel."""
-        where = (p.kernel, p.layout)
+        where = (p.kernel, self.kind.place(p))
         if where not in self.known:
-            wanted, source = ways.key_of(self.problem, p.layout), key.source_hash(p.kernel)
+            wanted, source = self.kind.key_of(self.problem, p), key.source_hash(p.kernel)
             entries = [
                 entry
                 for entry in self.store.entries(self.bench.device.name, p.kernel)
@@ -277,17 +277,17 @@ class _Session:
             for entry in entries if not (p.packs or self.again) else ():
                 self.rivals = dict(entry.baseline) or self.rivals
             for config in self.known[where]:
-                self.plans.setdefault((*where, config), plans.with_config(self.problem, p, config))
+                self.plans.setdefault((*where, config), self.kind.with_config(self.problem, p, config))
         return self.known[where]
 
-    def _timed(self) -> list[Plan]:
+    def _timed(self) -> list[Any]:
         found = [(p, self._known(p).get(p.config)) for p in list(self.plans.values())]
         return [p for p, c in found if c is not None and c.status == "ok" and c.seconds is not None]
 
-    def _best(self) -> Plan | None:
+    def _best(self) -> Any | None:
         return min(self._timed(), key=lambda p: (self._seconds(p), key.simplicity(p.config)), default=None)
 
-    def _seconds(self, p: Plan) -> float:
+    def _seconds(self, p: Any) -> float:
         """Of everything, a kernel that was measured and copies around it that are predicted."""
         return replace(p, measured=self._known(p)[p.config].seconds).measured_seconds or math.inf
 
@@ -296,10 +296,10 @@ class _Session:
 class _Expecting(Protocol):
     """A bench that compiles ahead."""
 
-    def expect(self, plans: Sequence[Plan]) -> None: ...
+    def expect(self, plans: Sequence[Any]) -> None: ...
 
 
-def _skipped(task: Task, why: str, chosen: Plan | None = None, tried: int = 0, faults: tuple[str, ...] = ()) -> Result:
+def _skipped(task: Task, why: str, chosen: Any | None = None, tried: int = 0, faults: tuple[str, ...] = ()) -> Result:
     """Of a task that has no winner."""
     wrong = sum(words.startswith("wrong") for words in faults)
     kernel, config = ("", None) if chosen is None else (chosen.kernel, chosen.config)

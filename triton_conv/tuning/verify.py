@@ -9,13 +9,16 @@ from math import isfinite
 from pathlib import Path
 from typing import NamedTuple
 
-from .. import plan, stored, ways
+from .. import deform_plan, plan, stored, ways
+from ..config import Config
+from ..deform_plan import DeformPlan
 from ..devices import DEVICES, Device
 from ..geometry import ConvGeometry, Role, Strides
 from ..key import CONFIGS
 from ..plan import Plan
 from ..stored import Entry, MalformedError
 from ..ways import Layout, Problem
+from . import deform
 from .audit import Subject, audit, faults
 from .code import TARGETS
 from .measure import SIMULATED
@@ -81,7 +84,8 @@ def plan_of(entry: Entry, kernel: str, device: Device) -> Plan:
     """The plan that goes by the entry's winner. Raises ValueError, in words, where there is none that can run."""
     if entry.winner is None:
         raise ValueError("has no config that is right")
-    problem, config = problem_of(entry, device), entry.winner.config
+    config = entry.winner.config
+    problem = problem_of(entry, device)
     if problem.dtype not in plan.ACCUMULATORS or problem.out_dtype not in plan.ACCUMULATORS:
         raise ValueError(f"there are no kernels for {problem.dtype} to {problem.out_dtype}")
     try:
@@ -97,7 +101,21 @@ def plan_of(entry: Entry, kernel: str, device: Device) -> Plan:
     return p
 
 
-def verified(directory: Path) -> Iterator[Fault | tuple[Path, Entry, Plan]]:
+def deformable(entry: Entry, kernel: str, device: Device) -> DeformPlan:
+    """`plan_of` for kernels of deformable convolutions."""
+    problem, config = deform.problem_of(entry, device), entry.winner.config if entry.winner else None
+    if not isinstance(config, Config):
+        raise ValueError("has no config that is right")
+    (given, *_) = deform_plan.every(problem)
+    if given.kernel != kernel or deform_plan.key_of(given.problem) != (entry.key, entry.extents):
+        raise ValueError(f"{given.kernel} would run it, filed elsewhere")
+    misfit = deform_plan.misfit(problem, config)
+    if misfit:
+        raise ValueError(misfit)
+    return deform_plan.with_config(problem, given, config)
+
+
+def verified(directory: Path) -> Iterator[Fault | tuple[Path, Entry, Plan | DeformPlan]]:
     """Each entry with the plan that goes by it, and each fault.
 
     Files are those of known devices and kernels; entries are of kernels as they are now, and their winners fit.
@@ -130,13 +148,14 @@ def verified(directory: Path) -> Iterator[Fault | tuple[Path, Entry, Plan]]:
                 yield Fault(path, described(entry), "its times are simulated")
                 continue
             try:
-                yield path, entry, plan_of(entry, path.stem, device)
+                made = deformable if path.stem.startswith("deform") else plan_of
+                yield path, entry, made(entry, path.stem, device)
             except (ValueError, ArithmeticError) as error:
                 yield Fault(path, described(entry), str(error))
 
 
 def compiled(
-    found: list[tuple[Path, Entry, Plan]], arch: int, jobs: int | None = None
+    found: list[tuple[Path, Entry, Plan | DeformPlan]], arch: int, jobs: int | None = None
 ) -> Generator[tuple[int, list[Fault]], None, None]:
     """(number, faults) of each of the `distinct` plans as compiled for an architecture, in the order they are done."""
     with closing(audit([Subject(described(entry), p) for _, entry, p in found], arch, jobs)) as audited:
@@ -145,9 +164,11 @@ def compiled(
             yield number, [Fault(path, described(entry), why) for row in rows for why in faults(row)]
 
 
-def distinct(found: list[tuple[Path, Entry, Plan]], arch: int) -> list[tuple[Path, Entry, Plan]]:
+def distinct(
+    found: list[tuple[Path, Entry, Plan | DeformPlan]], arch: int
+) -> list[tuple[Path, Entry, Plan | DeformPlan]]:
     """Of those for devices of an architecture, one for each code that they may become."""
-    different: dict[tuple, tuple[Path, Entry, Plan]] = {}
+    different: dict[tuple, tuple[Path, Entry, Plan | DeformPlan]] = {}
     for path, entry, p in found:
         if p.device.capability == TARGETS[arch].capability:
             config = replace(p.config, splits=min(p.config.splits, 2))
