@@ -103,9 +103,9 @@ def fuse(model: Module) -> FusionReport:
     what it was. Where torch.fx cannot trace a module (control flow or asserts that depend on data or shapes; grad
     modes, autocast or checkpointing in its code) it stays what it is and its parts are fused by themselves.
     Convolutions with nothing to fuse stay as they are: `convert`, before or after, makes them ours. What a graph does
-    not keep: methods other than forward; code that asks `self.training` is fixed to the mode of now; an argument that
-    has a default keeps it, and another value raises ValueError. Fuse before wrapping in DDP or FSDP, and before
-    `torch.compile`.
+    not keep: methods other than forward; parameters and modules that forward does not use, which the state_dict lacks
+    too; code that asks `self.training` is fixed to the mode of now; an argument that has a default keeps it, and
+    another value raises ValueError. Fuse before wrapping in DDP or FSDP, and before `torch.compile`.
 
     A residual that is repeated along an axis or has another dtype is found out when the model runs, and added
     afterwards as before. Left alone, with the reason in the report: outputs that something else reads too, convolutions
