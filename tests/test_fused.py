@@ -243,6 +243,7 @@ R, S = torch.randn(2, 6, 3, 3), torch.ones(6)
         ({"activation": "tanh"}, ValueError, ["tanh", "gelu_tanh"]),
         ({"activation": 1}, TypeError, ["activation", "int"]),
         ({"activation": "leaky_relu", "negative_slope": "x"}, TypeError, ["negative_slope", "str"]),
+        ({"residual": R, "residual_after_activation": "yes"}, TypeError, ["residual_after_activation", "bool", "str"]),
         ({"residual": R[:1]}, RuntimeError, ["residual", "[2, 6, 3, 3]", "[1, 6, 3, 3]"]),
         ({"residual": R[0]}, RuntimeError, ["residual", "[2, 6, 3, 3]", "[6, 3, 3]"]),
         ({"residual": R.double()}, RuntimeError, ["residual", "float32", "float64"]),
@@ -261,6 +262,17 @@ def test_errors(options, kind, words):
     error = raised(triton_conv.conv2d, X, W, **options)
     assert type(error) is kind
     assert [word for word in words if word not in str(error)] == []
+
+
+def test_errors_of_unbatched_residuals_and_of_modules():
+    error = raised(triton_conv.conv2d, X[0], W, residual=R)
+    assert type(error) is RuntimeError
+    assert "residual [2, 6, 3, 3], input [4, 5, 5]" in str(error)
+    for make in (triton_conv.nn.Conv2d, triton_conv.nn.ConvTranspose2d):
+        for option in ("scale", "residual_after_activation"):
+            error = raised(make, 4, 4, 3, **{option: torch.ones(1)})
+            assert type(error) is TypeError
+            assert f"'{option}' must be bool, not Tensor" in str(error)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.complex64, torch.complex128])

@@ -12,12 +12,13 @@ parameters and are not called: hooks on them never run.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, max_pool2d, relu
 
-from . import functional
+from . import branches_ops, functional
 from .branches import Branch, multi_conv2d
 
 __all__ = ["ASPP", "InceptionBranches", "SelectiveKernel"]
@@ -52,15 +53,23 @@ class ASPP(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int = 256, rates: Sequence[int] = (6, 12, 18), dropout: float = 0.5
+        self,
+        in_channels: int,
+        out_channels: int = 256,
+        rates: Sequence[int] = (6, 12, 18),
+        dropout: float = 0.5,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        pyramid = [_conv(in_channels, out_channels), *(_conv(in_channels, out_channels, 3, rate) for rate in rates)]
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        shape = (in_channels, out_channels)
+        pyramid = [_conv(*shape, **where), *(_conv(*shape, 3, rate, **where) for rate in rates)]
         self.convs = nn.ModuleList(pyramid)
-        self.norm = nn.BatchNorm2d(len(pyramid) * out_channels)
-        self.pool_conv, self.pool_norm = _conv(in_channels, out_channels), nn.BatchNorm2d(out_channels)
-        self.project = _conv((len(pyramid) + 1) * out_channels, out_channels)
-        self.project_norm = nn.BatchNorm2d(out_channels)
+        self.norm = nn.BatchNorm2d(len(pyramid) * out_channels, **where)
+        self.pool_conv, self.pool_norm = _conv(*shape, **where), nn.BatchNorm2d(out_channels, **where)
+        self.project = _conv((len(pyramid) + 1) * out_channels, out_channels, **where)
+        self.project_norm = nn.BatchNorm2d(out_channels, **where)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -86,14 +95,25 @@ class InceptionBranches(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, ch1x1: int, ch3x3red: int, ch3x3: int, ch5x5red: int, ch5x5: int, pool_proj: int
+        self,
+        in_channels: int,
+        ch1x1: int,
+        ch3x3red: int,
+        ch3x3: int,
+        ch5x5red: int,
+        ch5x5: int,
+        pool_proj: int,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.entry = nn.ModuleList([_conv(in_channels, K) for K in (ch1x1, ch3x3red, ch5x5red)])
-        self.entry_norm = nn.BatchNorm2d(ch1x1 + ch3x3red + ch5x5red, eps=1e-3)
-        self.convs = nn.ModuleList([_conv(ch3x3red, ch3x3, 3), _conv(ch5x5red, ch5x5, 5)])
-        self.norm = nn.BatchNorm2d(ch3x3 + ch5x5, eps=1e-3)
-        self.pool_conv, self.pool_norm = _conv(in_channels, pool_proj), nn.BatchNorm2d(pool_proj, eps=1e-3)
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.entry = nn.ModuleList([_conv(in_channels, K, **where) for K in (ch1x1, ch3x3red, ch5x5red)])
+        self.entry_norm = nn.BatchNorm2d(ch1x1 + ch3x3red + ch5x5red, eps=1e-3, **where)
+        self.convs = nn.ModuleList([_conv(ch3x3red, ch3x3, 3, **where), _conv(ch5x5red, ch5x5, 5, **where)])
+        self.norm = nn.BatchNorm2d(ch3x3 + ch5x5, eps=1e-3, **where)
+        self.pool_conv = _conv(in_channels, pool_proj, **where)
+        self.pool_norm = nn.BatchNorm2d(pool_proj, eps=1e-3, **where)
         self.ch1x1, self.slices = ch1x1, ((ch1x1, ch3x3red), (ch1x1 + ch3x3red, ch5x5red))
 
     def forward(self, input: Tensor) -> Tensor:
@@ -101,7 +121,8 @@ class InceptionBranches(nn.Module):
         wide = self.norm(multi_conv2d(entry, _branches(self.convs, self.slices)))
         pooled = self.pool_norm(functional.conv2d(max_pool2d(input, 3, 1, 1), self.pool_conv.weight))
         first = entry[:, : self.ch1x1]
-        if torch.is_grad_enabled():
+        recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if torch.is_grad_enabled() or recorded or branches_ops._transformed():
             return torch.cat((first, relu(wide), relu(pooled)), 1)
         sizes = [t.shape[1] for t in (first, wide, pooled)]
         y = _empty_beside(entry, sum(sizes))
@@ -133,18 +154,33 @@ class SelectiveKernel(nn.Module):
     sum. Input and output (N, channels, H, W). In training, N is above 1, as batch norm wants it.
     """
 
-    def __init__(self, channels: int, branches: int = 2, groups: int = 32, reduction: int = 16) -> None:
+    def __init__(
+        self,
+        channels: int,
+        branches: int = 2,
+        groups: int = 32,
+        reduction: int = 16,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        self.convs = nn.ModuleList([_conv(channels, channels, 3, 1 + i, groups=groups) for i in range(branches)])
-        self.norm = nn.BatchNorm2d(branches * channels)
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        convs = [_conv(channels, channels, 3, 1 + i, groups=groups, **where) for i in range(branches)]
+        self.convs = nn.ModuleList(convs)
+        self.norm = nn.BatchNorm2d(branches * channels, **where)
         squeezed = max(channels // reduction, 32)
-        self.squeeze = nn.Linear(channels, squeezed, bias=False)
-        self.squeeze_norm = nn.BatchNorm1d(squeezed)
-        self.select = nn.Linear(squeezed, branches * channels)
+        self.squeeze = nn.Linear(channels, squeezed, bias=False, **where)
+        self.squeeze_norm = nn.BatchNorm1d(squeezed, **where)
+        self.select = nn.Linear(squeezed, branches * channels, **where)
 
     def forward(self, input: Tensor) -> Tensor:
         every = relu(self.norm(multi_conv2d(input, _branches(self.convs))))
         every = every.unflatten(1, (len(self.convs), -1))  # (N, branches, channels, H, W)
-        squeezed = relu(self.squeeze_norm(self.squeeze(every.sum(1).mean((2, 3)))))
+        squeezed = relu(self.squeeze_norm(self.squeeze(every.mean((3, 4)).sum(1))))
         weights = self.select(squeezed).unflatten(1, (len(self.convs), -1)).softmax(1)
-        return (every * weights[..., None, None]).sum(1)
+        weighted = zip(every.unbind(1), weights[..., None, None].unbind(1), strict=True)
+        first, weight = next(weighted)  # one after the other: a sum over axis 1 would not be channels-last
+        y = first * weight
+        for features, weight in weighted:
+            y = torch.addcmul(y, features, weight)
+        return y

@@ -26,7 +26,7 @@ from .branches_plan import make as _make
 from .devices import Device
 from .functional import Ints, Padding
 from .geometry import Role
-from .unsupported import refuse_script
+from .unsupported import check_kind, refuse_script
 
 __all__ = ["Branch", "multi_conv2d", "plans"]
 
@@ -99,6 +99,7 @@ def multi_conv2d(
     if combine not in COMBINE:
         raise ValueError(f"{name}(): combine must be one of {COMBINE}, but got combine={combine!r}")
     if not branches:
+        check_kind(name, "input", input)
         raise RuntimeError(f"{name}(): expected at least one branch, but got none (input {list(input.shape)})")
     batched = True
     for b in branches:
@@ -106,7 +107,11 @@ def multi_conv2d(
         batched = functional._check_tensors(name, 2, functional._DTYPES, input=input, **operands)
     x = input if batched else input.unsqueeze(0)
     params = _params(name, x.shape[1], branches, combine, functional._precision(name, precision), one_launch)
-    y = branches_ops.multi_conv(x, [b.weight for b in branches], [b.bias for b in branches], *params)
+    weights, biases = [b.weight for b in branches], [b.bias for b in branches]
+    if torch.jit.is_tracing():  # it cannot record lists of biases that may be None
+        y = branches_ops.composed(x, weights, biases, params)
+    else:
+        y = branches_ops.multi_conv(x, weights, biases, *params)
     return y if batched else y.squeeze(0)
 
 
@@ -132,9 +137,10 @@ def _parsed(name: str, C: int, branches: Sequence[Branch], combine, precision, o
     for b in branches:
         how = functional._parameters(name, 2, b.weight, b.stride, b.padding, b.dilation, b.groups, "zeros")
         stride, padding, dilation, groups, _ = how
-        channels = (0, C) if b.channels is None else tuple(b.channels)
-        if len(channels) != 2:
-            raise RuntimeError(f"{name}(): expected channels to be (first, count), but got channels={b.channels}")
+        channels = (0, C) if b.channels is None else b.channels
+        if not isinstance(channels, Sequence) or len(channels) != 2:
+            wrong = RuntimeError if isinstance(channels, Sequence) else TypeError
+            raise wrong(f"{name}(): expected channels to be (first, count), but got channels={b.channels}")
         flat["stride"] += stride
         flat["padding"] += padding
         flat["dilation"] += dilation

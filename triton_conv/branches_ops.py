@@ -199,7 +199,8 @@ def _fake_dgrad(grad_output, weights, input_size, *params) -> Tensor:
 
 def composed(input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], params: Params) -> Tensor:
     """One `triton_conv::conv` for each branch, then `torch.cat` or sums."""
-    _forward(input, weights, biases, params)
+    if not torch.jit.is_tracing():  # its extents are no numbers
+        _forward(input, weights, biases, params)  # for its errors
     parts = [
         ops.fprop(_slice(input, params.read(i)), w, b, params.of(i))
         for i, (w, b) in enumerate(zip(weights, biases, strict=True))
@@ -290,9 +291,13 @@ class _MultiDgrad(ops._SingleLevelFunction):
 
 def _plainly(tensors: Sequence[Tensor | None]) -> bool:
     """Whether these are best left to one operator for each branch."""
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None
-    derived = torch.autograd.forward_ad._current_level >= 0
-    return transformed or derived or any(t is not None and t.is_complex() for t in tensors)
+    return _transformed() or any(t is not None and t.is_complex() for t in tensors)
+
+
+def _transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work."""
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    return forward_mode or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _asked(tensors: Sequence[Tensor | None]) -> bool:

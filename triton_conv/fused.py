@@ -76,11 +76,16 @@ def convolved(
 ) -> Tensor:
     """A convolution with its epilogue; the arguments that others have too are checked."""
     activation, slope, residual, after, scale = fusion
-    check(name, activation, slope)
+    check(name, activation, slope, after)
     for argument, t in (("residual", residual), ("scale", scale)):
         if t is not None:
             check_kind(name, argument, t)
     if not batched:
+        if residual is not None and residual.dim() != x.dim():
+            raise RuntimeError(
+                f"{name}(): expected residual with {x.dim()} dimensions like input, but got residual "
+                f"{list(residual.shape)}, input {list(x.shape)}"
+            )
         x, residual = x.unsqueeze(0), None if residual is None else residual.unsqueeze(0)
     args = (x, w, bias, scale, residual, *params, activation or "", float(slope), bool(after))
     y = ops.recordable(kind.op)(*args) if x.is_floating_point() else _exactly(name, kind, *args)
@@ -91,7 +96,8 @@ def again(kind: Kind, x: Tensor, w: Tensor, bias: Tensor | None, params: tuple, 
     """A convolution like one made before, without the dispatcher, as `ops.again` has it; None if there is none."""
     activation, slope, residual, after, scale = fusion
     tensors = [t for t in (x, w, bias, scale, residual) if t is not None]
-    if not fast.alone(*tensors) or type(slope) is not float or not (activation is None or type(activation) is str):
+    plain = type(slope) is float and type(after) is bool and (activation is None or type(activation) is str)
+    if not plain or not fast.alone(*tensors):
         return None
     how = (*params, activation or "", slope, bool(after))
     derived = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
@@ -117,8 +123,10 @@ def again(kind: Kind, x: Tensor, w: Tensor, bias: Tensor | None, params: tuple, 
     return function.apply((kind, keep, bound, how), x, w, bias, scale, residual)[0]
 
 
-def check(name: str, activation: Any, negative_slope: Any) -> None:
-    """Raises for an activation that there is not, or a slope that is no number."""
+def check(name: str, activation: Any, negative_slope: Any, after: Any) -> None:
+    """Raises for an activation that there is not, a slope that is no number, or a choice that is no bool."""
+    if not isinstance(after, bool):
+        raise TypeError(f"{name}(): argument 'residual_after_activation' must be bool, not {type(after).__name__}")
     if activation is not None and not isinstance(activation, str):
         raise TypeError(f"{name}(): argument 'activation' must be str or None, not {type(activation).__name__}")
     if activation is not None and activation not in ACTIVATIONS:

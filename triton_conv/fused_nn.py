@@ -22,8 +22,11 @@ class Fusing:
     has_scale: bool = False
     scale: Any
 
-    def _check_fusion(self, activation: Any, negative_slope: Any) -> None:
-        fused.check(type(self).__name__, activation, negative_slope)
+    def _check_fusion(self, activation: Any, negative_slope: Any, residual_after_activation: Any, scale: Any) -> None:
+        name = type(self).__name__
+        fused.check(name, activation, negative_slope, residual_after_activation)
+        if not isinstance(scale, bool):
+            raise TypeError(f"{name}(): argument 'scale' must be bool, not {type(scale).__name__}")
 
     def _set_fusion(
         self,
@@ -37,7 +40,7 @@ class Fusing:
     ) -> None:
         """Once there is a module to set it of."""
         given = {"activation": activation, "negative_slope": negative_slope}
-        given |= {"residual_after_activation": bool(residual_after_activation), "has_scale": bool(scale)}
+        given |= {"residual_after_activation": residual_after_activation, "has_scale": scale}
         for name, value in given.items():
             if value != getattr(Fusing, name):
                 setattr(self, name, value)

@@ -149,7 +149,7 @@ class _Ours(Fusing):
     ) -> None:
         """torch's constructor, then what it does not know: pairs, precision and `fusion`, as `_set_fusion` takes it."""
         ops.check_precision(precision)
-        self._check_fusion(*fusion[:2])
+        self._check_fusion(*fusion)
         pairs = _is_sequence(padding) and any(_is_sequence(p) for p in padding)
         super().__init__(padding=0 if pairs else padding, **arguments)  # type: ignore[call-arg]
         if pairs:
@@ -428,7 +428,7 @@ class _LazyConv(Fusing):
     ) -> None:
         ops.check_precision(precision)
         arguments = (out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype)
-        self._check_fusion(activation, negative_slope)
+        self._check_fusion(activation, negative_slope, residual_after_activation, scale)
         super().__init__(*arguments)  # type: ignore[call-arg]
         if precision is not None:
             self.precision = precision
@@ -457,7 +457,7 @@ class _LazyConvTranspose(Fusing):
         scale: bool = False,
     ) -> None:
         ops.check_precision(precision)
-        self._check_fusion(activation, negative_slope)
+        self._check_fusion(activation, negative_slope, residual_after_activation, scale)
         rest = (output_padding, groups, bias, dilation, padding_mode, device, dtype)
         super().__init__(out_channels, kernel_size, stride, padding, *rest)  # type: ignore[call-arg]
         if precision is not None:

@@ -208,7 +208,7 @@ def _convolved(
 
 def _fused(name: str, batched: bool, tensors: tuple, context: Tensor | None, params: tuple, fusion: Fusion) -> Tensor:
     activation, slope, residual, after, scale = fusion
-    fused.check(name, activation, slope)
+    fused.check(name, activation, slope, after)
     for argument, t in (("residual", residual), ("scale", scale)):
         if t is not None:
             check_kind(name, argument, t)
@@ -326,7 +326,7 @@ def _of_shapes(tensors: tuple, params: tuple, fusion: dict[str, Any]) -> Call:
     slope = fusion.get("negative_slope", PLAIN.slope) if activation == "leaky_relu" else PLAIN.slope
     if not (activation or residual or scale):
         return call
-    fused.check("plans", activation or None, slope)
+    fused.check("plans", activation or None, slope, residual == "after")
     return replace(
         call,
         epilogue=Epilogue(activation, slope, residual, bool(scale)),

@@ -21,6 +21,7 @@ from .config import Device
 from .epilogue import PLAIN
 from .execute import Call
 from .geometry import Context, ConvGeometry, Role
+from .later import when_imported
 from .streaming_plan import Problem
 
 _PARAMS = (
@@ -339,3 +340,6 @@ def _registered(op: Any, run: Any, fake: Any, autograd: Any, vmap: Any, wide: tu
 
 _registered(causal_conv, _run, _fake, ops._autograd_kernel(causal_conv, _Causal), _vmap)
 _registered(causal_conv_fused, _run_fused, _fake_fused, _fused_autograd, _fused_vmap, wide=(fused_ops._SCALE,))
+
+ops._CALLS |= {causal_conv: call_of, causal_conv_fused: fused_call}
+when_imported("torch.utils.flop_counter", ops._register_flop_formulas)
