@@ -238,17 +238,18 @@ def _print_totals(run: Run) -> None:
             cells += [ms_of(contiguous, total), str(total.wins), str(total.losses)]
         tables.add(made, [*cells, ms(total.predicted), ms(total.roofline)])
     tables.show(made, () if predicted else ("predicted ms", "roofline ms", "cuDNN contiguous ms"))
-    speedups = [value for row in run.rows if (value := summary.speedup(row))]
+    theirs = [row for row in run.rows if summary.cudnn(row) or summary.cudnn(row, CONTIGUOUS)]
+    speedups = [value for row in theirs if (value := summary.speedup(row))]
     if speedups:
-        wins = sum(summary.verdict(row) > 0 for row in run.rows)
-        losses = sum(summary.verdict(row) < 0 for row in run.rows)
+        wins = sum(summary.verdict(row) > 0 for row in theirs)
+        losses = sum(summary.verdict(row) < 0 for row in theirs)
         prefix = "" if run.source == "measured" else "made-up times: "
         print(
             f"{prefix}{geometric_mean(speedups):.2f} times as quick as channels-last cuDNN (geometric mean of "
             f"{len(speedups)}), quicker on {wins}, slower on {losses}"
         )
-        for words in summary.goal_words(run):
-            print(f"{prefix}{words}")
+    for words in summary.goal_words(run):
+        print(f"{'' if run.source == 'measured' else 'made-up times: '}{words}")
 
 
 def _print_comparison(comparison: Comparison) -> bool:

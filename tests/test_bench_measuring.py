@@ -11,6 +11,7 @@ from test_measure import FakeClock
 from bench import ceilings, device_meter, jobs, kinds, records, runner, shapes, subjects, values
 from bench.device_meter import CudaProbe, DeviceMeter
 from bench.jobs import Job, predicted_row, small
+from bench.kinds import kind as kinds_of_layers
 from bench.meters import PredictedMeter, SimulatedMeter
 from bench.records import (
     CAT_CHANNELS_LAST,
@@ -128,7 +129,7 @@ def meter(probe=None, who=None, l2_bytes=2**12):
 
 
 def test_examples():
-    for module in (jobs, runner):
+    for module in (jobs, runner, kinds_of_layers):
         assert doctest.testmod(module).failed == 0
         assert doctest.testmod(module).attempted > 0
 

@@ -126,7 +126,9 @@ def check(case, combine, dtype, channels_last, kernels, launched):
         depth = sum(w[:, 0].numel() for w in weights) if leaf is x else pixels
         bound = tolerance(want, depth, dtype, "ieee", torch.device("cpu"))
         assert got.shape == want.shape
-        assert ((got.cpu().double() - want).abs() <= 2 * bound).all()  # twice: sums of slices may be rounded apart
+        if leaf is x and case == "odd":  # slices that overlap: what each branch adds is rounded by itself
+            bound = bound + torch.finfo(dtype).eps * want.abs().max()
+        assert ((got.cpu().double() - want).abs() <= bound).all()
     return kernel
 
 

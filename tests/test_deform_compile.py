@@ -38,7 +38,8 @@ def test_fifty_image_sizes_compile_few_kernels():
 def test_nothing_is_spilled_and_dots_are_matrix_instructions(arch, dtype):
     """And no order of additions is left to chance."""
     rows = compiled("code", arch, dtype)
-    assert len(rows) == 18
+    kernels = {"deform", "deform_cells", "deform_dgrad", "deform_offset", "deform_wgrad"}
+    assert {kernel for kernel, *_ in rows} - {"sum_slabs"} == kernels
     for kernel, *problem, spilled, matrix, atomics in rows:
         assert (spilled, atomics) == (0, 0), (kernel, problem)
         multiplies = kernel not in ("deform_cells", "sum_slabs")

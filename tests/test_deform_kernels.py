@@ -255,3 +255,20 @@ def test_nothing_to_compute(kernels, poisoned):
     got = computed(case, *operands(case))
     assert got["y"].numel() == got["dx"].numel() == 0
     assert torch.equal(got["dw"], torch.zeros_like(got["dw"]))
+
+
+def test_torchvision_agrees(kernels, poisoned):
+    """Gradients too, where taps sample between pixels, on them, on borders and outside."""
+    try:
+        from torchvision import ops
+    except (ImportError, RuntimeError) as error:  # the latter where it was built for another PyTorch
+        pytest.skip(f"torchvision cannot be imported: {error}")
+    case = Case((2, 4, 3, 4), (4, 4, 1, 2), spread=2.0, offset_groups=2)
+    x, offset, w, mask, bias, dy = given = operands(case)
+    offset[1] = offset[1].round()
+    leaves = [t.clone().requires_grad_() for t in (x, offset, mask, w)]
+    y = ops.deform_conv2d(leaves[0], leaves[1], leaves[3], bias, padding=case.padding, mask=leaves[2])
+    want = dict(zip(("dx", "doffset", "dmask", "dw"), torch.autograd.grad(y, leaves, dy), strict=True))
+    got = computed(case, *given)
+    for name, t in {"y": y.detach(), **want}.items():
+        torch.testing.assert_close(got[name], t, msg=lambda m, name=name: f"{name}: {m}")

@@ -72,7 +72,9 @@ def multi_conv2d(
     combine="sum"; unbatched without N. Channels-last where the input or a weight is.
 
     Dtypes are those of `conv2d`, one for all operands. All gradients exist, of any order: that of the input is one
-    launch too, those of weights one for each branch. It works under autocast, `torch.compile` and `torch.func`.
+    launch too where branches read the same channels or none in common, and else, as with branches of different stride,
+    a sum rounded after each; those of weights are one launch or more for each branch. It works under autocast,
+    `torch.compile` and `torch.func`.
 
     one_launch: True computes all branches in one kernel, False each in its own, None what is predicted to be quicker;
     more than eight branches side by side are several launches. A sum is rounded once in one launch, and after each

@@ -37,10 +37,10 @@ LINK = 64  # bytes that a multiprocessor gets from L2 in a clock
 ISSUED = 0.7  # share of its instruction slots that a multiprocessor uses without a dot
 SPILLED = 4  # how many times longer a step takes whose accumulator does not fit into registers
 
-# Instructions of a thread for each output of an activation, as compiled, and how many times as many of float64.
-ACTIVATION = {"": 0, "relu": 2, "relu6": 4, "leaky_relu": 3, "silu": 8, "gelu": 25, "gelu_tanh": 12, "sigmoid": 8}
-ACTIVATION |= {"hardswish": 6}
-DOUBLE = 10
+# Instructions of a thread for each output of an activation, as compiled, and how many times as many in float64.
+ACTIVATION = {"": 0, "relu": 1, "relu6": 2, "leaky_relu": 2, "hardswish": 5, "sigmoid": 12, "silu": 13, "gelu": 21}
+ACTIVATION |= {"gelu_tanh": 16}
+DOUBLE = 6
 BANDED_STEP, BANDED_WGRAD_STEP = 100, 190  # instructions of a thread in a step of banded kernels, as compiled
 BANDED_LOAD = 12  # more for each load, as compiled
 BANDED_GATHER = 36  # instructions for each sum that banded weight gradients gather from a diagonal, as compiled

@@ -112,8 +112,8 @@ def default(p: DeformProblem) -> Config:
             block_m, block_n, block_k = max(block_m // 2, 16), min(block_n, 64), min(block_k, 32)
         elif p.role is DeformRole.INPUT and kind == "half" and p.device.capability == 90:
             block_k = 128
-        elif p.role is DeformRole.OFFSET and p.segment <= 16:
-            block_k = min(block_k, 32)
+        elif p.segment <= 16 and (p.role is DeformRole.OFFSET or p.device.capability >= 100):
+            block_k = min(block_k, 32)  # which ptxas gives few registers, and a few too few for more
         config = Config(
             _tile(pixels, 16, block_m), _tile(written, 16, block_n), _tile(reduced, 16, block_k), num_stages=2
         )

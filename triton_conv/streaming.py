@@ -172,8 +172,8 @@ def _sequence(
     x, weight, bias, context = tensors
     if weight.shape[1] * params[3] != x.shape[-2]:
         raise RuntimeError(
-            f"Given groups={groups}, expected weight (K, C / groups, S) for x (B, C, L), or (C, W) for a filter of each "
-            f"channel, but got weight {list(weight.shape)}, x {list(x.shape)}"
+            f"Given groups={groups}, expected weight (K, C / groups, S) for x (B, C, L), or (C, W) for one a channel, "
+            f"but got weight {list(weight.shape)}, x {list(x.shape)}"
         )
     x, weight, context = (t if t is None else t[..., None, None] for t in (x, weight, context))
     how = (*params, _time_mode(name, time_mode), functional._precision(name, precision))

@@ -11,9 +11,10 @@ from unittest import mock
 
 import torch
 
-from triton_conv import activation_plan, branches, branches_plan, check, deform_plan, fast, streaming_plan
+from triton_conv import activation_plan, branches, branches_plan, check, config, deform_plan, fast, streaming_plan
 from triton_conv.devices import Device
 from triton_conv.explain import AnyPlan
+from triton_conv.plan import Plan
 from triton_conv.tuning.layers import LAYERS, Layer
 
 from .. import kinds, values
@@ -98,8 +99,8 @@ def few(device: Device) -> Iterator[Job]:
 
 
 def planned(job: Job, device: Device, warps: int = 0) -> list[AnyPlan]:
-    """What a job runs, with so many warps where they are given."""
-    with twins(warps):
+    """What a job runs, with so many warps where they are given. Raises RuntimeError where there are none."""
+    with twins(job, device, warps):
         return plans(job, device)
 
 
@@ -110,7 +111,7 @@ def family(job: Job, device: Device) -> str:
 
 def compared(job: Job, context: Context, compiler: Compiler, name: str, warps: int = 0) -> Facts:
     """Facts of a unit: whether our results are right, with so many warps where they are given."""
-    with twins(warps):
+    with twins(job, compiler.device, warps):
         errors, notes = compiler.compiled(name)
         facts: Facts = {"kernel": kernels(job, compiler.device), "call": str(job.layer)}
         facts |= {"code": notes + errors} if notes + errors else {}
@@ -137,14 +138,17 @@ def _share(job: Job, context: Context) -> tuple[float, str]:
 
 
 @contextmanager
-def twins(warps: int) -> Iterator[None]:
-    """Within it, kernels that are no plain convolutions have so many warps; 0: as they ship."""
+def twins(job: Job, device: Device, warps: int) -> Iterator[None]:
+    """Within it, kernels of a job have so many warps; 0: as they ship."""
     if not warps:
         yield
         return
     rooms: Sequence[Any] = (activation_plan, branches_plan, deform_plan, streaming_plan)
+    wider = {p.role: replace(p.config, num_warps=warps) for p in plans(job, device) if isinstance(p, Plan)}
     fast.forget()
     with ExitStack() as stack:
+        if job.kind is not None and job.kind.convolution:
+            stack.enter_context(config.explicit(wider))
         for room in rooms:
             stack.enter_context(mock.patch.object(room, "make", _twin(room.make, warps)))
         stack.enter_context(mock.patch.object(branches, "_make", _twin(branches._make, warps)))

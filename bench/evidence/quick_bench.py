@@ -156,7 +156,7 @@ def _summary(context: Context) -> Facts:
     }
     total = counts(rows)
     mean = f", {total['mean_speedup']:.2f}x on the mean" if total["mean_speedup"] else ""
-    words = f"{total['rows']} rows: {total['wins']} quicker than cuDNN, {total['losses']} slower{mean}"
+    words = f"{total['rows']} rows: {total['wins']} quicker than cuDNN or torchvision, {total['losses']} slower{mean}"
     goals = summary.goal_words(found)
     words = "; ".join([words, *goals])
     facts: Facts = {"ok": True, "words": words, "suites": suites, "goals": goals, **total}

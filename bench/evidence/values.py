@@ -89,9 +89,8 @@ def _units_of_small_ones(context: Context, compiler: Compiler) -> Iterator[Unit]
 
 
 def _units_of_twins(context: Context, compiler: Compiler) -> Iterator[Unit]:
-    """At eight warps, of those whose kernels are no plain convolution's."""
+    """At eight warps."""
     found: Iterable[Job] = compound.few(compiler.device) if context.simulate else compound.jobs()
-    found = (job for job in found if job.kind is not None and not job.kind.convolution)
     for job in islice(found, 1 if context.simulate else None):
         name = f"{_EIGHT} {job.name}, {job.op}"
         compiler.add(name, partial(compound.planned, job, compiler.device, 8))
@@ -100,6 +99,10 @@ def _units_of_twins(context: Context, compiler: Compiler) -> Iterator[Unit]:
 
 
 def _compound_twin(job: Job, context: Context, compiler: Compiler, name: str) -> Facts:
+    try:
+        compound.planned(job, compiler.device, 8)
+    except RuntimeError as error:
+        return {"ok": True, "words": f"cannot have eight warps: {error}", "right": None}
     return _as_finding(compound.compared(job, context, compiler, name, 8))
 
 

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from .. import tiles
+from ..epilogue import PLAIN
 from ..geometry import Context, ConvGeometry, Role, Strides, describable, tap_step
 from .epilogue import activate, scaled
 from .epilogue import constants as epilogue_constants
@@ -340,6 +341,8 @@ def launch(
         "num_stages": config.num_stages,
     }
     src, dst = ("x", into or "y") if forward else ("y", into or "x")
+    if numerics.epilogue != PLAIN:
+        arguments["maxnreg"] = 255  # told the limit, the assembler does not aim at fewer registers and then spill
     source, filters, stored = _boxes(role, g, strides, config, part, src, dst, vector)
     before = None
     if context:

@@ -43,22 +43,26 @@ def tap_position(offset, o_sc, index, tap, p, q, valid, H, W, window, ACC: tl.co
 
 
 @triton.jit
-def corner(h, w, image, valid, H, W, x_sh, x_sw):
-    """(row of a pixel, in memory, from an image's own on; whether it is there); the first of all where it is not."""
-    there = valid & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-    return tl.where(there, image + h * x_sh + w * x_sw, 0), there
+def inside(position, extent):
+    """(the nearest position in the image, whether it is the one asked for)."""
+    return tl.minimum(tl.maximum(position, 0), extent - 1), (position >= 0) & (position < extent)
 
 
 @triton.jit
 def corners(h, w, image, valid, H, W, x_sh, x_sw, X_VEC: tl.constexpr, INDEX: tl.constexpr):
     """(offsets of the rows of channels of four corners, whether these are there, h and w past the low ones)."""
     low_h, low_w = tl.floor(h), tl.floor(w)
-    at_h, at_w = low_h.to(tl.int32).to(INDEX), low_w.to(tl.int32).to(INDEX)
-    a, has_a = corner(at_h, at_w, image, valid, H, W, x_sh, x_sw)
-    b, has_b = corner(at_h, at_w + 1, image, valid, H, W, x_sh, x_sw)
-    c, has_c = corner(at_h + 1, at_w, image, valid, H, W, x_sh, x_sw)
-    d, has_d = corner(at_h + 1, at_w + 1, image, valid, H, W, x_sh, x_sw)
-    return (a * X_VEC, b * X_VEC, c * X_VEC, d * X_VEC), (has_a, has_b, has_c, has_d), h - low_h, w - low_w
+    at_h, at_w = low_h.to(tl.int32), low_w.to(tl.int32)
+    h0, has_h0 = inside(at_h, H)
+    h1, has_h1 = inside(at_h + 1, H)
+    w0, has_w0 = inside(at_w, W)
+    w1, has_w1 = inside(at_w + 1, W)
+    has_h0, has_h1 = valid & has_h0, valid & has_h1
+    upper, lower = image + h0.to(INDEX) * x_sh, image + h1.to(INDEX) * x_sh
+    left, right = w0.to(INDEX) * x_sw, w1.to(INDEX) * x_sw
+    rows = ((upper + left) * X_VEC, (upper + right) * X_VEC, (lower + left) * X_VEC, (lower + right) * X_VEC)
+    there = (has_h0 & has_w0, has_h0 & has_w1, has_h1 & has_w0, has_h1 & has_w1)
+    return rows, there, h - low_h, w - low_w
 
 
 @triton.jit
