@@ -1,4 +1,4 @@
-"""Modules of parallel convolutions where torch.nn's are used: compiled, transformed, traced, in any layout and dtype."""
+"""Modules of parallel convolutions as torch.nn's are used: compiled, transformed, traced, in any layout and dtype."""
 
 import copy
 
