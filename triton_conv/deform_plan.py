@@ -217,7 +217,7 @@ def _make(problem: DeformProblem, _generation: Hashable, batch: int | None) -> D
 
 
 def every(problem: DeformProblem) -> list[DeformPlan]:
-    """The plans of all ways to run a problem: on operands as they lie, and after copies; `make` chooses.
+    """The plans of all ways to run a problem: so far one; `make` chooses among them.
 
     Raises NotImplementedError for a dtype without kernels.
     """
