@@ -18,8 +18,10 @@ import triton
 from processes import interruptible
 
 from triton_conv import cli, config, explain
+from triton_conv.activation_plan import ActivationConfig
 from triton_conv.causal_config import CausalConfig
 from triton_conv.config import BoxConfig, Config, DepthwiseConfig
+from triton_conv.deform_config import DeformRole
 from triton_conv.geometry import Role
 from triton_conv.tuning import audit
 from triton_conv.tuning.audit import Row, Subject, Wanted, faults
@@ -382,9 +384,12 @@ def test_nothing_that_ships_has_a_fault(arch):
     assert len(found) >= len(subjects) > 70
     assert [(row.layer, row.role, row.kernel, faults(row)) for row in found if faults(row)] == []
     main = [row for row in found if row.config is not None]
-    summed = (CausalConfig, DepthwiseConfig)
+    summed = (ActivationConfig, CausalConfig, DepthwiseConfig)
     scalar = {row.layer for row in main if not row.wanted.matrix and not isinstance(row.config, summed)}
-    assert scalar == {"int64", "float32 ieee"} | ({"float64", "separable float64"} if arch >= 100 else set())
+    doubles = {name for name, layer in LAYERS.items() if layer.options["dtype"] is torch.float64}
+    exact = {name for name in LAYERS if name.endswith("float32 ieee") and not name.startswith("depthwise")}
+    expected = {"int64", "deformable narrow"} | exact | (doubles - {"depthwise float64"} if arch >= 100 else set())
+    assert scalar == expected
     assert {row.layer for row in main if isinstance(row.config, DepthwiseConfig)} >= DIRECT
     banded = {(row.layer, row.role) for row in main if row.kernel.startswith("banded")}
     assert banded >= {("depthwise 31x31", "fprop"), ("depthwise 31x31", "dgrad")}
@@ -412,6 +417,12 @@ def test_causal_convolutions_load_and_store_16_bytes_and_do_not_spill():
         assert row.code.spill_bytes == row.code.copies == 0
 
 
+def what_of(plan):
+    """Role, kernel and config but for its slabs."""
+    whole = replace(plan.config, splits=1) if hasattr(plan.config, "splits") else plan.config
+    return plan.role, plan.kernel, whole
+
+
 @pytest.mark.parametrize("arch", TARGETS)
 def test_every_layer_is_planned_for_every_role(arch):
     subjects = audit.shipped(arch)
@@ -423,12 +434,16 @@ def test_every_layer_is_planned_for_every_role(arch):
             expected = ["backward", "forward", "update"]
         elif "pointwise" in layer.options:
             expected = ["fprop"]
+        elif "deform" in layer.options:
+            expected = sorted(role.value for role in DeformRole)
+        elif "activation" in layer.options:
+            expected = ["activation gradient", *expected]
         assert roles == (expected if arch >= layer.since else [])
-        plans = {(s.plan.role, s.plan.kernel, replace(s.plan.config, splits=1)) for s in subjects if s.layer == name}
+        plans = {what_of(s.plan) for s in subjects if s.layer == name}
         for images in (4, 1) if arch >= layer.since else ():
             for plan in explain.plans(
                 (images, *layer.input[1:]), layer.weight, device=TARGETS[arch], bias=True, **layer.options
             ).values():
-                assert (plan.role, plan.kernel, replace(plan.config, splits=1)) in plans
+                assert what_of(plan) in plans
     dtypes = {layer.options["dtype"] for layer in LAYERS.values()}
     assert dtypes >= {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8}

@@ -94,3 +94,10 @@ def test_plans_travel_and_are_found_again():
 def test_a_dtype_without_kernels():
     with pytest.raises(NotImplementedError, match="no kernel for x of int32"):
         plan(dtype=torch.int32)
+
+
+def test_images_of_more_cells_than_are_sorted():
+    huge = (1, 256, 46340, 46341)
+    assert plan(x=huge).numerics.index_bits == 64
+    with pytest.raises(NotImplementedError, match="sorted as 32-bit numbers"):
+        plan(DeformRole.INPUT, x=huge)

@@ -110,6 +110,8 @@ def default(p: DeformProblem) -> Config:
         block_m, block_n, block_k = _LARGEST[p.role][kind]
         if not _whole_vectors(p):  # every element has an address in a register of its own
             block_m, block_n, block_k = max(block_m // 2, 16), min(block_n, 64), min(block_k, 32)
+        elif _writes_apart(p):  # every element that is written has an address of its own: Triton 3.6 would spill some
+            block_n = block_n // 2
         elif p.role is DeformRole.INPUT and kind == "half" and p.device.capability == 90:
             block_k = 128
         elif p.segment <= 16 and (p.role is DeformRole.OFFSET or p.device.capability >= 100):
@@ -126,6 +128,12 @@ def _whole_vectors(p: DeformProblem) -> bool:
     if p.role in (DeformRole.FORWARD, DeformRole.INPUT):
         del sources["y" if p.role is DeformRole.FORWARD else "x"]
     return all(strides[1] == 1 and channels * p.item_bytes % 16 == 0 for strides, channels in sources.values())
+
+
+def _writes_apart(p: DeformProblem) -> bool:
+    """Whether the channels of y or of the gradient of x, if that is what is written, lie apart in memory."""
+    written = {DeformRole.FORWARD: p.strides.y, DeformRole.INPUT: p.strides.x}.get(p.role)
+    return written is not None and written[1] != 1 and p.item_bytes == 2
 
 
 def tiles(p: DeformProblem, config: Config) -> Tiles:

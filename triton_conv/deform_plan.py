@@ -204,7 +204,7 @@ class DeformPlan(Frozen):
 def make(problem: DeformProblem) -> DeformPlan:
     """The plan of a problem; the second time it is a look-up.
 
-    Raises NotImplementedError for a dtype without kernels.
+    Raises NotImplementedError for a dtype without kernels, and for the gradient of an image of 2^31 pixels.
     """
     return _make(problem, stored.generation(), None if problem.role is DeformRole.WEIGHT else invariance.batch())
 
@@ -217,13 +217,17 @@ def _make(problem: DeformProblem, _generation: Hashable, batch: int | None) -> D
 
 
 def every(problem: DeformProblem) -> list[DeformPlan]:
-    """The plans of all ways to run a problem: on operands as they lie, and after copies; `make` chooses.
+    """The plans of all ways to run a problem: so far one; `make` chooses among them.
 
     Raises NotImplementedError for a dtype without kernels.
     """
     if problem.dtype not in DTYPES or problem.offset_dtype not in DTYPES:
         raise NotImplementedError(
             f"deformable convolutions have no kernel for x of {problem.dtype} with offset of {problem.offset_dtype}"
+        )
+    if problem.role is DeformRole.INPUT and max(configs.lists_shape(problem)[1:]) >= 2**31:
+        raise NotImplementedError(
+            f"cells of images are sorted as 32-bit numbers, which do not count those of {problem}"
         )
     return [_looked_up(problem)]
 

@@ -11,9 +11,12 @@ from typing import Any
 from . import values
 from .common import CommandError, add_compiling, counted, require
 
-# Then those of causal_conv1d, of deformable convolutions (whose first is "forward" too) and of activations.
-_AUDITED_ROLES: tuple[str, ...] = ("fprop", "dgrad", "wgrad", "forward", "backward", "update")
-_AUDITED_ROLES += ("input gradient", "offset and mask gradient", "weight gradient", "activation gradient")
+_AUDITED_ROLES = (
+    *("fprop", "dgrad", "wgrad"),
+    *("forward", "backward", "update"),  # of causal_conv1d; the first also of deformable convolutions
+    *("input gradient", "offset and mask gradient", "weight gradient"),
+    "activation gradient",
+)
 
 
 def add(sub: Any) -> None:
