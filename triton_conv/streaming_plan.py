@@ -290,10 +290,10 @@ def _chosen(problem: ways.Problem, explicit: KernelConfig | None, _generation: H
         if misfit or explicit.box[1] > 1:
             raise RuntimeError(f"a box config was given for {g}, but {misfit or 'its box is more than one frame'}")
         return Way("box", copied, explicit, "config given explicitly")
-    gathered = ways._gathered(problem, given, explicit if isinstance(explicit, Config) else None, obstacle)
+    gathered = _gathered(problem, given, explicit if isinstance(explicit, Config) else None, obstacle)
     if isinstance(explicit, Config) or (obstacle and "x" not in packs):
         return _for_any_length(gathered)
-    other = ways._gathered(problem, copied, None, obstacle) if obstacle else _boxed(problem, copied)
+    other = _gathered(problem, copied, None, obstacle) if obstacle else _boxed(problem, copied)
     first, second = (gathered, other) if "x" in packs else (other, gathered)
     times = [_seconds(problem, way) for way in (first, second)]
     worth = times[1] < choose.WORTH_LEAVING * times[0]
@@ -313,6 +313,15 @@ def _box_obstacle(problem: ways.Problem, layout: Layout) -> str | None:
     if prod(layout.geometry.output[1:]) == 1:
         return "a box is of one frame, which has one position"
     return ways._box_obstacle(problem, layout)
+
+
+def _gathered(problem: ways.Problem, layout: Layout, explicit: Config | None, obstacle: str | None) -> Way:
+    """Where time is the only axis with smaller tiles: addresses in two tensors, for every pixel, spill larger ones."""
+    way = ways._gathered(problem, layout, explicit, obstacle)
+    config: Any = way.config
+    if explicit is None and prod(layout.geometry.output[1:]) == 1:
+        config = replace(config, BLOCK_N=min(config.BLOCK_N, max(64 * 64 // config.BLOCK_M, 16)))
+    return way._replace(config=config)
 
 
 def _boxed(problem: ways.Problem, layout: Layout) -> Way:
