@@ -79,9 +79,9 @@ def test_what_a_plan_says(capsys):
     [
         ("8x64x9 64x9 --causal", "1 to 8 taps"),
         ("8x64 64x4 --causal", "expected x of size (B, C, L)"),
-        ("8x64x9 64x4 --causal --transposed", "not transposed"),
-        ("8x64x9 64x4 --causal --stride 2 --padding 1", "does not go with stride, padding"),
-        ("8x64x9 64x4x3 --activation silu", "only --causal has them"),
+        ("8x64x9 64x4 --causal --transposed", "--causal: does not go with --transposed"),
+        ("8x64x9 64x4 --causal --stride 2 --padding 1", "--causal: does not go with --stride"),
+        ("8x64x9 64x4 --causal --activation relu", "has --activation silu or none"),
         ("8x64x9 64x4 --causal --dtype int32", "x has dtype torch.int32"),
     ],
 )

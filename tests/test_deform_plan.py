@@ -88,7 +88,7 @@ def test_plans_travel_and_are_found_again():
     p = plan()
     assert pickle.loads(pickle.dumps(p)) == p
     assert deform_plan.make(p.asked) is p
-    assert deform_plan.with_config(p.asked, replace(p.config, num_stages=3)).config.num_stages == 3
+    assert deform_plan.with_config(p.asked, p, replace(p.config, num_stages=3)).config.num_stages == 3
 
 
 def test_a_dtype_without_kernels():

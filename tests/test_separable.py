@@ -311,7 +311,7 @@ def test_explain_shows_one_kernel_and_two(capsys):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("--transposed", "does not go with --causal, --transposed or --out-dtype"),
+        ("--transposed", "--pointwise: does not go with --transposed"),
         ("--groups 2", "as many groups as channels"),
         ("--dtype int32", "no sums of int32"),
     ],
