@@ -5,14 +5,16 @@ Words are those of `branches_problem`: a term is a convolution of a slice of cha
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import prod
 from typing import TYPE_CHECKING
 
-from . import branches_cost, choose, config, cost, invariance, plan, tiles, ways
+from . import branches_cost, choose, config, cost, invariance, plan, stored, tiles, ways
+from . import key as keys
 from .branches_problem import MOST_TERMS, Problem, Term, channels_of, fitted
-from .config import ITEM_BYTES, BoxConfig, Config, Numerics
+from .config import ITEM_BYTES, BoxConfig, Config, KernelConfig, Numerics
 from .cost import Prediction, Roofline
 from .devices import Device
 from .frozen import Frozen
@@ -38,7 +40,8 @@ class BranchesPlan(Frozen):
 
     `asked` is the caller's problem, `problem` the same with strides of x and y as the kernel gets them: those in
     `moves` are copied to channels-last, or back from there. `order` are its terms as the kernel gets them, those of the
-    longest tiles first; `packs` the numbers of the filters that are copied to channels-last.
+    longest tiles first; `packs` the numbers of the filters that are copied to channels-last. `measured` are the
+    kernel's seconds where the config was measured at this very size.
     """
 
     asked: Problem
@@ -49,6 +52,7 @@ class BranchesPlan(Frozen):
     order: tuple[Term, ...]
     packs: tuple[int, ...]
     why: str
+    measured: float | None = None
 
     @property
     def role(self) -> Role:
@@ -140,7 +144,16 @@ class BranchesPlan(Frozen):
     @cached_property
     def seconds(self) -> float:
         """The predicted time of everything: copies and kernel."""
-        return self.prediction.seconds + sum(cost.copy_seconds(size, self.device) for size in self._copies)
+        return self.prediction.seconds + self._around
+
+    @property
+    def measured_seconds(self) -> float | None:
+        """The time of everything where the kernel's was measured; copies around it are predicted."""
+        return None if self.measured is None else self.measured + self._around
+
+    @property
+    def _around(self) -> float:
+        return sum(cost.copy_seconds(size, self.device) for size in self._copies)
 
     @cached_property
     def apart(self) -> tuple[plan.Plan, ...]:
@@ -150,22 +163,36 @@ class BranchesPlan(Frozen):
     @cached_property
     def apart_seconds(self) -> float:
         """The predicted time of `apart`, and of adding up what belongs to one part."""
+        return sum(part.seconds for part in self.apart) + self._adding
+
+    @property
+    def _adding(self) -> float:
         p = self.problem
         parts = {term.part: term.geometry for term in p.terms}
         more = len(p.terms) - len(parts)
         written = "y" if self.role is Role.FPROP else "x"
         size = max(prod(g.shape(written)) for g in parts.values()) * ITEM_BYTES[p.dtype]
-        adding = 1.5 * cost.copy_seconds(size, p.device)  # two are read, one is written
-        return sum(part.seconds for part in self.apart) + more * adding
+        return more * 1.5 * cost.copy_seconds(size, p.device)  # two are read, one is written
+
+    @cached_property
+    def _times(self) -> tuple[float, float, str]:
+        """(one launch's seconds, those of `apart`, how these are known): measured where all of them are."""
+        apart = [part.rival if part.rival_runs else part.measured_seconds for part in self.apart]
+        measured = [seconds for seconds in apart if seconds is not None]
+        if self.measured_seconds is None or len(measured) < len(apart):
+            return self.seconds, self.apart_seconds, "predicted"
+        return self.measured_seconds, sum(measured) + self._adding, "measured"
 
     @property
     def worth_it(self) -> bool:
-        """Whether one launch is predicted to take no longer than one for each term."""
-        return self.seconds <= self.apart_seconds
+        """Whether one launch takes no longer than one for each term: measured where all are, else predicted."""
+        together, apart, _ = self._times
+        return together <= apart
 
     @property
     def reason(self) -> str:
-        times = f"{1e6 * self.seconds:.3g} us predicted, against {1e6 * self.apart_seconds:.3g} us of {len(self.order)}"
+        together, apart, how = self._times
+        times = f"{1e6 * together:.3g} us {how}, against {1e6 * apart:.3g} us of {len(self.order)}"
         return f"{self.why}; {times} launches, one for each branch"
 
     def __str__(self) -> str:
@@ -207,31 +234,98 @@ def obstacle(problem: Problem) -> str | None:
 
 def make(problem: Problem) -> BranchesPlan:
     """The plan of a problem without an obstacle; the second time it is a look-up."""
-    batch = invariance.batch()
+    return _make(problem, stored.generation(), invariance.batch())
+
+
+@lru_cache(maxsize=4096)
+def _make(problem: Problem, _generation: Hashable, batch: int | None) -> BranchesPlan:
     if batch is None:
-        return _make(problem)
+        return choice(every(problem))
     terms = tuple(t._replace(geometry=replace(t.geometry, N=batch)) for t in problem.terms)
-    model = _make(problem._replace(terms=terms))
+    model = choice(every(problem._replace(terms=terms)))
     inner = _moved(problem) if model.moves else problem
     return _assembled(problem, inner, model.kernel, model.config, f"{model.why}; chosen for a batch of {batch}")
 
 
-@lru_cache(maxsize=4096)
-def _make(problem: Problem) -> BranchesPlan:
-    why, boxes = box_obstacle(problem), "boxes of the bulk tensor copy engine"
-    rule = None if why else _box_rule(problem)
-    why = why or (misfit(problem, rule) if rule else None)
-    if rule and not why:
-        return _assembled(problem, problem, "box_branches", _box_config(problem, rule), boxes)
-    given = _assembled(problem, problem, "gather_branches", _config(problem), f"pointer gather, since {why}")
+def every(problem: Problem) -> list[BranchesPlan]:
+    """The plans of all ways to run a problem in one launch, the plainest first; `make` chooses among them."""
+    boxes = _boxed(problem, problem)
+    if isinstance(boxes, BranchesPlan):
+        return [boxes]
+    given = _looked_up(problem, problem, "gather_branches", _config(problem), f"pointer gather, since {boxes}")
     moved = _moved(problem)
-    if moved == problem or not problem.alignable or box_obstacle(moved):
-        return given
-    rule = _box_rule(moved)
-    if misfit(moved, rule):
-        return given
-    copied = _assembled(problem, moved, "box_branches", _box_config(moved, rule), boxes)
-    return copied if copied.seconds < choose.WORTH_LEAVING * given.seconds else given
+    copied = "copies would not be aligned" if moved == problem or not problem.alignable else _boxed(problem, moved)
+    return [given, copied] if isinstance(copied, BranchesPlan) else [given]
+
+
+def choice(found: list[BranchesPlan]) -> BranchesPlan:
+    """Of the plans of all ways the one to run: measured to be quickest where all were, else by predicted times."""
+    if all(p.measured is not None for p in found):
+        return min(found, key=lambda p: p.measured_seconds or 0.0)
+    first, others = found[0], found[1:]
+    best = min(others, key=lambda p: p.seconds, default=first)
+    return best if best.seconds < choose.WORTH_LEAVING * first.seconds else first
+
+
+def with_config(p: BranchesPlan, made: Config | BoxConfig) -> BranchesPlan:
+    """The plan that goes the way of another one with this config."""
+    return _assembled(p.asked, p.problem, p.kernel, made, "config given for this way")
+
+
+def of_kernel(problem: Problem, kernel: str, made: KernelConfig) -> BranchesPlan:
+    """The plan of a problem as it lies by one kernel, with this config. Raises ValueError where that cannot run it."""
+    why = obstacle(problem) or (box_obstacle(problem) if kernel == "box_branches" else None)
+    why = why or misfit(problem, kernel, made)
+    if why:
+        raise ValueError(why)
+    assert isinstance(made, (Config, BoxConfig))
+    return _assembled(problem, problem, kernel, made, "config given explicitly")
+
+
+def _boxed(asked: Problem, problem: Problem) -> BranchesPlan | str:
+    """The way by boxes, or what keeps a problem from it, in words."""
+    why = box_obstacle(problem)
+    if why:
+        return why
+    rule = _box_rule(problem)
+    why = misfit(problem, "box_branches", rule)
+    return why or _looked_up(
+        asked, problem, "box_branches", _box_config(problem, rule), "boxes of the bulk tensor copy engine"
+    )
+
+
+def _looked_up(asked: Problem, problem: Problem, kernel: str, rule: Config | BoxConfig, why: str) -> BranchesPlan:
+    """The plan with the config that was stored for it, if there is one that fits, else with the rule's."""
+    by_rule = _assembled(asked, problem, kernel, rule, why)
+    found = stored.find(problem.device, kernel, *key_of(problem))
+    if found is None or misfit(problem, kernel, found.config):
+        return by_rule
+    assert isinstance(found.config, (Config, BoxConfig))
+    p = _assembled(asked, problem, kernel, found.config, f"{why}; config of {found.where}", found.seconds)
+    return p if found.exact or p.prediction.seconds <= ways.MOST_OF_RULE * by_rule.prediction.seconds else by_rule
+
+
+def key_of(problem: Problem) -> tuple[keys.Key, keys.Extents]:
+    """Under what the configs of a kernel are filed, for operands as the kernel reads them.
+
+    The variant says which convolutions there are, those that are summed with a plus between them.
+    """
+    (x, y), parts = problem.channels, dict[int, list[str]]()
+    for term in problem.terms:
+        parts.setdefault(term.part, []).append(_said(term.geometry))
+    variant = f"{x} to {y}: {' | '.join(' + '.join(terms) for terms in parts.values())}"
+    channels_last = (problem.x if problem.role is Role.FPROP else problem.y)[1] == 1
+    what = (problem.role, problem.dtype, problem.dtype, problem.precision, channels_last, variant)
+    return keys.of(problem.geometry, *what)
+
+
+def _said(g: ConvGeometry) -> str:
+    """A convolution without its image: "2048>256 3x3 dilation 6x6"."""
+    words = [f"{g.C}>{g.K} {g.filter[1]}x{g.filter[2]}"]
+    words += [
+        f"{name} {h}x{w}" for name, (_, h, w) in (("stride", g.stride), ("dilation", g.dilation)) if (h, w) != (1, 1)
+    ]
+    return " ".join([*words, *([f"groups {g.groups}"] if g.groups > 1 else [])])
 
 
 def _shapes(problem: Problem) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -250,8 +344,14 @@ def _moved(problem: Problem) -> Problem:
     return problem if (x, y) == (problem.x, problem.y) else problem._replace(x=x, y=y, aligned=problem.alignable)
 
 
-@lru_cache(maxsize=4096)
-def _assembled(asked: Problem, problem: Problem, kernel: str, made: Config | BoxConfig, why: str) -> BranchesPlan:
+def _assembled(
+    asked: Problem,
+    problem: Problem,
+    kernel: str,
+    made: Config | BoxConfig,
+    why: str,
+    measured: float | None = None,
+) -> BranchesPlan:
     boxed = isinstance(made, BoxConfig)
     terms = tuple(_packed(term) for term in problem.terms) if boxed else problem.terms
     packs = tuple(new.number for new, old in zip(terms, problem.terms, strict=True) if new != old)
@@ -264,7 +364,7 @@ def _assembled(asked: Problem, problem: Problem, kernel: str, made: Config | Box
     bits = 64 if _reach(packed, made) >= 2**31 else 32
     has_bias = any(term.has_bias for term in terms)
     numerics = Numerics(bits, plan.ACCUMULATORS[problem.dtype], problem.precision, has_bias)
-    return BranchesPlan(asked, problem, kernel, made, numerics, order, packs, why)
+    return BranchesPlan(asked, problem, kernel, made, numerics, order, packs, why, measured)
 
 
 def _reach(problem: Problem, made: Config | BoxConfig) -> int:
@@ -278,6 +378,20 @@ def _packed(term: Term) -> Term:
     if term.filters[1] == 1 or shape[1] == 1:
         return term
     return term._replace(filters=ways.dense_strides(shape, channels_last=True))
+
+
+def misfit(problem: Problem, kernel: str, made: KernelConfig) -> str | None:
+    """What is wrong with a config for terms that a kernel can run, in words; None if nothing is."""
+    if not isinstance(made, keys.CONFIGS[kernel]):
+        return f"it is a {type(made).__name__}"
+    if made.splits > 1:
+        return f"its {made.splits} splits are for weight gradients"
+    if isinstance(made, BoxConfig):
+        return _box_misfit(problem, made)
+    assert isinstance(made, Config)
+    if not made.dot or made.flatten:
+        return "branches are summed by dots, tap by tap"
+    return ways._too_shallow(made, problem.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -302,7 +416,7 @@ def box_obstacle(problem: Problem) -> str | None:
     return None
 
 
-def misfit(problem: Problem, made: BoxConfig) -> str | None:
+def _box_misfit(problem: Problem, made: BoxConfig) -> str | None:
     """What is wrong with a box config for terms that the box kernel can run, in words."""
     if made.box[1] > 1:
         return "its box must have a depth of 1"
@@ -339,7 +453,7 @@ def _box_config(problem: Problem, rule: BoxConfig) -> BoxConfig:
     boxes = [*config.boxes_of_little_waste(counts, rule.BLOCK_M), config.little_waste(counts, rule.BLOCK_M // 2)]
     narrow = sorted({rule.BLOCK_N, min(rule.BLOCK_N, 64)}, reverse=True)
     others = [replace(rule, box=box, BLOCK_N=n) for n in narrow for box in boxes if box[1] == 1]
-    return _quickest(problem, "box_branches", rule, [c for c in others if misfit(problem, c) is None])
+    return _quickest(problem, "box_branches", rule, [c for c in others if _box_misfit(problem, c) is None])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
