@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .. import explain
+from .. import branches_plan, explain, stored
 from ..branches_plan import BranchesPlan
 from ..deform_plan import DeformPlan
 from ..devices import Device
@@ -90,20 +90,24 @@ def tasks(
 def _problems(layer: Layer, device: Device) -> list[AnyProblem]:
     """What is tuned for a layer: of a streaming convolution the ordinary one by whose configs it runs, forward only.
 
-    Of several branches it is what one launch computes, forward and the input gradient.
+    Of several branches it is what one launch computes, forward and the input gradient, and where rules would leave
+    that to a launch for each branch, these too.
     """
     if not layer.options.get("deform") and not layer.options.get("branches") and "context" not in layer.options:
         return list(explain.problems(layer.input, layer.weight, device=device, **layer.options).values())
-    plans = explain.plans(layer.input, layer.weight, device=device, **layer.options)
-    return [problem for problem in map(_problem, plans.values()) if problem is not None]
+    with stored.hidden():  # so that every rank of a job has the same
+        plans = explain.plans(layer.input, layer.weight, device=device, **layer.options)
+        return [problem for p in plans.values() for problem in _problems_behind(p)]
 
 
-def _problem(p: explain.AnyPlan) -> AnyProblem | None:
+def _problems_behind(p: explain.AnyPlan) -> list[AnyProblem]:
     if isinstance(p, BranchesPlan):
-        return branches.numbered(p.asked)
+        apart = [] if p.worth_it else [branches_plan.alone(p.asked, term) for term in p.asked.terms]
+        return [branches.numbered(p.asked), *apart]
     if isinstance(p, StreamingPlan):
-        return subject.streaming(p)
-    return p.asked if isinstance(p, DeformPlan) else None
+        problem = subject.streaming(p)
+        return [] if problem is None else [problem]
+    return [p.asked] if isinstance(p, DeformPlan) else []
 
 
 def layers(
