@@ -7,7 +7,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from triton_conv import branches, branches_plan, branches_problem, deform, deform_plan, explain, key, plan, stored, ways
+from triton_conv import (
+    branches,
+    branches_plan,
+    branches_problem,
+    branches_ways,
+    deform,
+    deform_plan,
+    explain,
+    key,
+    plan,
+    stored,
+    ways,
+)
 from triton_conv.config import Config
 from triton_conv.deform_plan import DeformRole
 from triton_conv.devices import A100, H200, INTERPRETER
@@ -242,7 +254,7 @@ def test_candidates_of_branches_fit(device):
     found = of_several.candidates(p)
     assert found[0] == p.config
     assert 4 < len(set(found)) == len(found) <= space.MOST
-    assert all(branches_plan.misfit(what, p.kernel, config) is None for config in found)
+    assert all(branches_ways.misfit(what, p.kernel, config) is None for config in found)
     for config in found[1:]:
         assert branches_plan.with_config(p, config).prediction.resident > 0
 
@@ -277,7 +289,7 @@ def test_entries_of_branches_say_what_they_are_of():
     for input, given, more in (*CASES.values(), ((2, 32, 8, 10), STRIDED, {})):
         for role in ("forward", "input gradient"):
             (p, *_) = branches_plan.every(of_branches(input, given, role, **{**more, **options}))
-            where = branches_plan.key_of(p.problem)
+            where = branches_ways.key_of(p.problem)
             entry = measured(p.kernel, where, p.config)
             assert verify.of_branches(entry, p.kernel, H200).config == p.config
     for variant in ("", "32 to 16: 0>16 1x1", "32 to 16: 32>16 1x1 * 32>16 1x1"):
@@ -296,27 +308,30 @@ def test_entries_of_branches_say_what_they_are_of():
 def test_configs_that_do_not_fit_branches_or_are_slower_are_ignored():
     what = pyramid()
     (p,) = branches_plan.every(what)
-    where = branches_plan.key_of(p.problem)
+    where = branches_ways.key_of(p.problem)
     for config in (replace(p.config, splits=2), replace(p.config, box=(2, 4, 4, 4)), Config(64, 64, 32)):
         stored.install(H200.name, p.kernel, [measured(p.kernel, where, config)])
         assert branches_plan.make(what).config == p.config
     slow, alike = replace(p.config, BLOCK_N=16), of_several.candidates(p)[1]
     assert branches_plan.with_config(p, slow).seconds > ways.MOST_OF_RULE * p.seconds
-    for config, here, elsewhere in ((slow, slow, p.config), (alike, alike, alike)):
+    terms = tuple(t._replace(geometry=replace(t.geometry, N=17)) for t in what.terms)
+    another = what._replace(terms=terms)  # of the same bucket
+    with stored.hidden():
+        ruled = branches_plan.make(another).config
+    for config, here, elsewhere in ((slow, slow, ruled), (alike, alike, alike)):
         stored.install(H200.name, p.kernel, [measured(p.kernel, where, config)])
         assert branches_plan.make(what).config == here
-        terms = tuple(t._replace(geometry=replace(t.geometry, N=17)) for t in what.terms)  # of the same bucket
-        other = branches_plan.make(what._replace(terms=terms))
+        other = branches_plan.make(another)
         assert (other.config, other.measured) == (elsewhere, None)
 
 
 def test_measured_times_decide_between_one_launch_and_several():
     what = pyramid()
     p = branches_plan.make(what)
-    where = branches_plan.key_of(p.problem)
+    where = branches_ways.key_of(p.problem)
     assert p.worth_it
     for term in what.terms:
-        one = branches_plan.alone(what, term)
+        one = branches_ways.alone(what, term)
         (way,) = plan.every(one)
         entry = measured(way.kernel, ways.key_of(one, way.layout), way.config)  # a microsecond
         stored.install(H200.name, way.kernel, [entry])

@@ -8,21 +8,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from . import branches_plan, execute, invariance, plan, reference
+from . import branches_plan, branches_ways, execute, invariance, plan, reference
 from .branches_plan import BranchesPlan
 from .branches_problem import MOST_TERMS, Problem, Term
 from .devices import Device
 from .execute import Call
 from .geometry import Role
-
-if TYPE_CHECKING:
-    from .kernels.direct import Direct
 
 Slice = tuple[int, int]  # (first channel, how many)
 
@@ -120,7 +117,7 @@ def problems(calls: Calls, output: Tensor, device: Device) -> list[Problem] | st
         views = (t for i in numbers for t in (calls.each[i].a, _slice(output, calls.slices[i])))
         aligned = all(_aligned(c.b) for c in bunch) and all(map(_aligned, views))
         problem = Problem(call.role, terms, dtype, precision, x, y, channels, aligned, alignable, device)
-        why = branches_plan.obstacle(problem)
+        why = branches_ways.obstacle(problem)
         if why:
             return why
         found.append(problem)
@@ -148,7 +145,7 @@ def _covered(calls: Calls) -> bool:
 class _Bound(NamedTuple):
     """The launches of one plan, and how what they are given is made: names with the channels that they stand for."""
 
-    launches: tuple[Direct, ...]
+    launches: tuple[Any, ...]  # `kernels.direct.Direct`
     reads_copy: bool
     writes_copy: bool
     parts: list[tuple[str, Slice]]

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from .. import branches_cost, branches_plan, check, execute, plan, ways
-from ..branches_plan import BranchesPlan, alone, misfit
+from ..branches_plan import BranchesPlan
 from ..branches_problem import Problem, Term, channels_of
 from ..branches_run import Bound, Calls, Slice, _slice
+from ..branches_ways import alone, misfit
 from ..config import ITEM_BYTES, Config
 from ..devices import Device
 from ..execute import Call

@@ -14,7 +14,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .. import backends, branches_plan, branches_problem, deform_plan, deform_run, execute, plan, streaming_plan, ways
+from .. import (
+    backends,
+    branches_plan,
+    branches_problem,
+    branches_ways,
+    deform_plan,
+    deform_run,
+    execute,
+    plan,
+    streaming_plan,
+    ways,
+)
 from ..branches_plan import BranchesPlan
 from ..config import KernelConfig
 from ..deform_plan import DeformProblem
@@ -187,7 +198,7 @@ class _Branches:
         return branches_plan.with_config(p, config)  # type: ignore[arg-type]
 
     def key_of(self, problem: branches_problem.Problem, p: BranchesPlan) -> tuple[Key, Extents]:
-        return branches_plan.key_of(p.problem)
+        return branches_ways.key_of(p.problem)
 
     def place(self, p: BranchesPlan) -> Hashable:
         return p.moves, p.packs

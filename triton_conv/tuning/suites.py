@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .. import branches_plan, explain, stored
+from .. import branches_ways, explain, stored
 from ..branches_plan import BranchesPlan
 from ..deform_plan import DeformPlan
 from ..devices import Device
@@ -102,7 +102,7 @@ def _problems(layer: Layer, device: Device) -> list[AnyProblem]:
 
 def _problems_behind(p: explain.AnyPlan) -> list[AnyProblem]:
     if isinstance(p, BranchesPlan):
-        apart = [] if p.worth_it else [branches_plan.alone(p.asked, term) for term in p.asked.terms]
+        apart = [] if p.worth_it else [branches_ways.alone(p.asked, term) for term in p.asked.terms]
         return [branches.numbered(p.asked), *apart]
     if isinstance(p, StreamingPlan):
         problem = subject.streaming(p)

@@ -9,7 +9,7 @@ from math import isfinite
 from pathlib import Path
 from typing import NamedTuple
 
-from .. import branches_plan, deform_plan, plan, stored, ways
+from .. import branches_plan, branches_ways, deform_plan, plan, stored, ways
 from ..branches_plan import BranchesPlan
 from ..config import Config
 from ..deform_plan import DeformPlan
@@ -124,7 +124,7 @@ def of_branches(entry: Entry, kernel: str, device: Device) -> BranchesPlan:
         raise ValueError("has no config that is right")
     problem = branches.problem_of(entry, device)
     p = branches_plan.of_kernel(problem, kernel, entry.winner.config)
-    if branches_plan.key_of(problem) != (entry.key, entry.extents):
+    if branches_ways.key_of(problem) != (entry.key, entry.extents):
         raise ValueError("it is filed elsewhere")
     if not p.prediction.resident or not isfinite(p.seconds):
         raise ValueError(f"{p.config} does not fit into a multiprocessor of {device.name}")
