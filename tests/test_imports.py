@@ -24,7 +24,7 @@ LAYERS = [
     {"cost", "stored"},
     {"choose", "causal_cost", "deform_cost", "branches_cost"},
     {"ways"},
-    {"backends"},
+    {"backends", "branches_ways"},
     {"plan", "causal_plan", "activation_plan"},
     {"separable_plan", "deform_plan", "branches_plan", "streaming_plan"},
     {"execute"},

@@ -116,7 +116,8 @@ def test_spaces_keep_to_hard_limits_and_begin_with_the_default(name, device):
 
 def test_every_kernel_has_a_space():
     kernels = {p.kernel for name in LAYERS for problem in problems(name) for p in plan.every(problem)}
-    assert kernels | {"deform", "deform_dgrad", "deform_offset", "deform_wgrad"} == set(key.CONFIGS)  # tuning.deform
+    others = {"deform", "deform_dgrad", "deform_offset", "deform_wgrad", "gather_branches", "box_branches"}
+    assert kernels | others == set(key.CONFIGS)  # `tuning.deform`, `tuning.branches`
 
 
 def test_spaces_are_the_same_in_every_process():

@@ -44,6 +44,11 @@ class Problem(NamedTuple):
     alignable: bool
     device: Device
 
+    @property
+    def geometry(self) -> ConvGeometry:
+        """That of the term of most products."""
+        return max((term.geometry for term in self.terms), key=lambda g: g.flops)
+
 
 def channels_of(role: Role, g: ConvGeometry) -> tuple[int, int]:
     """(source, destination) channels of a group."""

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from . import branches_plan, execute, invariance, plan, reference
+from . import branches_plan, branches_ways, execute, invariance, plan, reference
 from .branches_plan import BranchesPlan
 from .branches_problem import MOST_TERMS, Problem, Term
 from .devices import Device
@@ -117,7 +117,7 @@ def problems(calls: Calls, output: Tensor, device: Device) -> list[Problem] | st
         views = (t for i in numbers for t in (calls.each[i].a, _slice(output, calls.slices[i])))
         aligned = all(_aligned(c.b) for c in bunch) and all(map(_aligned, views))
         problem = Problem(call.role, terms, dtype, precision, x, y, channels, aligned, alignable, device)
-        why = branches_plan.obstacle(problem)
+        why = branches_ways.obstacle(problem)
         if why:
             return why
         found.append(problem)
@@ -142,6 +142,36 @@ def _covered(calls: Calls) -> bool:
     return sum(count for _, count in set(calls.slices)) == calls.channels
 
 
+class _Bound(NamedTuple):
+    """The launches of one plan, and how what they are given is made: names with the channels that they stand for."""
+
+    launches: tuple[Any, ...]  # `kernels.direct.Direct`
+    reads_copy: bool
+    writes_copy: bool
+    parts: list[tuple[str, Slice]]
+    terms: list[tuple[str, Slice, str, int]]
+    with_bias: dict[int, str]
+    packs: frozenset[int]
+
+    def laid(
+        self, output: Tensor, source: Tensor, filters: Sequence[Tensor], biases: Sequence[Tensor | None]
+    ) -> dict[str, Tensor]:
+        """The tensors as the plan's kernel takes them, copies of them where it needs these."""
+        last = torch.channels_last
+        given = source.contiguous(memory_format=last) if self.reads_copy else source
+        target = torch.empty_like(output, memory_format=last) if self.writes_copy else output
+        tensors = {name: _slice(target, channels) for name, channels in self.parts}
+        for name, channels, flt, number in self.terms:
+            w = filters[number]
+            tensors[name] = _slice(given, channels)
+            tensors[flt] = w.permute(0, 2, 3, 1).contiguous() if number in self.packs else w
+        for number, name in self.with_bias.items():
+            bias = biases[number]
+            assert bias is not None
+            tensors[name] = bias.contiguous()
+        return tensors
+
+
 class Bound:
     """Launches without their tensors: those of any call with operands and parameters alike.
 
@@ -153,20 +183,18 @@ class Bound:
         self.shape, self.strides, self.covered = output.shape, output.stride(), _covered(calls)
         read, written = ("x", "y") if calls.role is Role.FPROP else ("y", "x")
         parts = sorted(set(calls.slices))
-        self.each = []
-        for p in plans:
-            mine = sorted({term.part for term in p.order})
-            self.each.append(
-                (
-                    p.direct,
-                    read in p.moves,
-                    written in p.moves,
-                    [(f"{written}{part}", parts[part]) for part in mine],
-                    [(f"{read}{t.number}", calls.reads[t.number], f"w{t.number}", t.number) for t in p.order],
-                    {t.number: f"bias{t.number}" for t in p.order if t.has_bias},
-                    frozenset(p.packs),
-                )
+        self.each = [
+            _Bound(
+                p.direct,
+                read in p.moves,
+                written in p.moves,
+                [(f"{written}{part}", parts[part]) for part in sorted({term.part for term in p.order})],
+                [(f"{read}{t.number}", calls.reads[t.number], f"w{t.number}", t.number) for t in p.order],
+                {t.number: f"bias{t.number}" for t in p.order if t.has_bias},
+                frozenset(p.packs),
             )
+            for p in plans
+        ]
 
     def __call__(self, source: Tensor, filters: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
         output = source.new_empty_strided(self.shape, self.strides)
@@ -176,24 +204,13 @@ class Bound:
     def into(
         self, output: Tensor, source: Tensor, filters: Sequence[Tensor], biases: Sequence[Tensor | None]
     ) -> Tensor:
-        last = torch.channels_last
         if not self.covered:
             output.zero_()
-        for launches, reads_copy, writes_copy, parts, terms, with_bias, packs in self.each:
-            given = source.contiguous(memory_format=last) if reads_copy else source
-            target = torch.empty_like(output, memory_format=last) if writes_copy else output
-            tensors = {name: _slice(target, channels) for name, channels in parts}
-            for name, channels, flt, number in terms:
-                w = filters[number]
-                tensors[name] = _slice(given, channels)
-                tensors[flt] = w.permute(0, 2, 3, 1).contiguous() if number in packs else w
-            for number, name in with_bias.items():
-                bias = biases[number]
-                assert bias is not None
-                tensors[name] = bias.contiguous()
-            for launch in launches:
+        for one in self.each:
+            tensors = one.laid(output, source, filters, biases)
+            for launch in one.launches:
                 launch.run(tensors)
-            for name, channels in parts if writes_copy else ():
+            for name, channels in one.parts if one.writes_copy else ():
                 _slice(output, channels).copy_(tensors[name])
         return output
 

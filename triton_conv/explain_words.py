@@ -97,11 +97,18 @@ def times(p: AnyPlan) -> str:
     kernel, words, seconds = p.prediction, f"{with_prefix(p.seconds)}s predicted, not measured", p.seconds
     measured = getattr(p, "measured_seconds", None)
     if measured is not None:
-        around = ", copies around it predicted" if isinstance(p, Plan) and (p.packs or p.fold) else ""
+        around = ", copies around it predicted" if _has_more(p) else ""
         words, seconds = f"{with_prefix(measured)}s measured{around}, {with_prefix(p.seconds)}s predicted", measured
     share = f"{least.seconds / seconds:.0%} of that limit"
     tiles = f"tiles {kernel.tiles}, waves {kernel.waves}, {kernel.useful:.0%} of the products useful"
     return f"{limit}\ntime       {words}: {share}; {tiles}; bound by {kernel.limit}"
+
+
+def _has_more(p: AnyPlan) -> bool:
+    """Whether there is more to a plan than the kernel that is measured."""
+    if isinstance(p, BranchesPlan):
+        return bool(p.moves or p.packs)
+    return isinstance(p, Plan) and bool(p.packs or p.fold)
 
 
 def with_prefix(value: float) -> str:

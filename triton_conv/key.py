@@ -33,6 +33,8 @@ CONFIGS: dict[str, type[KernelConfig]] = {
     "deform_dgrad": Config,
     "deform_offset": Config,
     "deform_wgrad": Config,
+    "gather_branches": Config,
+    "box_branches": BoxConfig,
 }
 
 

@@ -223,7 +223,7 @@ def shipped(device: Device) -> list[tuple[str, Entry]]:
     directory = stored.shipped_directory()
     found = []
     for kernel in CONFIGS:
-        if kernel.startswith("deform"):  # whose values are another stage's
+        if kernel.startswith("deform") or kernel.endswith("_branches"):  # whose values are another stage's
             continue
         for entry in stored.read(stored.path_of(directory, kin.name, kernel), kernel, [kin.name]):
             found.append((kernel, entry))

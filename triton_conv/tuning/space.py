@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, replace
+from functools import partial
 from itertools import product
 from math import prod
 from typing import Any
@@ -44,17 +45,27 @@ def candidates(problem: Problem, p: Plan) -> list[KernelConfig]:
     >>> problem = execute.problem_of(call, devices.H200)
     >>> tried = candidates(problem, plan.make(problem))
     """
-    own = _prediction(p, p.config)
+    return likely(p.config, _SPACES[p.kernel](problem, p), partial(fault, problem, p), partial(_prediction, p))
+
+
+def likely(
+    rule: KernelConfig,
+    others: Iterable[KernelConfig],
+    fault: Callable[[Any], str | None],
+    predicted: Callable[[Any], Prediction],
+) -> list[Any]:
+    """A rule's config, then others by predicted time: those without a fault that a multiprocessor has room for."""
+    own = predicted(rule)
     fitting = []
-    for config in {c for c in _SPACES[p.kernel](problem, p) if c != p.config}:
-        if fault(problem, p, config) is None:
-            prediction = _prediction(p, config)
+    for config in {c for c in others if c != rule}:
+        if fault(config) is None:
+            prediction = predicted(config)
             # what is kept in registers is an estimate: of the plan's own config compilers have shown that it fits
             if prediction.resident and prediction.registers <= max(cost.MOST_REGISTERS, own.registers):
-                fitting.append((prediction.seconds, _differences(config, p.config), key.simplicity(config), config))
+                fitting.append((prediction.seconds, _differences(config, rule), key.simplicity(config), config))
     fitting.sort(key=lambda one: one[:3])
-    chosen: list[KernelConfig] = [p.config]
-    seen: Counter[tuple] = Counter([_tile(p.config)])
+    chosen: list[KernelConfig] = [rule]
+    seen: Counter[tuple] = Counter([_tile(rule)])
     for seconds, _, _, config in fitting:
         kinds = [_tile(config), _WIDE] if config.num_warps > 4 else [_tile(config)]
         room = seen[_tile(config)] < _PER_TILE and (config.num_warps <= 4 or seen[_WIDE] < MOST // 2)
@@ -99,10 +110,10 @@ def _differences(one: Any, other: Any) -> int:
 # Spaces; some of what they yield breaks a limit
 
 
-def _gather(problem: Problem, p: Plan) -> Iterator[Config]:
+def gather(problem: Any, p: Any) -> Iterator[Config]:
     src, dst = _channels(p)
     pixels, item = prod(tiles.positions(p.role, p.geometry)), ITEM_BYTES[p.dtype]
-    if not p.config.dot or src * dst <= _NARROW:  # type: ignore[union-attr]
+    if not p.config.dot or src * dst <= _NARROW:
         for m, n, k in product((64, 128, 256, 512), _powers(1, 8, dst), _powers(1, 8, src)):
             for warps in _warps(m * n, 1024):
                 yield Config(m, n, k, warps, 2, dot=False)
@@ -133,7 +144,7 @@ def _wgrad(problem: Problem, p: Plan) -> Iterator[Config]:
                 yield from _sliced(p, Config(m, n, k, warps, stages, True, flatten))
 
 
-def _box(problem: Problem, p: Plan) -> Iterator[BoxConfig]:
+def box(problem: Any, p: Any) -> Iterator[BoxConfig]:
     (src, dst), counts = _channels(p), tiles.positions(p.role, p.geometry)
     row = 128 // ITEM_BYTES[p.dtype]  # of shared memory, as the copy engine swizzles it
     depths = _powers(max(configs.least_reduction(p.dtype), row // 4), 2 * row, src)
@@ -192,9 +203,9 @@ def _banded(problem: Problem, p: Plan) -> Iterator[BandedConfig]:
 
 
 _SPACES: dict[str, Callable[[Problem, Plan], Iterable[KernelConfig]]] = {
-    "gather": _gather,
+    "gather": gather,
     "wgrad": _wgrad,
-    "box": _box,
+    "box": box,
     "box_wgrad": _box_wgrad,
     "depthwise": _depthwise,
     "depthwise_wgrad": _depthwise,

@@ -14,14 +14,28 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .. import backends, deform_plan, deform_run, execute, plan, streaming_plan, ways
+from .. import (
+    backends,
+    branches_plan,
+    branches_problem,
+    branches_ways,
+    deform_plan,
+    deform_run,
+    execute,
+    plan,
+    streaming_plan,
+    ways,
+)
+from ..branches_plan import BranchesPlan
 from ..config import KernelConfig
 from ..deform_plan import DeformProblem
 from ..key import Extents, Key
 from ..streaming_plan import StreamingPlan
-from . import deform, operands, space
+from . import branches, deform, operands, space
 
-AnyProblem = Any  # `ways.Problem`, `DeformProblem`: a NamedTuple with role, geometry, dtype, precision and device
+# `ways.Problem`, `DeformProblem` or `branches_problem.Problem`: a NamedTuple with role, geometry, dtype, precision and
+# device
+AnyProblem = Any
 
 
 class Subject(Protocol):
@@ -167,11 +181,60 @@ class _Deformable:
         return lambda tensors: deform_run.launched(p, tensors)
 
 
-_CONVOLUTION, _DEFORMABLE = _Convolution(), _Deformable()
+class _Branches:
+    def comparable(self, problem: branches_problem.Problem) -> bool:
+        return False
+
+    def every(self, problem: branches_problem.Problem) -> list[BranchesPlan]:
+        return branches_plan.every(problem)
+
+    def choice(self, found: list[BranchesPlan]) -> BranchesPlan:
+        return branches_plan.choice(found)
+
+    def plans(self, problem: branches_problem.Problem, ways_of_it: Sequence[BranchesPlan]) -> list[BranchesPlan]:
+        return branches.plans(ways_of_it)
+
+    def with_config(self, problem: branches_problem.Problem, p: BranchesPlan, config: KernelConfig) -> BranchesPlan:
+        return branches_plan.with_config(p, config)  # type: ignore[arg-type]
+
+    def key_of(self, problem: branches_problem.Problem, p: BranchesPlan) -> tuple[Key, Extents]:
+        return branches_ways.key_of(p.problem)
+
+    def place(self, p: BranchesPlan) -> Hashable:
+        return p.moves, p.packs
+
+    def case(self, problem: branches_problem.Problem, device: torch.device, seed: int) -> branches.Case:
+        return branches.case(problem, device, seed)
+
+    def bytes_of(self, problem: branches_problem.Problem) -> int:
+        return branches.bytes_of(problem)
+
+    def expected(self, problem: branches_problem.Problem, case: branches.Case) -> tuple[Tensor, ...]:
+        return branches.expected(problem, case)
+
+    def wrong(
+        self, problem: branches_problem.Problem, p: BranchesPlan, case: branches.Case, want: tuple[Tensor, ...]
+    ) -> str | None:
+        return branches.wrong(problem, p, case, want)
+
+    def prepared(self, p: BranchesPlan, case: branches.Case) -> dict[str, Tensor]:
+        return branches.prepared(p, case)
+
+    def work(self, p: BranchesPlan, device: torch.device) -> Callable[[dict[str, Tensor]], None]:
+        def on(tensors: dict[str, Tensor]) -> None:
+            for launch in p.direct:
+                launch.run(tensors)
+
+        return on
+
+
+_CONVOLUTION, _DEFORMABLE, _BRANCHES = _Convolution(), _Deformable(), _Branches()
 
 
 def of(problem: AnyProblem) -> Subject:
     """The kind of a problem."""
+    if isinstance(problem, branches_problem.Problem):
+        return _BRANCHES
     return _DEFORMABLE if isinstance(problem, DeformProblem) else _CONVOLUTION
 
 

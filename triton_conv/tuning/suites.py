@@ -13,15 +13,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 
-from .. import explain
+from .. import branches_ways, explain, stored
+from ..branches_plan import BranchesPlan
 from ..deform_plan import DeformPlan
 from ..devices import Device
 from ..streaming_plan import StreamingPlan
-from . import compound, networks, subject
+from . import branches, compound, networks, subject
 from .layers import Layer
 from .networks import Layers
 from .subject import AnyProblem
@@ -76,6 +77,8 @@ def tasks(
         problems_of_it = _problems(compound.bare(layer), device)
         if not problems_of_it:
             reason = "its kernel walks other axes than that of an ordinary convolution, and runs by rule"
+            if layer.options.get("branches"):
+                reason = "one launch cannot compute its branches"
             warnings.warn(f"{name} is left out: {reason}", stacklevel=2)
         for problem in problems_of_it:
             if problem not in problems:
@@ -85,16 +88,26 @@ def tasks(
 
 
 def _problems(layer: Layer, device: Device) -> list[AnyProblem]:
-    """What is tuned for a layer: of a streaming convolution the ordinary one by whose configs it runs, forward only."""
-    if not layer.options.get("deform") and "context" not in layer.options:
+    """What is tuned for a layer: of a streaming convolution the ordinary one by whose configs it runs, forward only.
+
+    Of several branches it is what one launch computes, forward and the input gradient, and where rules would leave
+    that to a launch for each branch, these too.
+    """
+    if not layer.options.get("deform") and not layer.options.get("branches") and "context" not in layer.options:
         return list(explain.problems(layer.input, layer.weight, device=device, **layer.options).values())
-    plans = explain.plans(layer.input, layer.weight, device=device, **layer.options)
-    found = [p.asked if isinstance(p, DeformPlan) else subject.streaming(p) for p in plans.values() if _has_one(p)]
-    return [problem for problem in found if problem is not None]
+    with stored.hidden():  # so that every rank of a job has the same
+        plans = explain.plans(layer.input, layer.weight, device=device, **layer.options)
+        return [problem for p in plans.values() for problem in _problems_behind(p)]
 
 
-def _has_one(p: explain.AnyPlan) -> TypeGuard[DeformPlan | StreamingPlan]:
-    return isinstance(p, (DeformPlan, StreamingPlan))
+def _problems_behind(p: explain.AnyPlan) -> list[AnyProblem]:
+    if isinstance(p, BranchesPlan):
+        apart = [] if p.worth_it else [branches_ways.alone(p.asked, term) for term in p.asked.terms]
+        return [branches.numbered(p.asked), *apart]
+    if isinstance(p, StreamingPlan):
+        problem = subject.streaming(p)
+        return [] if problem is None else [problem]
+    return [p.asked] if isinstance(p, DeformPlan) else []
 
 
 def layers(
@@ -121,7 +134,7 @@ def layers(
 
 
 # By the option that says so, what has no problem that the tuner knows.
-_RULED = {"causal": "causal_conv1d", "branches": "multi_conv2d"}
+_RULED = {"causal": "causal_conv1d"}
 
 
 def fixed(layer: Layer) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import replace
 from math import isfinite
 from pathlib import Path
 from typing import NamedTuple
 
-from .. import deform_plan, plan, stored, ways
+from .. import branches_plan, branches_ways, deform_plan, plan, stored, ways
+from ..branches_plan import BranchesPlan
 from ..config import Config
 from ..deform_plan import DeformPlan
 from ..devices import DEVICES, Device
@@ -18,10 +19,12 @@ from ..key import CONFIGS
 from ..plan import Plan
 from ..stored import Entry, MalformedError
 from ..ways import Layout, Problem
-from . import deform
+from . import branches, deform
 from .audit import Subject, audit, faults
 from .code import TARGETS
 from .measure import SIMULATED
+
+AnyPlan = Plan | DeformPlan | BranchesPlan
 
 
 class Fault(NamedTuple):
@@ -115,7 +118,26 @@ def deformable(entry: Entry, kernel: str, device: Device) -> DeformPlan:
     return deform_plan.with_config(problem, given, config)
 
 
-def verified(directory: Path) -> Iterator[Fault | tuple[Path, Entry, Plan | DeformPlan]]:
+def of_branches(entry: Entry, kernel: str, device: Device) -> BranchesPlan:
+    """`plan_of` for kernels of several convolutions."""
+    if entry.winner is None:
+        raise ValueError("has no config that is right")
+    problem = branches.problem_of(entry, device)
+    p = branches_plan.of_kernel(problem, kernel, entry.winner.config)
+    if branches_ways.key_of(problem) != (entry.key, entry.extents):
+        raise ValueError("it is filed elsewhere")
+    if not p.prediction.resident or not isfinite(p.seconds):
+        raise ValueError(f"{p.config} does not fit into a multiprocessor of {device.name}")
+    return p
+
+
+def _reader(kernel: str) -> Callable[[Entry, str, Device], AnyPlan]:
+    if kernel.endswith("_branches"):
+        return of_branches
+    return deformable if kernel.startswith("deform") else plan_of
+
+
+def verified(directory: Path) -> Iterator[Fault | tuple[Path, Entry, AnyPlan]]:
     """Each entry with the plan that goes by it, and each fault.
 
     Files are those of known devices and kernels; entries are of kernels as they are now, and their winners fit.
@@ -148,14 +170,13 @@ def verified(directory: Path) -> Iterator[Fault | tuple[Path, Entry, Plan | Defo
                 yield Fault(path, described(entry), "its times are simulated")
                 continue
             try:
-                made = deformable if path.stem.startswith("deform") else plan_of
-                yield path, entry, made(entry, path.stem, device)
+                yield path, entry, _reader(path.stem)(entry, path.stem, device)
             except (ValueError, ArithmeticError) as error:
                 yield Fault(path, described(entry), str(error))
 
 
 def compiled(
-    found: list[tuple[Path, Entry, Plan | DeformPlan]], arch: int, jobs: int | None = None
+    found: list[tuple[Path, Entry, AnyPlan]], arch: int, jobs: int | None = None
 ) -> Generator[tuple[int, list[Fault]], None, None]:
     """(number, faults) of each of the `distinct` plans as compiled for an architecture, in the order they are done."""
     with closing(audit([Subject(described(entry), p) for _, entry, p in found], arch, jobs)) as audited:
@@ -164,11 +185,9 @@ def compiled(
             yield number, [Fault(path, described(entry), why) for row in rows for why in faults(row)]
 
 
-def distinct(
-    found: list[tuple[Path, Entry, Plan | DeformPlan]], arch: int
-) -> list[tuple[Path, Entry, Plan | DeformPlan]]:
+def distinct(found: list[tuple[Path, Entry, AnyPlan]], arch: int) -> list[tuple[Path, Entry, AnyPlan]]:
     """Of those for devices of an architecture, one for each code that they may become."""
-    different: dict[tuple, tuple[Path, Entry, Plan | DeformPlan]] = {}
+    different: dict[tuple, tuple[Path, Entry, AnyPlan]] = {}
     for path, entry, p in found:
         if p.device.capability == TARGETS[arch].capability:
             config = replace(p.config, splits=min(p.config.splits, 2))
