@@ -170,7 +170,7 @@ def test_contiguous_activations_are_copied_for_boxes(kernels, poisoned, launched
     x = torch.empty(1, 16, 6, 5, device="meta", dtype=torch.float16)
     weight = torch.empty(16, 16, 1, 1, device="meta", dtype=torch.float16)
     calls = branches.branches_ops._forward(x, [weight], [None], flat([((16, 16, 1, 1), {})], 16))
-    (plan,) = branches._of(calls, branches.branches_run.empty_output(calls), H200).values()
+    (plan,) = branches._of(calls, branches.branches_run.empty_output(calls), H200, True).values()
     assert plan.steps == ("copy the input to channels-last", "copy the output from channels-last")
     assert plan.workspace_bytes == 2 * 16 * 30 * 2
 
@@ -359,10 +359,31 @@ def test_filters_that_are_not_channels_last_are_copied_for_boxes():
     weights = [torch.empty(16, 64, n, n, device="meta", dtype=torch.bfloat16) for n in (1, 3)]
     params = flat([((16, 64, 1, 1), {}), ((16, 64, 3, 3), {"padding": 1})], 64)
     calls = branches.branches_ops._forward(x, weights, [None, None], params)
-    (plan,) = branches._of(calls, branches.branches_run.empty_output(calls), H200).values()
+    (plan,) = branches._of(calls, branches.branches_run.empty_output(calls), H200, True).values()
     assert plan.packs == (1,)
     assert plan.workspace_bytes == weights[1].numel() * 2
     assert "copy the filters of branches 1 to channels-last" in str(plan)
+
+
+def test_what_one_launch_takes_longer_for_is_planned_apart():
+    """Groups of four channels: alone several of them are computed as one."""
+    given = tuple(((128, 4, 3, 3), {"padding": d, "dilation": d, "groups": 32}) for d in (1, 2))
+    how = {"dtype": torch.bfloat16, "channels_last": True, "branches": given}
+    apart = branches.plans((64, 128, 56, 56), (128, 4, 3, 3), **how)
+    (_, together), *_ = branches.plans((64, 128, 56, 56), (128, 4, 3, 3), **how, one_launch=True).items()
+    assert [name for name in apart if name.startswith("forward")] == ["forward of branch 0", "forward of branch 1"]
+    assert not together.worth_it
+    assert together.comparison in apart["forward of branch 1"].reason
+
+
+def test_whether_one_launch_runs_depends_on_no_batch_where_that_is_asked():
+    """`batch_invariant` plans for a batch of 8; alone, one sample would go in one launch."""
+    shapes = [(N, 256, 28, 28) for N in (1, 8, 64)]
+    given = tuple(((256, 8, 3, 3), {"padding": d, "dilation": d, "groups": 32}) for d in (1, 2))
+    how = {"dtype": torch.bfloat16, "channels_last": True, "branches": given}
+    assert len({tuple(branches.plans(shape, (256, 8, 3, 3), **how)) for shape in shapes}) == 2
+    with triton_conv.batch_invariant():
+        assert len({tuple(branches.plans(shape, (256, 8, 3, 3), **how)) for shape in shapes}) == 1
 
 
 def test_offsets_are_as_wide_as_the_tensors_are_large():

@@ -71,10 +71,13 @@ def new_style(on):
 
 @pytest.fixture(params=[old_style, new_style])
 def setting(request):
-    conv = torch.backends.cudnn.conv
+    conv, allowed = torch.backends.cudnn.conv, torch.backends.cudnn.allow_tf32
     before = conv.fp32_precision
     yield request.param
-    conv.fp32_precision = before
+    if request.param is old_style:
+        old_style(allowed)  # set in the new style, PyTorch would find the two at odds
+    else:
+        conv.fp32_precision = before
 
 
 def calls():

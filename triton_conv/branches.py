@@ -13,6 +13,7 @@ et al. 2014) or MixConv (Tan and Le 2019).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from . import branches_ops, branches_run, config, execute, fast, functional, plan
 from .branches_ops import COMBINE, Params
-from .branches_plan import BranchesPlan
+from .branches_plan import BranchesPlan, worth_it
 from .branches_plan import make as _make
 from .devices import Device
 from .functional import Ints, Padding
@@ -160,6 +161,7 @@ def plans(
     branches: Sequence[tuple[Sequence[int], Mapping[str, Any]]] = (),
     combine: str = "concatenate",
     precision: str | None = None,
+    one_launch: bool | None = None,
 ) -> dict[str, BranchesPlan | plan.Plan]:
     """The plans of `multi_conv2d` and of its gradients; needs no GPU.
 
@@ -167,8 +169,9 @@ def plans(
         >>> list(plans((2, 16, 33, 33), (8, 16, 1, 1), branches=pyramid))
         ['forward', 'input gradient', 'weight gradient of branch 0', 'weight gradient of branch 1']
 
-    `branches` are the weight's shape of each and its arguments as in `Branch`, `weight_shape` is the first's. Forward
-    and input gradient are plans of one launch, or what cannot be one, a plan for each branch.
+    `branches` are the weight's shape of each and its arguments as in `Branch`, `weight_shape` is the first's.
+    Forward and input gradient are plans of one launch; where that is impossible, or is said to take longer and
+    `one_launch` is not True, there is a plan for each branch.
     """
     given = branches or ((weight_shape, {}),)
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -185,9 +188,9 @@ def plans(
     weights = [b.weight for b in made]
     forward = branches_ops._forward(x, weights, [b.bias for b in made], params)
     y = branches_run.empty_output(forward)
-    found = _of(forward, y, device)
+    found = _of(forward, y, device, one_launch)
     if dtype.is_floating_point:
-        found |= _of(branches_ops._backward(y, weights, x.shape, params), x, device)
+        found |= _of(branches_ops._backward(y, weights, x.shape, params), x, device, one_launch)
         slices = params.written(weights)
         for i, w in enumerate(weights):
             operands = (branches_ops._slice(y, slices[i]), branches_ops._slice(x, params.read(i)))
@@ -196,15 +199,18 @@ def plans(
     return found
 
 
-def _of(calls: branches_run.Calls, output: Tensor, device: Device) -> dict[str, BranchesPlan | plan.Plan]:
+def _of(
+    calls: branches_run.Calls, output: Tensor, device: Device, one_launch: bool | None
+) -> dict[str, BranchesPlan | plan.Plan]:
     title = "forward" if calls.role is Role.FPROP else "input gradient"
     problems = branches_run.problems(calls, output, device)
-    if isinstance(problems, str):
-        return {
-            f"{title} of branch {i}": plan.make(execute.problem_of(call, device)) for i, call in enumerate(calls.each)
-        }
-    names = [title] if len(problems) == 1 else [f"{title}, launch {i}" for i in range(len(problems))]
-    return {name: _make(problem) for name, problem in zip(names, problems, strict=True)}
+    launches = [] if isinstance(problems, str) else [_make(problem) for problem in problems]
+    if launches and (one_launch or all(worth_it(p.asked) for p in launches)):
+        names = [title] if len(launches) == 1 else [f"{title}, launch {i}" for i in range(len(launches))]
+        return dict(zip(names, launches, strict=True))
+    why = f"one launch cannot: {problems}" if isinstance(problems, str) else f"one launch: {launches[0].comparison}"
+    each = [plan.make(execute.problem_of(call, device)) for call in calls.each]
+    return {f"{title} of branch {i}": replace(p, reason=f"{p.reason}; {why}") for i, p in enumerate(each)}
 
 
 refuse_script(multi_conv2d)

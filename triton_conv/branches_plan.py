@@ -180,10 +180,15 @@ class BranchesPlan(Frozen):
         return together <= apart
 
     @property
-    def reason(self) -> str:
+    def comparison(self) -> str:
+        """Both times in words."""
         together, apart, how = self._times
         times = f"{1e6 * together:.3g} us {how}, against {1e6 * apart:.3g} us of {len(self.order)}"
-        return f"{self.why}; {times} launches, one for each branch"
+        return f"{times} launches, one for each branch"
+
+    @property
+    def reason(self) -> str:
+        return f"{self.why}; {self.comparison}"
 
     def __str__(self) -> str:
         p, numerics = self.problem, self.numerics
@@ -206,12 +211,21 @@ def make(problem: Problem) -> BranchesPlan:
     return _make(problem, stored.generation(), invariance.batch())
 
 
+def worth_it(problem: Problem) -> bool:
+    """Whether one launch computes it unless the caller says otherwise; with `batch_invariant`, whatever its batch."""
+    batch = invariance.batch()
+    return make(problem if batch is None else _of_batch(problem, batch)).worth_it
+
+
+def _of_batch(problem: Problem, batch: int) -> Problem:
+    return problem._replace(terms=tuple(t._replace(geometry=replace(t.geometry, N=batch)) for t in problem.terms))
+
+
 @lru_cache(maxsize=4096)
 def _make(problem: Problem, _generation: Hashable, batch: int | None) -> BranchesPlan:
     if batch is None:
         return choice(every(problem))
-    terms = tuple(t._replace(geometry=replace(t.geometry, N=batch)) for t in problem.terms)
-    model = choice(every(problem._replace(terms=terms)))
+    model = choice(every(_of_batch(problem, batch)))
     inner = branches_ways.moved(problem) if model.moves else problem
     return _assembled(problem, inner, model.kernel, model.config, f"{model.why}; chosen for a batch of {batch}")
 

@@ -66,7 +66,7 @@ def run(calls: Calls, one_launch: bool | None) -> tuple[Tensor, Bound | None]:
         return _plain(calls, output), None
     if one_launch is not False:
         plans = _plans(calls, output, device)
-        if not isinstance(plans, str) and (one_launch or all(p.worth_it for p in plans)):
+        if not isinstance(plans, str) and (one_launch or all(branches_plan.worth_it(p.asked) for p in plans)):
             bound = Bound(calls, plans, output, device)
             with execute._on_device(output.device):
                 biases = [call.bias for call in calls.each]

@@ -96,7 +96,8 @@ def _problems(layer: Layer, device: Device) -> list[AnyProblem]:
     if not layer.options.get("deform") and not layer.options.get("branches") and "context" not in layer.options:
         return list(explain.problems(layer.input, layer.weight, device=device, **layer.options).values())
     with stored.hidden():  # so that every rank of a job has the same
-        plans = explain.plans(layer.input, layer.weight, device=device, **layer.options)
+        options = layer.options | ({"one_launch": True} if layer.options.get("branches") else {})
+        plans = explain.plans(layer.input, layer.weight, device=device, **options)
         return [problem for p in plans.values() for problem in _problems_behind(p)]
 
 
