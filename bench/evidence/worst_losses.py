@@ -14,6 +14,7 @@ from typing import Any
 from triton_conv import explain, stored
 from triton_conv.devices import H200
 from triton_conv.tuning.compound import bare
+from triton_conv.tuning.layers import Layer
 from triton_conv.tuning.measure import Bench, CudaBench, SimulatedBench
 from triton_conv.tuning.store import Store
 from triton_conv.tuning.suites import fixed
@@ -47,12 +48,17 @@ def units(context: Context) -> Iterator[Unit]:
         yield Unit(f"{job.suite}: {job.name} {job.op}", partial(tuner.tuned, job, row), 4 * _SECONDS)
 
 
+def _one_problem(layer: Layer) -> bool:
+    """Whether an operation of it is a problem that is tuned here: not branches, deformable ones and chunks."""
+    return not fixed(layer) and not {"branches", "deform", "context"} & layer.options.keys()
+
+
 def worst_of(context: Context) -> list[tuple[Job, Row]]:
     """Jobs of one kernel and their rows: those lost by most to cuDNN, then those furthest from the roofline."""
     path = context.out / quick_bench.FILE
     rows = {row.name: row for row in records.read(path).rows} if path.exists() else {}
     found = [(job, rows[job.row_name]) for job in quick_bench.wanted(context) if job.row_name in rows]
-    found = [(job, row) for job, row in found if not fixed(job.layer) and job.op != "step" and row.seconds(OURS)]
+    found = [(job, row) for job, row in found if _one_problem(job.layer) and job.op != "step" and row.seconds(OURS)]
     found.sort(key=lambda one: _badness(one[1]), reverse=True)
     return found[: _FEW if context.simulate else _MOST]
 
