@@ -15,17 +15,15 @@ from . import branches_cost, branches_ways, choose, cost, invariance, plan, stor
 from .branches_problem import Problem, Term
 from .config import ITEM_BYTES, BoxConfig, Config, KernelConfig, Numerics
 from .cost import Prediction, Roofline
-from .devices import Device
-from .frozen import Frozen
+from .frozen import PlanOfProblem
 from .geometry import ConvGeometry, Role, Strides
 
 if TYPE_CHECKING:
-    from .kernels.direct import Direct
     from .kernels.launch import Launch
 
 
 @dataclass(frozen=True)
-class BranchesPlan(Frozen):
+class BranchesPlan(PlanOfProblem):
     """One kernel for all terms, and everything it is launched with.
 
     `asked` is the caller's problem, `problem` the same with strides of x and y as the kernel gets them: those in
@@ -47,14 +45,6 @@ class BranchesPlan(Frozen):
     @property
     def role(self) -> Role:
         return self.problem.role
-
-    @property
-    def dtype(self) -> str:
-        return self.problem.dtype
-
-    @property
-    def device(self) -> Device:
-        return self.problem.device
 
     @property
     def N(self) -> int:
@@ -113,13 +103,6 @@ class BranchesPlan(Frozen):
         prediction = self.prediction
         programs = min(prediction.tiles, max(prediction.resident, 1) * self.device.multiprocessors)
         return (room.launch(self.role, self.order, strides, self.config, self.numerics, programs),)
-
-    @cached_property
-    def direct(self) -> tuple[Direct, ...]:
-        """The same, launched without Triton's binder from the second time on."""
-        from .kernels.direct import Direct
-
-        return tuple(map(Direct, self.launches))
 
     @cached_property
     def roofline(self) -> Roofline:

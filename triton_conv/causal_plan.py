@@ -15,11 +15,9 @@ from . import causal_cost as cost
 from . import invariance
 from .causal_config import CausalConfig, CausalProblem, CausalRole
 from .cost import Prediction, Roofline
-from .devices import Device
-from .frozen import Frozen
+from .frozen import PlanOfProblem
 
 if TYPE_CHECKING:
-    from .kernels.direct import Direct
     from .kernels.launch import Launch
 
 _KERNELS = {
@@ -35,11 +33,15 @@ _REASONS = {
 
 
 @dataclass(frozen=True)
-class CausalPlan(Frozen):
+class CausalPlan(PlanOfProblem):
     """A causal kernel and everything it is launched with, for tensors of any address."""
 
     asked: CausalProblem
     config: CausalConfig
+
+    @property
+    def problem(self) -> CausalProblem:
+        return self.asked
 
     @property
     def kernel(self) -> str:
@@ -50,16 +52,8 @@ class CausalPlan(Frozen):
         return self.asked.role
 
     @property
-    def dtype(self) -> str:
-        return self.asked.dtype
-
-    @property
     def N(self) -> int:
         return self.asked.N
-
-    @property
-    def device(self) -> Device:
-        return self.asked.device
 
     @property
     def accumulator(self) -> str:
@@ -94,13 +88,6 @@ class CausalPlan(Frozen):
             return causal_backward.launches(self.asked, self.config)
         launch = causal.launch if self.role is CausalRole.FORWARD else causal.update_launch
         return (launch(self.asked, self.config),)
-
-    @cached_property
-    def direct(self) -> tuple[Direct, ...]:
-        """The same, launched without Triton's binder from the second time on."""
-        from .kernels.direct import Direct
-
-        return tuple(map(Direct, self.launches))
 
     @cached_property
     def roofline(self) -> Roofline:

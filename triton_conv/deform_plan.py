@@ -18,14 +18,12 @@ from . import key as keys
 from .config import Config, Numerics, most_splits
 from .cost import Prediction, Roofline, copy_seconds
 from .deform_config import DeformProblem, DeformRole
-from .devices import Device
-from .frozen import Frozen
+from .frozen import PlanOfProblem
 from .plan import ACCUMULATORS, span
 from .tiles import Tiles
 from .ways import dense_strides
 
 if TYPE_CHECKING:
-    from .kernels.direct import Direct
     from .kernels.launch import Launch
 
 __all__ = ["DTYPES", "DeformPlan", "DeformProblem", "DeformRole", "make"]
@@ -47,7 +45,7 @@ _REASONS = {
 
 
 @dataclass(frozen=True)
-class DeformPlan(Frozen):
+class DeformPlan(PlanOfProblem):
     """A kernel and everything it is launched with, for tensors of any address.
 
     `asked` is the caller's problem, `problem` the one that is left when the tensors that `packs` names are copied to
@@ -71,16 +69,8 @@ class DeformPlan(Frozen):
         return self.asked.role
 
     @property
-    def dtype(self) -> str:
-        return self.asked.dtype
-
-    @property
     def N(self) -> int:
         return self.asked.geometry.N
-
-    @property
-    def device(self) -> Device:
-        return self.asked.device
 
     @property
     def tiles(self) -> Tiles:
@@ -133,13 +123,6 @@ class DeformPlan(Frozen):
             DeformRole.WEIGHT: deform_wgrad,
         }
         return tuple(rooms[self.role].launches(self.problem, self.config, self.numerics, self.tiles))
-
-    @cached_property
-    def direct(self) -> tuple[Direct, ...]:
-        """The same, launched without Triton's binder from the second time on."""
-        from .kernels.direct import Direct
-
-        return tuple(map(Direct, self.launches))
 
     @cached_property
     def roofline(self) -> Roofline:

@@ -16,12 +16,11 @@ from . import config as configs
 from .config import ITEM_BYTES, BandedConfig, BoxConfig, Device, KernelConfig, Numerics
 from .cost import Prediction, Roofline
 from .epilogue import PLAIN, Epilogue
-from .frozen import Frozen
+from .frozen import Planned
 from .geometry import ConvGeometry, Role, Strides
 from .ways import Layout, Problem, Way, dense_strides
 
 if TYPE_CHECKING:
-    from .kernels.direct import Direct
     from .kernels.launch import Launch
 
 # What kernels call what a role writes.
@@ -54,7 +53,7 @@ class Fold:
 
 
 @dataclass(frozen=True)
-class Plan(Frozen):
+class Plan(Planned):
     """A kernel and everything it is launched with, for tensors of any address.
 
     `geometry` and `strides` are canonical: they describe the same memory as the caller's tensors, in fewer axes.
@@ -156,13 +155,6 @@ class Plan(Frozen):
             return (first,)
         f = self.fold
         return first, fold.launch(f.geometry, f.numerics, f.padded_strides, f.dx_strides)
-
-    @cached_property
-    def direct(self) -> tuple[Direct, ...]:
-        """The same, launched without Triton's binder from the second time on."""
-        from .kernels.direct import Direct
-
-        return tuple(map(Direct, self.launches))
 
     @cached_property
     def roofline(self) -> Roofline:

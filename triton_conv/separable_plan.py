@@ -11,11 +11,10 @@ from . import choose, config, cost, invariance, plan
 from .config import ITEM_BYTES, Config, Numerics
 from .cost import Prediction, Roofline
 from .devices import Device
-from .frozen import Frozen
+from .frozen import PlanOfProblem
 from .geometry import ConvGeometry, Role, Strides
 
 if TYPE_CHECKING:
-    from .kernels.direct import Direct
     from .kernels.launch import Launch
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -41,7 +40,7 @@ class Problem(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SeparablePlan(Frozen):
+class SeparablePlan(PlanOfProblem):
     """The fused kernel and everything it is launched with."""
 
     problem: Problem
@@ -53,20 +52,12 @@ class SeparablePlan(Frozen):
     workspace_bytes = 0
 
     @property
-    def dtype(self) -> str:
-        return self.problem.dtype
-
-    @property
     def asked(self) -> ConvGeometry:
         return self.problem.depthwise
 
     @property
     def N(self) -> int:
         return self.asked.N
-
-    @property
-    def device(self) -> Device:
-        return self.problem.device
 
     @property
     def pointwise(self) -> ConvGeometry:
@@ -85,13 +76,6 @@ class SeparablePlan(Frozen):
         p = self.problem
         strides = {"x": p.x, "depthwise": p.filters, "pointwise": p.pointwise, "y": p.y}
         return (separable.launch(p.depthwise, self.pointwise, strides, self.config, self.numerics, p.has_bias),)
-
-    @cached_property
-    def direct(self) -> tuple[Direct, ...]:
-        """The same, launched without Triton's binder from the second time on."""
-        from .kernels.direct import Direct
-
-        return tuple(map(Direct, self.launches))
 
     @cached_property
     def roofline(self) -> Roofline:

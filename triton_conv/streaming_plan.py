@@ -19,13 +19,12 @@ from .config import ITEM_BYTES, BoxConfig, Config, KernelConfig, Numerics
 from .cost import Prediction, Roofline
 from .devices import Device
 from .epilogue import PLAIN, Epilogue
-from .frozen import Frozen
+from .frozen import PlanOfProblem
 from .geometry import Context, ConvGeometry, Role, Strides
 from .tiles import ceil_div
 from .ways import Layout, Way, dense_strides
 
 if TYPE_CHECKING:
-    from .kernels.direct import Direct
     from .kernels.launch import Launch
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -76,7 +75,7 @@ class Problem(NamedTuple):
 
 
 @dataclass(frozen=True)
-class StreamingPlan(Frozen):
+class StreamingPlan(PlanOfProblem):
     """A kernel and everything it is launched with. `packs` names the tensors that are copied to channels-last."""
 
     problem: Problem
@@ -89,10 +88,6 @@ class StreamingPlan(Frozen):
     role = Role.FPROP
 
     @property
-    def dtype(self) -> str:
-        return self.problem.dtype
-
-    @property
     def asked(self) -> ConvGeometry:
         return self.problem.geometry
 
@@ -103,10 +98,6 @@ class StreamingPlan(Frozen):
     @property
     def N(self) -> int:
         return self.asked.N
-
-    @property
-    def device(self) -> Device:
-        return self.problem.device
 
     @property
     def context(self) -> Context:
@@ -153,13 +144,6 @@ class StreamingPlan(Frozen):
             vector = 16 // ITEM_BYTES[self.dtype]
             return (box.launch(*what, self.device, vector, context=self.context),)
         return (gather.launch(*what, context=self.context),)
-
-    @cached_property
-    def direct(self) -> tuple[Direct, ...]:
-        """The same, launched without Triton's binder from the second time on."""
-        from .kernels.direct import Direct
-
-        return tuple(map(Direct, self.launches))
 
     @cached_property
     def roofline(self) -> Roofline:
