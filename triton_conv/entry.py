@@ -13,9 +13,11 @@ from dataclasses import MISSING, dataclass, fields
 from functools import cache, cached_property
 from typing import Any, get_type_hints
 
+from . import files
 from . import key as keys
 from .config import KernelConfig
 from .deform_config import DeformRole
+from .files import shown as shown
 from .geometry import Role
 from .key import CONFIGS, Extents, Key
 
@@ -110,20 +112,23 @@ def dumps(device: str, kernel: str, entries: Iterable[Entry]) -> str:
     return f'{_line(head)[:-1]}, "entries": [\n' + ",\n".join(blocks) + "\n]}\n"
 
 
-def loads(text: str, name: str) -> tuple[str, str, list[Entry]]:
+def loads(text: str | bytes, name: str) -> tuple[str, str, list[Entry]]:
     """(device, kernel, entries) of a file called `name`. Raises MalformedError."""
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise MalformedError(f"{name}: is no JSON: {error}") from error
+        content = files.parsed(text)
+    except ValueError as error:
+        raise MalformedError(f"{name}: {error}") from error
     try:
         found = _checked(content, dict, "the file")
+        strange = found.keys() - {"schema", "device", "kernel", "entries"}
         schema = _checked(found.get("schema"), int, "schema")
         if schema != SCHEMA:
             raise (NewerError if schema > SCHEMA else MalformedError)(f"schema is {shown(schema)}, not {SCHEMA}")
         kernel = _checked(found.get("kernel"), str, "kernel")
         if kernel not in CONFIGS:
             raise MalformedError(f"kernel is {shown(kernel)}, which there is not")
+        if strange:
+            raise MalformedError(f"the file has {shown(sorted(strange))} too much")
         entries = _checked(found.get("entries"), list, "entries")
         return _checked(found.get("device"), str, "device"), kernel, [_entry(e, kernel) for e in entries]
     except MalformedError as error:
@@ -176,9 +181,9 @@ def _entry(found: Any, kernel: str) -> Entry:
         key,
         extents,
         found["source"],
-        {name: _value(value, str, f"stamp {name}") for name, value in stamp.items()},
+        {name: _value(value, str, f"stamp {shown(name)}") for name, value in stamp.items()},
         candidates,
-        {name: _value(value, float, f"baseline {name}") for name, value in baseline.items()},
+        {name: _value(value, float, f"baseline {shown(name)}") for name, value in baseline.items()},
     )
 
 
@@ -209,7 +214,7 @@ def _read_candidate(found: Any, kernel: str) -> Candidate:
         _value(found.get("why", ""), str, "why"),
     )
     if candidate.status not in STATUSES or candidate.seconds == 0:
-        raise MalformedError(f"a candidate has status {candidate.status!r} and seconds {candidate.seconds}")
+        raise MalformedError(f"a candidate has status {shown(candidate.status)} and seconds {candidate.seconds}")
     return candidate
 
 
@@ -246,12 +251,3 @@ def _value(value: Any, hint: Any, name: str) -> Any:
     if hint is int and not 0 <= _checked(value, int, name) < 2**63:
         raise MalformedError(f"{name} is {shown(value)}")
     return _checked(value, hint, name)
-
-
-def shown(value: Any) -> str:
-    """A value of a file for a message: printable and not long, whatever it is."""
-    try:
-        text = ascii(value)
-    except RecursionError:
-        text = "nested too deep"
-    return text if len(text) <= 60 else f"{text[:60]}..."
