@@ -11,11 +11,12 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import cache, cached_property
+from math import prod
 from typing import Any, get_type_hints
 
 from . import files
 from . import key as keys
-from .config import KernelConfig
+from .config import BandedConfig, DepthwiseConfig, KernelConfig
 from .deform_config import DeformRole
 from .files import shown as shown
 from .geometry import Role
@@ -24,6 +25,7 @@ from .key import CONFIGS, Extents, Key
 SCHEMA = 1
 MOST_STAGES = 16
 MOST_OF_A_CONFIG = 2**16  # any number of it
+MOST_OF_A_TILE = 2**20  # elements that Triton lets a tensor have
 STATUSES = ("ok", "wrong", "failed")
 SOURCES = ("measured", "model")
 TIE = 0.02  # of the time: candidates that differ by less are equally quick, whatever their spread
@@ -203,7 +205,8 @@ def _read_candidate(found: Any, kernel: str) -> Candidate:
     except (TypeError, ValueError) as error:
         raise MalformedError(f"a config of {kernel}: {error}") from error
     warps, stages = config.num_warps, getattr(config, "num_stages", 1)
-    if warps not in (1, 2, 4, 8, 16, 32) or not 1 <= stages <= MOST_STAGES or _largest(given) > MOST_OF_A_CONFIG:
+    large = _largest(given) > MOST_OF_A_CONFIG or _tile(config) > MOST_OF_A_TILE
+    if warps not in (1, 2, 4, 8, 16, 32) or not 1 <= stages <= MOST_STAGES or large:
         raise MalformedError(f"a config of {kernel} is beyond what compiles: {shown(config)}")
     seconds = found.get("seconds")
     candidate = Candidate(
@@ -227,6 +230,16 @@ def _hints(kind: Any) -> dict[str, Any]:
 def _largest(given: Mapping[str, Any]) -> int:
     """Of the numbers of a config."""
     return max((n for value in given.values() for n in (value if isinstance(value, list) else [value])), default=0)
+
+
+def _tile(config: KernelConfig) -> int:
+    """Elements of the largest tensor of a program."""
+    if isinstance(config, DepthwiseConfig):
+        return config.lanes * config.columns * config.channels
+    if isinstance(config, BandedConfig):
+        return max(config.BLOCK_M, prod(config.blocks) * config.chunk, config.height * config.columns * config.chunk)
+    sides = (config.BLOCK_M, config.BLOCK_N, config.BLOCK_K)
+    return prod(sides) // min(sides) if getattr(config, "dot", True) else prod(sides)
 
 
 def _checked(value: Any, kind: type, name: str) -> Any:

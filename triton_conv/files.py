@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -14,6 +15,10 @@ from pathlib import Path
 from typing import Any
 
 _OPENING = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+
+
+# Lists and objects take twenty times the memory of their text: there may be so many, and one in so many characters.
+_FREE, _PER_CONTAINER = 10_000, 16
 
 
 class NoFileError(OSError):
@@ -27,14 +32,14 @@ class TooLongError(OSError):
 def read_bytes(path: Path, most: int) -> bytes:
     """What a regular file holds, of at most `most` bytes. Raises OSError; never waits for a pipe."""
     if not stat.S_ISREG(path.stat().st_mode):  # asked before it is opened: that may rewind a tape
-        raise NoFileError("is no file")
+        raise NoFileError(errno.EINVAL, "is no file", str(path))
     with open(os.open(path, _OPENING), "rb") as file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):  # and after: it may be another one by now
-            raise NoFileError("is no file")
+            raise NoFileError(errno.EINVAL, "is no file", str(path))
         content = file.read(min(found.st_size, most) + 1)
     if len(content) > most:
-        raise TooLongError(f"has more than {most} bytes")
+        raise TooLongError(errno.EFBIG, f"has more than {most} bytes", str(path))
     return content
 
 
@@ -42,6 +47,8 @@ def parsed(content: str | bytes) -> Any:
     """What JSON says: of UTF-8, without NaN and infinities, no name twice in an object. Raises ValueError."""
     try:
         text = content if isinstance(content, str) else content.decode("utf-8")
+        if text.count("[") + text.count("{") > _FREE + len(text) // _PER_CONTAINER:
+            raise ValueError("it has too many lists and objects")
         return json.loads(text, object_pairs_hook=_object, parse_constant=_refused)
     except (ValueError, RecursionError) as error:  # of UTF-8, of JSON, of a number of thousands of digits
         raise ValueError(f"is no JSON: {error}") from error
@@ -51,7 +58,9 @@ def read_json(path: Path, most: int) -> Any:
     """What a JSON file says. Raises OSError, and ValueError that begins with the file's name."""
     try:
         return parsed(read_bytes(path, most))
-    except (ValueError, NoFileError, TooLongError) as error:
+    except (NoFileError, TooLongError) as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 

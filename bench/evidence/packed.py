@@ -55,6 +55,6 @@ def unpack(path: Path, directory: Path) -> int:
         raise ValueError(f"{path}: is no packed store: {error}") from error
     for device, kernel, text in found:
         where = stored.path_of(directory, device, kernel)
-        where.parent.mkdir(mode=0o700, exist_ok=True)
+        where.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_whole(where, text)
     return len(found)
