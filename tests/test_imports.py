@@ -15,7 +15,7 @@ PACKAGE = Path(triton_conv.__file__).parent
 
 # A module may import those of earlier lines, not of its own: `tuning` and the commands see everything.
 LAYERS = [
-    {"version", "geometry", "devices", "epilogue", "unsupported", "invariance", "later"},
+    {"version", "geometry", "devices", "epilogue", "unsupported", "invariance", "later", "files"},
     {"tiles", "reference", "branches_problem"},
     {"config", "deform_reference"},
     {"causal_config", "deform_config"},

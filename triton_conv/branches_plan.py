@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from . import branches_cost, branches_ways, choose, cost, invariance, plan, stored, ways
 from .branches_problem import Problem, Term
 from .config import ITEM_BYTES, BoxConfig, Config, KernelConfig, Numerics
-from .cost import Prediction, Roofline
+from .cost import Prediction, Roofline, absurd
 from .frozen import PlanOfProblem
 from .geometry import ConvGeometry, Role, Strides
 
@@ -270,6 +270,8 @@ def _looked_up(asked: Problem, problem: Problem, kernel: str, rule: Config | Box
         return by_rule
     assert isinstance(found.config, (Config, BoxConfig))
     p = _assembled(asked, problem, kernel, found.config, f"{why}; config of {found.where}", found.seconds)
+    if absurd(p.prediction, by_rule.prediction):
+        return by_rule
     return p if found.exact or p.prediction.seconds <= ways.MOST_OF_RULE * by_rule.prediction.seconds else by_rule
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from .commands import audit, bench, check, configs, demo, explain, tune
 from .commands.common import CommandError
+from .files import printable
 from .version import VERSION
 
 
@@ -41,7 +42,8 @@ def _run(argv: Sequence[str] | None) -> int:
     try:
         return arguments.command(arguments)
     except CommandError as error:
-        print(f"triton-conv: error: {error}", file=sys.stderr)
+        text = "\n".join(map(printable, str(error).splitlines()))
+        print(f"triton-conv: error: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("triton-conv: interrupted", file=sys.stderr)

@@ -16,7 +16,7 @@ from . import deform_cost as cost
 from . import invariance, stored, ways
 from . import key as keys
 from .config import Config, Numerics, most_splits
-from .cost import Prediction, Roofline, copy_seconds
+from .cost import Prediction, Roofline, absurd, copy_seconds
 from .deform_config import DeformProblem, DeformRole
 from .frozen import PlanOfProblem
 from .plan import ACCUMULATORS, span
@@ -227,6 +227,8 @@ def _looked_up(problem: DeformProblem) -> DeformPlan:
     if found is None or not isinstance(found.config, Config) or misfit(problem, found.config):
         return rule
     p = _assembled(problem, found.config, f"config of {found.where}", found.seconds)
+    if absurd(p.prediction, rule.prediction):
+        return rule
     return p if found.exact or p.prediction.seconds <= ways.MOST_OF_RULE * rule.prediction.seconds else rule
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import stat
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import NamedTuple
 
+from . import files
 from . import key as keys
 from .config import KernelConfig
 from .devices import Device, known
@@ -30,7 +30,7 @@ from .entry import loads, shown
 from .entry import winner_of as winner_of
 from .key import Extents, Key
 
-MOST_BYTES = 64 * 2**20  # of a file
+MOST_BYTES = 32 * 2**20  # of a file: some thousands of problems, each with all that was tried
 
 
 class UnreadableError(MalformedError):
@@ -83,19 +83,14 @@ def path_of(directory: Path, device: str, kernel: str) -> Path:
 def load(path: Path) -> tuple[str, str, list[Entry]]:
     """(device, kernel, entries) of a file. Raises MalformedError, and FileNotFoundError if there is none."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise UnreadableError(f"{path}: is no file")  # of pipes, nobody may ever write what we would wait for
-        with open(path, "rb") as file:
-            content = file.read(MOST_BYTES + 1)
+        content = files.read_bytes(path, MOST_BYTES)
     except FileNotFoundError:
         raise
     except NotADirectoryError as error:
         raise FileNotFoundError(*error.args) from error
     except OSError as error:
         raise UnreadableError(f"{path}: {error.strerror or error}") from error
-    if len(content) > MOST_BYTES:
-        raise MalformedError(f"{path}: has more than {MOST_BYTES} bytes")
-    return loads(content.decode(errors="replace"), str(path))
+    return loads(content, str(path))
 
 
 def read(path: Path, kernel: str, names: Iterable[str]) -> list[Entry]:
