@@ -123,21 +123,25 @@ def causal_conv1d(
     silu = _silu("causal_conv1d", activation)
     if context is not None and initial_state is not None:
         raise TypeError("causal_conv1d(): context and initial_state are two names of one argument; give one of them")
-    if initial_state is None:
-        initial_state = context
+    state_name = "initial_state" if context is None else "context"
+    initial_state = initial_state if context is None else context
+    for argument, asked in {"return_final_state": return_final_state, "return_context": return_context}.items():
+        if not isinstance(asked, bool):
+            raise TypeError(f"causal_conv1d(): argument '{argument}' must be bool, not {type(asked).__name__}")
     return_final_state = return_final_state or return_context
-    if isinstance(weight, Tensor) and weight.dim() == 3:
+    _check_types("causal_conv1d", x=x, weight=weight, bias=bias, **{state_name: initial_state})
+    if weight.dim() == 3:
         if silu:
             raise TypeError("causal_conv1d(): an activation is for weights (C, W), not for one of three dimensions")
-        return dense_causal_conv1d(x, weight, bias, initial_state, **dense, return_context=bool(return_final_state))
+        return dense_causal_conv1d(x, weight, bias, initial_state, **dense, return_context=return_final_state)
     for option, given in dense.items():
-        if given != _DENSE[option]:
+        usual = _DENSE[option]
+        if type(given) is not type(usual) or given != usual:
             raise TypeError(
                 f"causal_conv1d(): {option} is for weights (K, C / groups, S), but got {option}={given!r} "
-                f"(weight {list(getattr(weight, 'shape', ()))})"
+                f"(weight {list(weight.shape)})"
             )
-    _check_types("causal_conv1d", x=x, weight=weight, bias=bias, initial_state=initial_state)
-    y, final_state = _forward_op(x, weight, bias, initial_state, silu, bool(return_final_state))
+    y, final_state = _forward_op(x, weight, bias, initial_state, silu, return_final_state)
     return (y, final_state) if return_final_state else y
 
 
@@ -170,6 +174,8 @@ def causal_conv1d_update(
 
 
 def _silu(name: str, activation: Any) -> bool:
+    if activation is not None and not isinstance(activation, str):
+        raise TypeError(f"{name}(): argument 'activation' must be str or None, not {type(activation).__name__}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"{name}(): activation must be one of {ACTIVATIONS}, but got activation={activation!r}")
     return activation is not None
@@ -177,7 +183,7 @@ def _silu(name: str, activation: Any) -> bool:
 
 def _check_types(name: str, **tensors: Any) -> None:
     for argument, t in tensors.items():
-        if t is None and argument in ("bias", "initial_state"):
+        if t is None and argument in ("bias", "initial_state", "context"):
             continue
         check_kind(name, argument, t)
 
