@@ -22,6 +22,7 @@ LAYERS = [
     {"key"},
     {"kernels", "entry"},
     {"cost", "stored", "frozen"},
+    {"recovery"},
     {"choose", "causal_cost", "deform_cost", "branches_cost"},
     {"ways"},
     {"backends", "branches_ways"},

@@ -5,13 +5,13 @@ Words are those of `branches_problem`: a term is a convolution of a slice of cha
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import prod
 from typing import TYPE_CHECKING
 
-from . import branches_cost, branches_ways, choose, cost, invariance, plan, stored, ways
+from . import branches_cost, branches_ways, choose, cost, invariance, plan, recovery, stored, ways
 from .branches_problem import Problem, Term
 from .config import ITEM_BYTES, BoxConfig, Config, KernelConfig, Numerics
 from .cost import Prediction, Roofline, absurd
@@ -65,6 +65,11 @@ class BranchesPlan(PlanOfProblem):
         """The dtype of every operand that a launch may name."""
         numbers = {number for term in self.order for number in (term.number, term.part)}
         return dict.fromkeys((f"{name}{i}" for i in sorted(numbers) for name in ("x", "w", "bias", "y")), self.dtype)
+
+    @property
+    def compiled_for(self) -> Hashable:
+        """All that its kernel's code depends on beside its config."""
+        return branches_ways.key_of(self.problem)[0], self.numerics
 
     @property
     def moves(self) -> tuple[str, ...]:
@@ -207,10 +212,37 @@ def _of_batch(problem: Problem, batch: int) -> Problem:
 @lru_cache(maxsize=4096)
 def _make(problem: Problem, _generation: Hashable, batch: int | None) -> BranchesPlan:
     if batch is None:
-        return choice(every(problem))
-    model = choice(every(_of_batch(problem, batch)))
+        return recovery.first(problem, _candidates(problem))
+    alike = _candidates(_of_batch(problem, batch))
+    return recovery.first(problem, (_as_of(problem, model, batch) for model in alike))
+
+
+def _as_of(problem: Problem, model: BranchesPlan, batch: int) -> BranchesPlan:
     inner = branches_ways.moved(problem) if model.moves else problem
     return _assembled(problem, inner, model.kernel, model.config, f"{model.why}; chosen for a batch of {batch}")
+
+
+def _candidates(problem: Problem) -> Iterator[BranchesPlan]:
+    """The plans of a problem in the order in which they are tried: each is for where those before it cannot run."""
+    found = every(problem)
+    best = choice(found)
+    yield best
+    for like in (best, *found):
+        for again in recovery.sources(lambda: every(problem)):
+            for p in again:
+                if (p.kernel, p.moves) == (like.kernel, like.moves):
+                    yield p
+                    yield from _smallest(p)
+    config = branches_ways.gather_config(problem)
+    last = _assembled(problem, problem, "gather_branches", config, "pointer gather, since nothing else could run")
+    yield last
+    yield from _smallest(last)
+
+
+def _smallest(p: BranchesPlan) -> Iterator[BranchesPlan]:
+    config = choose.smallest(p.config, p.dtype)
+    if not branches_ways.misfit(p.problem, p.kernel, config):
+        yield with_config(p, config)
 
 
 def every(problem: Problem) -> list[BranchesPlan]:

@@ -5,6 +5,7 @@ A plan prints itself (`str(plan)`); `triton-conv explain --causal` shows it with
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import prod
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from . import causal_config as configs
 from . import causal_cost as cost
-from . import invariance
+from . import invariance, recovery, stored
 from .causal_config import CausalConfig, CausalProblem, CausalRole
 from .cost import Prediction, Roofline
 from .frozen import PlanOfProblem
@@ -54,6 +55,16 @@ class CausalPlan(PlanOfProblem):
     @property
     def N(self) -> int:
         return self.asked.N
+
+    @property
+    def compiled_for(self) -> Hashable:
+        """All that its kernels' code depends on beside their config."""
+        p = self.asked
+        return p.role, p.W, p.dtype, p.weight_dtype, p.bias_dtype, p.silu, p.has_state, p.rows
+
+    @property
+    def reason(self) -> str:
+        return _REASONS[self.role]
 
     @property
     def accumulator(self) -> str:
@@ -117,16 +128,17 @@ class CausalPlan(PlanOfProblem):
             f"config     {self.config}",
             f"numbers    {self.dtype} products, {self.accumulator} accumulator, 64-bit offsets",
             f"workspace  {self.workspace_bytes} bytes{slabs}",
-            f"reason     {_REASONS[self.role]}",
+            f"reason     {self.reason}",
         ]
         return "\n".join(lines)
 
 
 def make(problem: CausalProblem) -> CausalPlan:
     """The plan of a problem; the second time it is a look-up."""
-    return _make(problem, invariance.batch())
+    return _make(problem, stored.generation(), invariance.batch())
 
 
 @lru_cache(maxsize=8192)
-def _make(problem: CausalProblem, batch: int | None) -> CausalPlan:
-    return CausalPlan(problem, configs.default(problem if batch is None else problem._replace(N=batch)))
+def _make(problem: CausalProblem, _generation: Hashable, batch: int | None) -> CausalPlan:
+    rule = configs.default(problem if batch is None else problem._replace(N=batch))
+    return recovery.first(problem, (CausalPlan(problem, config) for config in configs.smaller(rule)))

@@ -5,15 +5,15 @@ A plan prints itself (`str(plan)`).
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import prod
 from typing import TYPE_CHECKING
 
+from . import choose, invariance, recovery, stored, ways
 from . import deform_config as configs
 from . import deform_cost as cost
-from . import invariance, stored, ways
 from . import key as keys
 from .config import Config, Numerics, most_splits
 from .cost import Prediction, Roofline, absurd, copy_seconds
@@ -71,6 +71,11 @@ class DeformPlan(PlanOfProblem):
     @property
     def N(self) -> int:
         return self.asked.geometry.N
+
+    @property
+    def compiled_for(self) -> Hashable:
+        """All that its kernels' code depends on beside their config."""
+        return key_of(self.problem)[0], self.numerics
 
     @property
     def tiles(self) -> Tiles:
@@ -195,8 +200,26 @@ def make(problem: DeformProblem) -> DeformPlan:
 @lru_cache(maxsize=4096)
 def _make(problem: DeformProblem, _generation: Hashable, batch: int | None) -> DeformPlan:
     alike = problem if batch is None else problem._replace(geometry=replace(problem.geometry, N=batch))
-    chosen = choice(every(alike))
-    return chosen if batch is None else _assembled(problem, chosen.config, chosen.why)
+    plans = _candidates(alike)
+    if batch is not None:
+        plans = (_assembled(problem, p.config, p.why) for p in plans)
+    return recovery.first(problem, plans)
+
+
+def _candidates(problem: DeformProblem) -> Iterator[DeformPlan]:
+    """The plans of a problem in the order in which they are tried: each is for where those before it cannot run.
+
+    After the best one come configs from other places, each with fewer slabs, then with small tiles, then no copies.
+    """
+    found = choice(every(problem))
+    yield found
+    for p in recovery.sources(lambda: choice(every(problem))):
+        yield p
+        for copies in (True, False):
+            small = choose.smallest(p.config, problem.dtype)
+            assert isinstance(small, Config)
+            for config in (p.config, *choose.fewer_slabs(p.config), small, *choose.fewer_slabs(small)):
+                yield _assembled(problem, config, f"{p.why}, which could not run", copies=copies)
 
 
 def every(problem: DeformProblem) -> list[DeformPlan]:
@@ -260,9 +283,13 @@ def with_config(problem: DeformProblem, p: DeformPlan, config: Config) -> Deform
 
 
 def _assembled(
-    problem: DeformProblem, config: Config, why: str = "tiles by rule", measured: float | None = None
+    problem: DeformProblem,
+    config: Config,
+    why: str = "tiles by rule",
+    measured: float | None = None,
+    copies: bool = True,
 ) -> DeformPlan:
-    packs, left = packed(problem)
+    packs, left = packed(problem) if copies else ((), problem)
     bits = 64 if _reach(left, config) >= 2**31 else 32
     numerics = Numerics(bits, ACCUMULATORS[problem.dtype], problem.precision, problem.has_bias)
     return DeformPlan(problem, left, packs, config, numerics, why, measured)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import execute, functional, ops
+from . import execute, functional, ops, recovery
 from .devices import Device
 from .functional import Ints, Modes, Padding
 from .separable_plan import Problem, SeparablePlan, make, obstacle
@@ -211,10 +211,14 @@ def _run(input, depthwise, pointwise, depthwise_bias, bias, *params) -> Tensor:
             tensors = {"x": input, "depthwise": depthwise, "pointwise": pointwise, "y": output}
             biases = {"depthwise_bias": depthwise_bias, "bias": bias}
             tensors |= {name: b.contiguous() for name, b in biases.items() if b is not None}
-            with execute._on_device(input.device):
-                for launch in made.direct:
+
+            def launched(p: SeparablePlan) -> Tensor:
+                for launch in p.direct:
                     launch.run(tensors)
-            return output
+                return output
+
+            with execute._on_device(input.device):
+                return recovery.run(lambda: make(made.problem), launched, made.problem)
     between = execute.execute(first)
     y = execute.execute(replace(second, a=between, b=pointwise, bias=bias))
     return y if y.stride() == output.stride() else output.copy_(y)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
-from . import choose, config, cost, invariance, plan
+from . import choose, config, cost, invariance, plan, recovery, stored
 from .config import ITEM_BYTES, Config, Numerics
 from .cost import Prediction, Roofline
 from .devices import Device
@@ -58,6 +59,28 @@ class SeparablePlan(PlanOfProblem):
     @property
     def N(self) -> int:
         return self.asked.N
+
+    @property
+    def compiled_for(self) -> Hashable:
+        """All that its kernel's code depends on beside its config."""
+        p, g = self.problem, self.problem.depthwise
+        return (
+            p.dtype,
+            p.precision,
+            g.filter,
+            g.stride,
+            g.dilation,
+            g.modes,
+            g.C,
+            p.K,
+            p.x[1],
+            self.numerics,
+            p.has_bias,
+        )
+
+    @property
+    def reason(self) -> str:
+        return "tiles by rule"
 
     @property
     def pointwise(self) -> ConvGeometry:
@@ -176,11 +199,18 @@ def obstacle(dtype: str, g: ConvGeometry) -> str | None:
     return None
 
 
-@lru_cache(maxsize=4096)
 def make(problem: Problem) -> SeparablePlan:
-    """The plan of a problem without an obstacle."""
+    """The plan of a problem without an obstacle; the second time it is a look-up."""
+    return _make(problem, stored.generation())
+
+
+@lru_cache(maxsize=4096)
+def _make(problem: Problem, _generation: Hashable) -> SeparablePlan:
     p, g = problem, problem.depthwise
-    made = _config(g, p.K, p.dtype, p.precision)
+    return recovery.first(problem, (_assembled(p, g, config) for config in _configs(g, p.K, p.dtype, p.precision)))
+
+
+def _assembled(p: Problem, g: ConvGeometry, made: Config) -> SeparablePlan:
     spans = [
         plan.span(g.shape("x"), p.x),
         plan.span((g.N, p.K, *g.output), p.y),
@@ -190,6 +220,12 @@ def make(problem: Problem) -> SeparablePlan:
     ]
     bits = 64 if max(spans) >= 2**31 else 32
     return SeparablePlan(p, made, Numerics(bits, plan.ACCUMULATORS[p.dtype], p.precision, p.has_depthwise_bias))
+
+
+def _configs(g: ConvGeometry, K: int, dtype: str, precision: str) -> tuple[Config, Config]:
+    """Tiles by rule, then small ones for where these cannot run."""
+    rule = _config(g, K, dtype, precision)
+    return rule, replace(rule, BLOCK_M=16, BLOCK_N=16, BLOCK_K=16)
 
 
 def _config(g: ConvGeometry, K: int, dtype: str, precision: str) -> Config:

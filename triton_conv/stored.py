@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -120,7 +121,8 @@ _indices: dict[tuple[str, str, str], _Index] = {}  # of the user's files or the 
 _installed: dict[tuple[str, str], dict[tuple[Key, Extents], Entry]] = {}  # by device and kernel
 _held: dict[tuple[Path | None, str, str], tuple[Entry, ...]] = {}  # by directory, device and kernel
 _hidden: ContextVar[frozenset[str]] = ContextVar("hidden", default=frozenset())
-_generation = 0
+_generations = count()
+_generation = next(_generations)
 
 
 def generation() -> tuple[int, frozenset[str]]:
@@ -130,16 +132,20 @@ def generation() -> tuple[int, frozenset[str]]:
 
 def forget() -> None:
     """Reads files again when they are next needed, and lets plans be made anew."""
-    global _generation
-    _generation += 1
+    renew()
     _indices.clear()
+
+
+def renew() -> None:
+    """Lets plans be made anew."""
+    global _generation
+    _generation = next(_generations)  # never one that a thread beside this one has used
 
 
 def install(device: str, kernel: str, entries: Iterable[Entry]) -> None:
     """Lets this process look in `entries` before any file; they replace those installed for the same extents."""
-    global _generation
     _installed.setdefault((device, kernel), {}).update({(entry.key, entry.extents): entry for entry in entries})
-    _generation += 1
+    renew()
     _indices.pop(("installed", device, kernel), None)
 
 

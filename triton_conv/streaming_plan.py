@@ -7,14 +7,15 @@ the kernel runs depends on the call, and changes no value.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import choose, cost, invariance, plan, stored, ways
+from . import choose, cost, invariance, plan, recovery, stored, ways
 from . import config as configs
+from . import key as keys
 from .config import ITEM_BYTES, BoxConfig, Config, KernelConfig, Numerics
 from .cost import Prediction, Roofline
 from .devices import Device
@@ -116,6 +117,13 @@ class StreamingPlan(PlanOfProblem):
         return Strides(p.x, p.filters, p.y)._replace(**read)
 
     @property
+    def compiled_for(self) -> Hashable:
+        """All that its kernels' code depends on beside their config."""
+        channels_last = ways.reads_channels_last(self.role, self.strides)
+        key = keys.of(self.geometry, self.role, self.dtype, self.dtype, self.numerics.precision, channels_last)[0]
+        return key._replace(pixels=0), self.numerics, self.context.held > 0, self.problem.scale_dtype
+
+    @property
     def dtypes(self) -> dict[str, str]:
         """The dtype of every operand that a launch may name."""
         operands = dict.fromkeys(("x", "context", "w", "bias", "residual", "y"), self.dtype)
@@ -206,8 +214,30 @@ def make(problem: Problem) -> StreamingPlan:
 
 @lru_cache(maxsize=4096)
 def _make(problem: Problem, explicit: KernelConfig | None, generation: Hashable, batch: int | None) -> StreamingPlan:
-    p, g = problem, problem.geometry
-    way = _chosen(_of_fixed_length(p, g.N if batch is None else batch), explicit, generation)
+    alike = _of_fixed_length(problem, problem.geometry.N if batch is None else batch)
+    if explicit is not None:
+        return _assembled(problem, _chosen(alike, explicit, generation))
+    return recovery.first(problem, (_assembled(problem, way) for way in _candidates(alike)))
+
+
+def _candidates(alike: ways.Problem) -> Iterator[Way]:
+    """Ways in the order in which they are tried: each is for where those before it cannot run."""
+
+    def look() -> Way:
+        return _chosen(alike, None, stored.generation())
+
+    yield look()
+    for way in recovery.sources(look):
+        yield way
+        yield way._replace(config=choose.smallest(way.config, alike.dtype))
+    given = Layout((), True, 1, alike.geometry, alike.strides, ())
+    last = _for_any_length(_gathered(alike, given, None, "nothing else could run"))
+    yield last
+    yield last._replace(config=choose.smallest(last.config, alike.dtype))
+
+
+def _assembled(p: Problem, way: Way) -> StreamingPlan:
+    g = p.geometry
     read = [name for name in _WORDS if name != "context" or p.context.held]
     fits = _fits_a_box if way.kernel == "box" else _in_rows if way.layout.packs else _as_it_lies
     packs = tuple(name for name in read if not fits(p, name))

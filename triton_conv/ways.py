@@ -123,6 +123,12 @@ def of(
     return found if direct else [_direct(problem, given), *found]
 
 
+def gathered(problem: Problem, g: ConvGeometry, strides: Strides, keep_channels: bool) -> Way:
+    """The way that is open to every problem: pointers, as everything lies. Arguments are those of `of`."""
+    layout = _laid_out(g, strides, problem.role, (), keep_channels)
+    return _gathered(problem, layout, None, "nothing else could run")
+
+
 def alike(
     problem: Problem,
     g: ConvGeometry,
