@@ -15,7 +15,7 @@ PACKAGE = Path(triton_conv.__file__).parent
 
 # A module may import those of earlier lines, not of its own: `tuning` and the commands see everything.
 LAYERS = [
-    {"version", "geometry", "devices", "epilogue", "unsupported", "invariance", "later", "frozen"},
+    {"version", "geometry", "devices", "epilogue", "unsupported", "invariance", "later", "frozen", "installed"},
     {"tiles", "reference", "branches_problem"},
     {"config", "deform_reference"},
     {"causal_config", "deform_config"},
@@ -55,7 +55,8 @@ LAYERS = [
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 NARROW = {
-    "kernels": {"geometry", "tiles", "epilogue", "causal_config", "deform_config", "branches_problem", "kernels"},
+    "kernels": {"geometry", "tiles", "epilogue", "causal_config", "deform_config", "branches_problem", "kernels"}
+    | {"installed"},
     "causal_config": {"config", "tiles", "devices"},
     "reference": {"geometry", "epilogue"},
     "config": {"geometry", "tiles", "devices", "epilogue"},
@@ -63,6 +64,7 @@ NARROW = {
     "branches_problem": {"geometry", "devices"},
     "geometry": set(),
     "devices": set(),
+    "installed": set(),
 }
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from .commands import audit, bench, check, configs, demo, explain, tune
 from .commands.common import CommandError
+from .installed import TritonMissingError
 from .version import VERSION
 
 
@@ -34,13 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     parser = _parser()
-    arguments = parser.parse_args(argv)
-    if arguments.command is None:
-        parser.print_help(sys.stderr)
-        return 2
     try:
+        arguments = parser.parse_args(argv)
+        if arguments.command is None:
+            parser.print_help(sys.stderr)
+            return 2
         return arguments.command(arguments)
-    except CommandError as error:
+    except (CommandError, TritonMissingError) as error:
         print(f"triton-conv: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

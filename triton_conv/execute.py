@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from . import backends, devices, invariance, plan, reference
+from . import backends, devices, installed, invariance, plan, reference
 from .backends import default_precision
 from .devices import INTERPRETER, Device
 from .epilogue import PLAIN, Epilogue
@@ -165,8 +165,11 @@ def device_of(device: torch.device) -> Device | None:
 def interpreting() -> bool:
     """Whether Triton interprets kernels (TRITON_INTERPRET=1), so that they run on CPU tensors.
 
-    Raises RuntimeError if the variable was set too late: Triton reads it when it is imported.
+    Raises RuntimeError if the variable was set too late: Triton reads it when it is imported. Raises ImportError if it
+    is set and Triton is missing.
     """
+    if not installed.available():
+        return False
     import triton
     from triton.runtime.interpreter import InterpretedFunction
 
