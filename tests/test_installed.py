@@ -77,8 +77,8 @@ def command(line):
 for line in (
     "explain 8x64x56x56 128x64x3x3 --padding 1 --dtype bfloat16 --activation silu", "explain 2x64x100 64x4 --causal",
     "explain 8x16x9x9 16x1x3x3 --groups 16 --pointwise 8", "explain 8x16x9x9 8x16x3x3 --deform",
-    "explain 8x16x9x9 8x16x3x3 --padding 1 --branch 8x16x1x1", "explain 2x4x5x9x9 8x4x3x3x3 --context 2", "check --only 3",
-    "demo --interpret", "audit", "tune --dry-run --suite resnet50", "configs show",
+    "explain 8x16x9x9 8x16x3x3 --padding 1 --branch 8x16x1x1", "explain 2x4x5x9x9 8x4x3x3x3 --context 2",
+    "check --only 3", "demo --interpret", "audit", "tune --dry-run --suite resnet50", "configs show",
 ):
     command(line)
 

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .commands import audit, bench, check, configs, demo, explain, tune
+from .commands import audit, bench, check, configs, demo, explain, report, tune
 from .commands.common import CommandError
 from .installed import TritonMissingError
 from .version import VERSION
@@ -37,6 +37,7 @@ def _run(argv: Sequence[str] | None) -> int:
     parser = _parser()
     try:
         arguments = parser.parse_args(argv)
+        arguments.given = tuple(sys.argv[1:] if argv is None else argv)
         if arguments.command is None:
             parser.print_help(sys.stderr)
             return 2
@@ -54,6 +55,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}", help="show the version and exit")
     parser.set_defaults(command=None)
     sub = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for command in (demo, check, explain, audit, configs, tune, bench):
+    for command in (demo, check, explain, report, audit, configs, tune, bench):
         command.add(sub)
     return parser

@@ -159,7 +159,21 @@ def device_of(device: torch.device) -> Device | None:
     """What plans need to know of a device; None where plain torch runs."""
     if device.type == "cuda":
         return _cuda_device(device.index if device.index is not None else torch.cuda.current_device())
-    return INTERPRETER if interpreting() else None
+    return INTERPRETER if not _plain and interpreting() else None
+
+
+_plain = False
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """Inside, CPU tensors run plain torch in this process, also where TRITON_INTERPRET is set."""
+    global _plain
+    before, _plain = _plain, True
+    try:
+        yield
+    finally:
+        _plain = before
 
 
 def interpreting() -> bool:
