@@ -15,7 +15,7 @@ PACKAGE = Path(triton_conv.__file__).parent
 
 # A module may import those of earlier lines, not of its own: `tuning` and the commands see everything.
 LAYERS = [
-    {"version", "geometry", "devices", "epilogue", "unsupported", "invariance", "later", "files"},
+    {"version", "geometry", "devices", "epilogue", "unsupported", "invariance", "later", "files", "installed"},
     {"tiles", "reference", "branches_problem"},
     {"config", "deform_reference"},
     {"causal_config", "deform_config"},
@@ -56,7 +56,8 @@ LAYERS = [
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 NARROW = {
-    "kernels": {"geometry", "tiles", "epilogue", "causal_config", "deform_config", "branches_problem", "kernels"},
+    "kernels": {"geometry", "tiles", "epilogue", "causal_config", "deform_config", "branches_problem", "kernels"}
+    | {"installed"},
     "causal_config": {"config", "tiles", "devices"},
     "reference": {"geometry", "epilogue"},
     "config": {"geometry", "tiles", "devices", "epilogue"},
@@ -64,6 +65,7 @@ NARROW = {
     "branches_problem": {"geometry", "devices"},
     "geometry": set(),
     "devices": set(),
+    "installed": set(),
 }
 
 

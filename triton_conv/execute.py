@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from . import backends, devices, invariance, plan, recovery, reference
+from . import backends, devices, installed, invariance, plan, recovery, reference
 from . import config as configs
 from .backends import default_precision
 from .devices import INTERPRETER, Device
@@ -174,14 +174,31 @@ def device_of(device: torch.device) -> Device | None:
     """What plans need to know of a device; None where plain torch runs."""
     if device.type == "cuda":
         return _cuda_device(device.index if device.index is not None else torch.cuda.current_device())
-    return INTERPRETER if interpreting() else None
+    return INTERPRETER if not _plain and interpreting() else None
+
+
+_plain = False
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """Inside, CPU tensors run plain torch in this process, also where TRITON_INTERPRET is set."""
+    global _plain
+    before, _plain = _plain, True
+    try:
+        yield
+    finally:
+        _plain = before
 
 
 def interpreting() -> bool:
     """Whether Triton interprets kernels (TRITON_INTERPRET=1), so that they run on CPU tensors.
 
-    Raises RuntimeError if the variable was set too late: Triton reads it when it is imported.
+    Raises RuntimeError if the variable was set too late: Triton reads it when it is imported. Raises ImportError if it
+    is set and Triton is missing.
     """
+    if not installed.available():
+        return False
     import triton
     from triton.runtime.interpreter import InterpretedFunction
 

@@ -8,6 +8,7 @@ from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
+from .. import installed
 from . import values
 from .common import CommandError, add_compiling, counted, require
 
@@ -41,6 +42,7 @@ def add(sub: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """`triton-conv audit`."""
     require("audit", "tuning", "rich")
+    installed.require()
     from rich.console import Console
     from rich.progress import Progress
 
