@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .commands import audit, bench, check, configs, demo, explain, tune
+from .commands import audit, bench, check, configs, demo, explain, fuzz, tune
 from .commands.common import CommandError
 from .version import VERSION
 
@@ -53,6 +53,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}", help="show the version and exit")
     parser.set_defaults(command=None)
     sub = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for command in (demo, check, explain, audit, configs, tune, bench):
+    for command in (demo, check, fuzz, explain, audit, configs, tune, bench):
         command.add(sub)
     return parser

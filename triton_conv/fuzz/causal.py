@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from .. import causal as ours
 from .. import streaming
-from ..case_table import Case
+from ..cases import Case
 from ..check import Result, compared, poisoned
 from ..epilogue import ACTIVATIONS
 from ..oracle import convolved

@@ -127,7 +127,8 @@ class Drawn(ABC):
         if wanted:
             through = [y for y in outputs if y.requires_grad]
             given = [self._given(f"y{i or ''}", y) for i, y in enumerate(outputs) if y.requires_grad]
-            gradients = torch.autograd.grad(through, [leaves[name] for name in wanted], given)
+            inputs = [o for name, o in leaves.items() if o is not None and name in wanted]
+            gradients = torch.autograd.grad(through, inputs, given)
             results |= {f"d{name}": g for name, g in zip(wanted, gradients, strict=True)}
         return results
 
