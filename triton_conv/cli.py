@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .commands import audit, bench, check, configs, demo, explain, report, tune
+from .commands import audit, bench, check, configs, demo, explain, fuzz, report, tune
 from .commands.common import CommandError
 from .files import printable
 from .installed import TritonMissingError
@@ -57,6 +57,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}", help="show the version and exit")
     parser.set_defaults(command=None)
     sub = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for command in (demo, check, explain, report, audit, configs, tune, bench):
+    for command in (demo, check, fuzz, explain, report, audit, configs, tune, bench):
         command.add(sub)
     return parser
