@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from math import prod
 from typing import Any
 
 from .. import branches_plan, deform_plan, execute, plan
+from ..config import BoxConfig, Config, KernelConfig
 from ..devices import DEVICES, INTERPRETER, Device
 from ..tuning import branches, deform, space
 
@@ -59,12 +61,22 @@ def _one_of(every: Callable[..., list], others: Callable[[Any, Any], list], numb
 
 
 def _of_a_plan(problem: Any, p: Any) -> list:
-    return [partial(plan.with_config, problem, p, config) for config in space.fitting(problem, p)]
+    return [partial(plan.with_config, problem, p, config) for config in space.fitting(problem, p) if _light(config)]
 
 
 def _of_a_deformable_one(problem: Any, p: Any) -> list:
-    return [partial(deform_plan.with_config, problem, p, config) for config in deform.fitting(problem, p)]
+    return [
+        partial(deform_plan.with_config, problem, p, config) for config in deform.fitting(problem, p) if _light(config)
+    ]
 
 
 def _of_branches(_problem: Any, p: Any) -> list:
-    return [partial(branches_plan.with_config, p, config) for config in branches.fitting(p)]
+    return [partial(branches_plan.with_config, p, config) for config in branches.fitting(p) if _light(config)]
+
+
+def _light(config: KernelConfig) -> bool:
+    """Whether a step of its tile does not take the interpreter long."""
+    if isinstance(config, Config):
+        M, N, K = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K
+        return max(M * N, (M + N) * K) <= 2**13 if config.dot else M * N * K <= 2**12
+    return not isinstance(config, BoxConfig) or prod(config.box) * config.BLOCK_N <= 2**13
