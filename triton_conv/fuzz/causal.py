@@ -257,7 +257,7 @@ class Streaming(Drawn):
             x, context, residual = (t.get(name) for name in ("x", "context", "residual"))
             assert x is not None
             whole = self._call(x, context, residual, t, False)
-            made, done = [], 0
+            made, done = list[Tensor](), 0
             lengths = [*self.chunks, x.shape[2] - sum(self.chunks)]
             for piece in x.split(lengths, 2):
                 frames = (context.shape[2] if context is not None else self.reach) + piece.shape[2]
