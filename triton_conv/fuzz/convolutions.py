@@ -82,6 +82,11 @@ class Convolution(Drawn):
         return self.precision_
 
     def cost(self) -> tuple[int, int]:
+        if self.activation not in ("", *ACTIVATIONS) or self.residual not in ("", "before", "after"):
+            raise ValueError("no such epilogue")
+        axes = (self.kernel, self.stride, self.padding, self.output_padding, self.dilation, self.modes)
+        if {len(self.spatial)} != set(map(len, axes)):
+            raise ValueError("not as many axes everywhere")
         return self.case.macs, self.N * self.K * prod(self.case.output_spatial)
 
     def shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -12,11 +12,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..check import INTEGERS, Result, compared, poisoned
-from .placing import placed
+from ..check import DTYPES, INTEGERS, Result, compared, poisoned
+from .placing import PLACES, placed
 from .steering import DEVICE_NAMES, OWN, steered
 
 Tensors = dict[str, Tensor | None]
+_DTYPES = {str(dtype).removeprefix("torch.") for dtype in (*DTYPES, torch.float8_e4m3fn)}
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -37,6 +38,7 @@ class Drawn(ABC):
     places: tuple[tuple[str, str], ...] = ()
 
     LARGEST: ClassVar[int] = 1_500_000  # products of the forward pass
+    MOST: ClassVar[int] = 2_000  # outputs
 
     @abstractmethod
     def shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -87,12 +89,14 @@ class Drawn(ABC):
     def valid(self) -> bool:
         """Whether it is a convolution, and a small one."""
         try:
-            known = self.device in DEVICE_NAMES and self.candidate >= 0 and set(self.frozen) <= set(self.shapes())
             products, outputs = self.cost()
-        except (RuntimeError, ValueError, NotImplementedError, ZeroDivisionError):
+            shapes = self.shapes()
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, ZeroDivisionError):
             return False
-        sizes = [prod(shape) for shape, _ in self.shapes().values()]
-        return known and products <= self.LARGEST and outputs <= 2000 and max(sizes) <= 100_000
+        known = self.device in DEVICE_NAMES and min(self.candidate, self.seed) >= 0 and set(self.frozen) <= set(shapes)
+        known = known and {how for _, how in self.places} <= set(PLACES) and {d for _, d in shapes.values()} <= _DTYPES
+        sizes = [prod(shape) for shape, _ in shapes.values()]
+        return known and products <= self.LARGEST and outputs <= self.MOST and max(sizes) <= 100_000
 
     def check(self, where: torch.device | str = "cpu") -> list[Result]:
         """A result for each output and gradient."""
@@ -109,6 +113,8 @@ class Drawn(ABC):
         dtype = self.dtype_of(name)
         if got.shape != want.shape or got.dtype != dtype:
             return Result(name, inf, 0.0, f"{got.dtype} {list(got.shape)} instead of {dtype} {list(want.shape)}")
+        if dtype in INTEGERS:  # sums wrap
+            want = want.to(torch.int64).to(dtype)
         depth, rounded = self.depth(name)
         return compared(name, got, want, depth, self.precision, rounded)
 
