@@ -1,0 +1,25 @@
+"""Random wrong calls raise what PyTorch raises for them, name an argument, and lose nothing."""
+
+import itertools
+
+import pytest
+import torch
+from heard import raised
+from invalid_calls import FAMILIES, fault
+
+import triton_conv
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # prototypes of nested tensors, layers without weights
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_random_wrong_calls(family):
+    for seed in range(30):
+        assert fault(family, seed) == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_many_random_wrong_calls(family):
+    for seed in range(30, 600):
+        assert fault(family, seed) == ""
