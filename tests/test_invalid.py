@@ -1,15 +1,9 @@
 """Random wrong calls raise what PyTorch raises for them, name an argument, and lose nothing."""
 
-import itertools
-
 import pytest
-import torch
-from heard import raised
 from invalid_calls import FAMILIES, fault
 
-import triton_conv
-
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # prototypes of nested tensors, layers without weights
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # prototypes of nested tensors, no weights
 
 
 @pytest.mark.parametrize("family", FAMILIES)
