@@ -181,6 +181,7 @@ def _decided(make: Any, source: Tensor, weights: Sequence[Tensor], third: Any, p
 
 
 def _run(input, weights, biases, *params) -> Tensor:
+    biases = [None if b is None else b.resolve_neg() for b in biases]  # which the dispatcher does not in lists like it
     return _computed(_forward, input, weights, biases, params)
 
 

@@ -80,7 +80,7 @@ class _DepthwiseSeparable(_Factored):
             raise TypeError(f"fused must be bool or None, not {type(fused).__name__}")
         self.fused = fused
         options = {"device": device, "dtype": dtype, "precision": precision}
-        between = in_channels * depth_multiplier
+        between = functional._index(type(self).__name__, "depth_multiplier", in_channels * depth_multiplier)
         self.depthwise: Any = self.convolution(
             in_channels,
             between,

@@ -538,7 +538,9 @@ def _spelled(rank: int, weight: Any, padding: Any, given: tuple) -> Any:
     """A key of parameters, None if there is none; "same" depends on the weight's shape too."""
     if torch.compiler.is_compiling() or not _exact(given):
         return None
-    return (rank, given, getattr(weight, "shape", None)) if type(padding) is str else (rank, given)
+    if type(padding) is not str:
+        return rank, given
+    return None if not isinstance(weight, Tensor) or weight.is_nested else (rank, given, weight.shape)
 
 
 def _exact(values: tuple) -> bool:

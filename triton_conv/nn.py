@@ -33,7 +33,7 @@ from .factored import (
     DepthwiseSeparableConv3d,
     SpatiallySeparableConv2d,
 )
-from .functional import Ints, Modes, Padding
+from .functional import Ints, Modes, Padding, _is_sequence
 from .fused_nn import Fusing
 from .geometry import PADDING_MODES
 from .unsupported import not_scripted
@@ -569,10 +569,6 @@ for _cls in OURS.values():
 DepthwiseSeparableConv1d.convolution = Conv1d
 DepthwiseSeparableConv2d.convolution = SpatiallySeparableConv2d.convolution = Conv2d
 DepthwiseSeparableConv3d.convolution = Conv3d
-
-
-def _is_sequence(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def _pair(entry: Any) -> tuple[Any, ...]:

@@ -159,12 +159,12 @@ def _first_call(
     if not input.dim() == depthwise.dim() == pointwise.dim() > 2:
         raise RuntimeError(f"expected input, depthwise and pointwise with as many dimensions, but got {sizes}")
     C, E = input.shape[1], depthwise.shape[0]
+    if C == 0 or E == 0 or E % C:
+        raise RuntimeError(f"expected depthwise to have a multiple of the input's {C} channels, but got {sizes}")
     if depthwise.shape[1] != 1 or pointwise.shape[1] != E or any(n != 1 for n in pointwise.shape[2:]):
         raise RuntimeError(
             f"expected depthwise of size (E, 1, ...) and pointwise of size (K, E, 1, ...), but got {sizes}"
         )
-    if C == 0 or E == 0 or E % C:
-        raise RuntimeError(f"expected depthwise to have a multiple of the input's {C} channels, but got {sizes}")
     first = ops._conv_call(input, depthwise, depthwise_bias, stride, padding, dilation, C, padding_mode, precision)
     ops._check_operands(bias, pointwise.shape[0], precision, input=input, pointwise=pointwise)
     return first
