@@ -353,4 +353,4 @@ def test_commands_of_the_readme_are_understood(command):
 
 def test_the_readme_shows_every_command():
     shown = {command.split()[0] for command in commands_of_the_readme()}
-    assert shown == {"audit", "bench", "check", "configs", "demo", "explain", "tune"}
+    assert shown == {"audit", "bench", "check", "configs", "demo", "explain", "fuzz", "tune"}

@@ -11,8 +11,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .commands import audit, bench, check, configs, demo, explain, report, tune
+from .commands import audit, bench, check, configs, demo, explain, fuzz, report, tune
 from .commands.common import CommandError
+from .files import printable
 from .installed import TritonMissingError
 from .version import VERSION
 
@@ -43,7 +44,8 @@ def _run(argv: Sequence[str] | None) -> int:
             return 2
         return arguments.command(arguments)
     except (CommandError, TritonMissingError) as error:
-        print(f"triton-conv: error: {error}", file=sys.stderr)
+        text = "\n".join(map(printable, str(error).splitlines()))
+        print(f"triton-conv: error: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("triton-conv: interrupted", file=sys.stderr)
@@ -55,6 +57,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}", help="show the version and exit")
     parser.set_defaults(command=None)
     sub = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for command in (demo, check, explain, report, audit, configs, tune, bench):
+    for command in (demo, check, fuzz, explain, report, audit, configs, tune, bench):
         command.add(sub)
     return parser

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from . import backends, devices, installed, invariance, plan, reference
+from . import backends, devices, installed, invariance, plan, recovery, reference
+from . import config as configs
 from .backends import default_precision
 from .devices import INTERPRETER, Device
 from .epilogue import PLAIN, Epilogue
@@ -145,14 +146,28 @@ def execute(call: Call) -> Tensor:
     problem = problem_of(call, device, output)
     for seen in _seen:
         seen[problem] = None
-    p = plan.make(problem)
-    if not p.rival_runs:
-        return run(p, call, output)
-    shape, strides = output.shape, output.stride()
-    del output  # its memory is free for what cuDNN returns
-    last = p.rival_name.endswith("channels_last")
-    with _on_device(call.a.device):
-        return backends.convolve(call.role, call.geometry, call.a, call.b, call.bias, shape, strides, last)
+    outputs = [output]
+    del output
+    return computed(problem, call, outputs)
+
+
+def computed(problem: plan.Problem, call: Call, outputs: list[Tensor]) -> Tensor:
+    """The output of a call that is this problem, by the first plan that can run (`recovery`).
+
+    `outputs` holds an uninitialised output, and nobody else does: its memory is freed where cuDNN returns another.
+    """
+    shape, strides = outputs[0].shape, outputs[0].stride()
+
+    def attempt(p: plan.Plan) -> Tensor:
+        if not p.rival_runs:
+            return run(p, call, outputs[0] if outputs else _empty_like_output(call))
+        outputs.clear()
+        last = p.rival_name.endswith("channels_last")
+        with _on_device(call.a.device):
+            return backends.convolve(call.role, call.geometry, call.a, call.b, call.bias, shape, strides, last)
+
+    explicit = configs.chosen(call.role) is not None
+    return recovery.run(lambda: plan.make(problem), attempt, problem, explicit)
 
 
 def device_of(device: torch.device) -> Device | None:

@@ -133,7 +133,7 @@ def output_padding_of(module: Any, input: Tensor, output_size: Sequence[int] | N
         len(module.kernel_size),
         module.dilation,
     )
-    return tuple(int(p) for p in output_padding)
+    return tuple(output_padding) if output_size is None else tuple(int(p) for p in output_padding)
 
 
 class _Ours(Fusing):

@@ -295,6 +295,8 @@ def _dense(size: Sequence[int], stride: Sequence[int]) -> bool:
 
 
 def check_precision(precision: Any) -> None:
+    if precision is not None and not isinstance(precision, str):
+        raise TypeError(f"precision must be str or None, not {type(precision).__name__}")
     if precision is not None and precision not in PRECISIONS:
         raise ValueError(f"precision must be None or one of {PRECISIONS}, but got precision={precision!r}")
 
