@@ -50,15 +50,16 @@ def run(arguments: argparse.Namespace) -> int:
 
     parameters = kinds.parameters(arguments)
     device = device_name(arguments.device)
-    shapes = arguments.input, arguments.weight
-    how = {name: getattr(arguments, name) for name in ("transposed", "dtype", "channels_last", "bias", "seed")}
+    names = ("transposed", "dtype", "channels_last", "bias", "seed")
+    how: dict[str, Any] = {name: getattr(arguments, name) for name in names} | parameters
+    x, w = arguments.input, arguments.weight
     try:
-        found = reporting.report(*shapes, device=torch.device(device), **how, **parameters)
+        found = reporting.report(x, w, device=torch.device(device), **how)
     except (RuntimeError, ValueError, TypeError) as error:
         raise CommandError(str(error)) from error
     again = _again(arguments.given)
     found.sections.append(("Again", [f"{'TRITON_INTERPRET=1 ' if _interprets() else ''}triton-conv {again}"]))
-    if not _interprets() and reporting.interpretable(*shapes):
+    if not _interprets() and reporting.interpretable(x, w):
         lines, wrong = _interpreted(again)
         found.sections.append(("In Triton's interpreter", lines))
         found.wrong += ["the same in Triton's interpreter"] * wrong

@@ -146,7 +146,7 @@ def _causal(made: dict[str, Tensor], drawn: _Drawn, bias: bool, rest: dict[str, 
         made["initial_state"] = drawn(*x.shape[:2], w.shape[1] - 1)
 
     def run(given: Tensors) -> Tensor:
-        named = {key: t for key, t in given.items() if key not in ("input", "weight")}
+        named: dict[str, Any] = {key: t for key, t in given.items() if key not in ("input", "weight")}
         y = causal.causal_conv1d(given["input"], given["weight"], activation=rest.get("activation"), **named)
         assert isinstance(y, Tensor)
         return y
@@ -196,7 +196,12 @@ def _deform(made: dict[str, Tensor], drawn: _Drawn, bias: bool, rest: dict[str, 
         made["mask"] = drawn.uniform(x.shape[0], pairs, *y.shape[2:])
     if bias:
         made["bias"] = drawn(w.shape[0])
-    return Call("deform_conv2d", made, lambda given: deform.deform_conv2d(**given, **how), None, True)
+
+    def run(given: Tensors) -> Tensor:
+        named: dict[str, Any] = dict(given)
+        return deform.deform_conv2d(**named, **how)
+
+    return Call("deform_conv2d", made, run, None, True)
 
 
 def _streaming(made: dict[str, Tensor], drawn: _Drawn, bias: bool, rest: dict[str, Any]) -> Call:

@@ -32,7 +32,7 @@ def share(got: Tensor, want: Tensor, allowed: Tensor) -> Tensor:
         return torch.where(got.cpu() == want, 0.0, torch.inf)
     error = (got.to("cpu", want.dtype) - want).abs()
     same = (got.to("cpu", want.dtype) == want) | (got.cpu().isnan() & want.isnan())
-    return torch.where(same, 0.0, torch.nan_to_num(error / allowed, nan=torch.inf))
+    return torch.where(same, 0.0, torch.nan_to_num(error / allowed, nan=torch.inf, posinf=torch.inf))
 
 
 def lines(wrong: Tensor, axes: str, got: Tensor, want: Tensor, rival: Tensor | None) -> list[str]:

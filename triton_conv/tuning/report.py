@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import check, devices, execute, explain, installed, key
+from .. import check, devices, execute, explain, installed, key, plan, ways
+from ..config import Config
 from . import built, differences, subject, surroundings
 
 _ROUNDINGS = 8.0  # of the dtype, that a result may be off where it is rounded on the way
@@ -49,7 +50,7 @@ def report(
 ) -> Report:
     """The report on a convolution, as `triton_conv.explain.plans` takes it, computed on a device."""
     made = Report()
-    named = {"transposed": transposed, "dtype": dtype, "channels_last": channels_last, "bias": bias}
+    named: dict[str, Any] = {"transposed": transposed, "dtype": dtype, "channels_last": channels_last, "bias": bias}
     call = built.built(input_shape, weight_shape, seed=seed, **named, **parameters)
     made.sections.append(("Machine", surroundings.lines(device)))
     found = execute.device_of(device)
@@ -150,7 +151,7 @@ def _problems(
     planned: Mapping[str, explain.AnyPlan], shapes: tuple[Sequence[int], Sequence[int]], how: dict[str, Any]
 ) -> dict[str, Any]:
     """What kernels can be tried for, by what it computes."""
-    own = {name: p.problem for name, p in planned.items() if hasattr(p, "problem")}
+    own: dict[str, Any] = {name: p.problem for name, p in planned.items() if hasattr(p, "problem")}
     if own or any(how.get(kind) for kind in ("causal", "pointwise", "branches")):
         return {name: p for name, p in own.items() if _tunable(p)}
     return {} if "context" in how else dict(explain.problems(*shapes, **how))
@@ -167,26 +168,37 @@ def _kernels(made: Report, problems: Mapping[str, Any], device: torch.device, se
         return
     for title, problem in problems.items():
         kind = subject.of(problem)
-        ways = kind.every(problem)
+        found = kind.every(problem)
         case = kind.case(problem, device, seed)
-        want, chosen = kind.expected(problem, case), kind.choice(ways)
+        want, chosen = kind.expected(problem, case), kind.choice(found)
         yield title
-        for way in ways:
-            simplest = min(kind.plans(problem, [way]), key=lambda p: key.simplicity(p.config))
-            for p in dict.fromkeys((way, simplest)):
-                try:
-                    verdict = kind.wrong(problem, p, case, want) or "right"
-                except Exception as error:  # whatever a compiler or driver raises is what the report is about
-                    verdict = f"{type(error).__name__}: {error}".splitlines()[0]
-                mark = "runs" if p == chosen else "could run"
-                yield f"  {p.kernel:<16} {mark:<10} {_config(p.config)}"
-                yield f"    {', '.join(getattr(p, 'packs', ())) or 'nothing'} copied first: {verdict}"
-                if verdict != "right":
-                    made.wrong.append(f"{title} by {p.kernel}")
+        for p in dict.fromkeys(p for way in found for p in (way, _simplest(kind, problem, way))) | _plainest(problem):
+            try:
+                verdict = kind.wrong(problem, p, case, want) or "right"
+            except Exception as error:  # whatever a compiler or driver raises is what the report is about
+                verdict = f"{type(error).__name__}: {error}".splitlines()[0]
+            mark, copied = "runs" if _alike(p, chosen) else "could run", ", ".join(getattr(p, "packs", ()))
+            yield f"  {p.kernel:<16} {mark:<10} {str(p.config).rstrip()}{f', copies {copied}' if copied else ''}"
+            yield f"    {verdict}"
+            if verdict != "right":
+                made.wrong.append(f"{title} by {p.kernel} {p.config}".rstrip())
 
 
-def _config(config: Any) -> str:
-    return " ".join(f"{name}={value}" for name, value in vars(config).items())
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two plans of a problem do the same, whatever their reasons."""
+    return (a.kernel, a.config, getattr(a, "packs", ())) == (b.kernel, b.config, getattr(b, "packs", ()))
+
+
+def _simplest(kind: subject.Subject, problem: Any, way: Any) -> Any:
+    """The same way with the simplest of the configs that are worth measuring."""
+    return min(kind.plans(problem, [way]), key=lambda p: key.simplicity(p.config))
+
+
+def _plainest(problem: Any) -> dict[plan.Plan, None]:
+    """Of a convolution: gathered by pointers, as sums of products without matrix units, in small tiles."""
+    if not isinstance(problem, ways.Problem):
+        return {}
+    return dict.fromkeys(plan.every(problem, Config(16, 16, 16, num_stages=1, dot=False)))
 
 
 def interpretable(input_shape: Sequence[int], weight_shape: Sequence[int]) -> bool:
