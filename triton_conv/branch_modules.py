@@ -47,9 +47,11 @@ class ASPP(nn.Module):
         torch.Size([2, 16, 33, 33])
 
     A 1x1 convolution, one of 3x3 for each of `rates`, its dilation, and the image's mean go through batch norm and
-    ReLU, side by side through a 1x1 projection, batch norm and ReLU, and dropout. Input (N, in_channels, H, W), output
-    (N, out_channels, H, W). The mean is the same at every pixel, so that its share of the projection is computed once
-    for each image and added. In training, N is above 1, as batch norm wants it.
+    ReLU, side by side through a 1x1 projection, batch norm and ReLU, and dropout. The mean is the same at every pixel,
+    so that its share of the projection is computed once for each image and added.
+
+    Shapes: (N, in_channels, H, W) to (N, out_channels, H, W). Dtypes: floats, one for input and parameters. Raises
+    ValueError in training for an N of 1, as batch norm does. See `triton_conv.multi_conv2d` for other errors.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class ASPP(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, input: Tensor) -> Tensor:
+        """The pyramid's features of `input`."""
         features = relu(self.norm(multi_conv2d(input, _branches(self.convs))))
         mean = functional.conv2d(adaptive_avg_pool2d(input, 1), self.pool_conv.weight)
         mean = relu(self.pool_norm(mean))
@@ -92,6 +95,9 @@ class InceptionBranches(nn.Module):
     ch5x5; a 3x3 max pooling, then 1x1 to pool_proj; each with batch norm and ReLU. The 1x1 convolutions of the input
     are one launch; the 3x3 and the 5x5, which read slices of what these wrote, are another. Without gradients the last
     ReLUs write their slices of the output; else what they wrote is put together by torch.cat.
+
+    Shapes: (N, in_channels, H, W) to (N, ch1x1 + ch3x3 + ch5x5 + pool_proj, H, W). Dtypes: floats, one for input and
+    parameters. Raises RuntimeError for another number of channels. See `triton_conv.multi_conv2d` for other errors.
     """
 
     def __init__(
@@ -117,6 +123,7 @@ class InceptionBranches(nn.Module):
         self.ch1x1, self.slices = ch1x1, ((ch1x1, ch3x3red), (ch1x1 + ch3x3red, ch5x5red))
 
     def forward(self, input: Tensor) -> Tensor:
+        """The four branches of `input`, side by side."""
         entry = relu(self.entry_norm(multi_conv2d(input, _branches(self.entry))))
         wide = self.norm(multi_conv2d(entry, _branches(self.convs, self.slices)))
         pooled = self.pool_norm(functional.conv2d(max_pool2d(input, 3, 1, 1), self.pool_conv.weight))
@@ -151,7 +158,11 @@ class SelectiveKernel(nn.Module):
     `branches` 3x3 convolutions of dilation 1, 2, ..., with `groups` groups, batch norm and ReLU. The mean over pixels
     of their sum is squeezed to max(channels / reduction, 32) numbers, from which one layer for each branch computes
     weights of the channels; a softmax over branches makes them add up to 1, and the output is the branches' weighted
-    sum. Input and output (N, channels, H, W). In training, N is above 1, as batch norm wants it.
+    sum.
+
+    Shapes: (N, channels, H, W) to the same. Dtypes: floats, one for input and parameters. Raises ValueError, in the
+    constructor, for groups that do not divide the channels, and in training for an N of 1, as batch norm does. See
+    `triton_conv.multi_conv2d` for other errors.
     """
 
     def __init__(
@@ -174,6 +185,7 @@ class SelectiveKernel(nn.Module):
         self.select = nn.Linear(squeezed, branches * channels, **where)
 
     def forward(self, input: Tensor) -> Tensor:
+        """The weighted sum of the branches of `input`."""
         every = relu(self.norm(multi_conv2d(input, _branches(self.convs))))
         every = every.unflatten(1, (len(self.convs), -1))  # (N, branches, channels, H, W)
         squeezed = relu(self.squeeze_norm(self.squeeze(every.mean((3, 4)).sum(1))))

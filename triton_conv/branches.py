@@ -39,9 +39,10 @@ class Branch(NamedTuple):
         >>> Branch(weight, padding="same", channels=(8, 4)).channels
         (8, 4)
 
-    weight (K, count / groups, R, S), bias (K) or None; stride, padding (an int, one for each axis, (lower, upper)
-    pairs, "same" or "valid"), dilation and groups as there. `channels` are (first, count) of the input's channels; None
-    are all. Zeros lie outside of the input.
+    Shapes: weight (K, count / groups, R, S), bias (K) or None; stride, padding (an int, one for each axis, (lower,
+    upper) pairs, "same" or "valid"), dilation and groups as there. `channels` are (first, count) of the input's
+    channels; None are all. Zeros lie outside of the input. Nothing is checked before it is used: see `multi_conv2d` for
+    dtypes and errors.
     """
 
     weight: Tensor
@@ -72,7 +73,7 @@ def multi_conv2d(
     it reads. Returns (N, K_0 + K_1 + ..., P, Q) for combine="concatenate", in the branches' order, and (N, K, P, Q) for
     combine="sum"; unbatched without N. Channels-last where the input or a weight is.
 
-    Dtypes are those of `conv2d`, one for all operands. All gradients exist, of any order: that of the input is one
+    Dtypes: those of `conv2d`, one for all operands. All gradients exist, of any order: that of the input is one
     launch too where branches read the same channels or none in common, and else, as with branches of different stride,
     a sum rounded after each; those of weights are one launch or more for each branch. It works under autocast,
     `torch.compile` and `torch.func`.
@@ -173,7 +174,7 @@ def plans(
 
     `branches` are the weight's shape of each and its arguments as in `Branch`, `weight_shape` is the first's.
     Forward and input gradient are plans of one launch; where that is impossible, or is said to take longer and
-    `one_launch` is not True, there is a plan for each branch.
+    `one_launch` is not True, there is a plan for each branch. Raises what `multi_conv2d` raises for such operands.
     """
     given = branches or ((weight_shape, {}),)
     layout = torch.channels_last if channels_last else torch.contiguous_format

@@ -157,9 +157,9 @@ def causal_conv1d_update(
         >>> [triton_conv.causal_conv1d_update(torch.tensor([[v]]), state, weight).item() for v in (1.0, 2.0, 3.0)]
         [1.0, 12.0, 23.0]
 
-    Shapes: x (B, C) or (B, C, L), and the result likewise; the other arguments are those of `causal_conv1d`. Tensors
-    and state have any strides. There is no gradient, and none may be asked for: RuntimeError if gradients are enabled
-    and an argument requires them. Other errors are those of `causal_conv1d`. Autocast leaves the arguments as they are.
+    Shapes: x (B, C) or (B, C, L), and the result likewise. Tensors and state have any strides. Autocast leaves the
+    arguments as they are. There is no gradient: raises RuntimeError if gradients are enabled and an argument requires
+    them. See `causal_conv1d` for weight, bias, activation, dtypes and other errors.
     """
     tensors = (x, state, weight, bias)
     if has_torch_function(tensors):

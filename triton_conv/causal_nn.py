@@ -86,6 +86,7 @@ class CausalConv1d(_CausalConv, torch.nn.Conv1d):
     def forward(  # type: ignore[override]
         self, input: Tensor, context: Tensor | None = None, return_context: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
+        """The convolution of `input`, after `context`; with `return_context` a pair of it and the next context."""
         return causal_conv1d(
             input,
             self.weight,
@@ -124,6 +125,9 @@ class CausalConv3d(_CausalConv, torch.nn.Conv3d):
         >>> torch.equal(chunks, decode(video))
         True
 
+    Shapes: (N, C, D, H, W) or (C, D, H, W) to (N, K, Z, P, Q) or (K, Z, P, Q), context (N, C, frames, H, W). See
+    `triton_conv.causal_conv3d` for dtypes and the errors of a call.
+
     Raises, in the constructor, ValueError for groups that do not divide the channels and for an unknown mode or
     precision, RuntimeError for padding or modes whose number is not two.
     """
@@ -158,6 +162,7 @@ class CausalConv3d(_CausalConv, torch.nn.Conv3d):
     def forward(  # type: ignore[override]
         self, input: Tensor, context: Tensor | None = None, return_context: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
+        """The convolution of `input`, after `context`; with `return_context` a pair of it and the next context."""
         return causal_conv3d(
             input,
             self.weight,

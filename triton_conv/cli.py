@@ -21,8 +21,9 @@ from .version import VERSION
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand and returns the exit code of the process.
 
-    >>> main(["check", "--only", "3"])
-    0
+    >>> main(["configs", "verify", "no/such/directory"])
+    0 entries that fit in no/such/directory
+    1
     """
     try:
         try:

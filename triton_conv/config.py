@@ -18,6 +18,8 @@ from .epilogue import PLAIN, Epilogue
 from .geometry import ConvGeometry, Role
 from .tiles import ceil_div
 
+__all__ = ["BandedConfig", "BoxConfig", "Config", "DepthwiseConfig", "explicit"]
+
 Box: TypeAlias = tuple[int, int, int, int]  # sides along images, depths, rows, columns
 PRECISIONS = ("ieee", "tf32", "tf32x3")  # ways to multiply float32
 ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
@@ -32,6 +34,11 @@ class Config:
     of taps and channels in wgrad). `dot` uses matrix units, else sums of products; `flatten` walks consecutive
     (tap, channel) pairs instead of one tap at a time; `filters_first` makes filters the dot's first operand.
     `splits` cuts wgrad's pixels into that many slabs.
+
+        >>> print(Config(128, 64, 32))
+        128x64x32 warps 4 stages 3 splits 1 dot
+
+    Raises ValueError for blocks that are no powers of two or, of a dot, below 16, and for splits below 1.
     """
 
     BLOCK_M: int
@@ -64,6 +71,11 @@ class BoxConfig:
 
     In wgrad a step reduces the box, which is a run of pixels along one axis; BLOCK_N counts output channels, BLOCK_K
     input channels, and `splits` cuts the runs into that many slabs. A program there is one tile.
+
+        >>> print(BoxConfig((1, 1, 8, 16), 64, 32))
+        box 1x1x8x16 x 64 x 32 warps 4 stages 4
+
+    Raises ValueError for sides that are no powers of two or above 256, for blocks below 16, and for splits below 1.
     """
 
     box: Box
@@ -99,6 +111,12 @@ class BandedConfig:
     A block is `height` x `columns` output positions of a channel. A tile multiplies blocks of (images, rows of blocks,
     columns of blocks), `chunk` columns of the input a step. In wgrad a program has `height` filter rows, blocks are one
     output row high, and a step sums up so many; `splits` cuts the steps into that many slabs.
+
+        >>> print(BandedConfig((64, 1, 1), 1, 16, 32))
+        64x1x1 blocks of 1x16 by 32 warps 4 stages 3 splits 1
+
+    Raises ValueError for sides that are no powers of two, for fewer than 16 blocks, columns or columns a step, and for
+    splits below 1.
     """
 
     blocks: tuple[int, int, int]
@@ -138,6 +156,11 @@ class DepthwiseConfig:
     vectors cannot follow. A program walks down `walk` lanes. `unroll` rows and columns of the filter are unrolled; in
     fprop and dgrad the columns are where that is all of them. In wgrad a lane has as many columns as divide the
     output's; `splits` cuts the tiles into that many slabs.
+
+        >>> print(DepthwiseConfig(rows=2, columns=8, lanes=16, channels=1, vector=8, unroll=(3, 3)))
+        16 lanes of 2x8 x 1 channels walk 1 unroll 3x3 warps 4 splits 1
+
+    Raises ValueError for columns, lanes, channels and vectors that are no powers of two, and for counts below 1.
     """
 
     rows: int
@@ -211,8 +234,12 @@ _explicit: dict[Role, KernelConfig] = {}
 def explicit(configs: Mapping[Role, KernelConfig]) -> Iterator[None]:
     """Runs these roles with these configs, and so with the kernels they are of, whatever anything else says.
 
-    >>> with triton_conv.config.explicit({Role.FPROP: Config(64, 64, 32)}):
-    ...     y = triton_conv.conv2d(x, w)
+        >>> x, w = torch.randn(1, 16, 8, 8), torch.randn(16, 16, 3, 3)
+        >>> with triton_conv.config.explicit({Role.FPROP: Config(64, 64, 32)}):
+        ...     y = triton_conv.conv2d(x, w)  # on a CPU it makes no difference
+
+    For the process, until the context ends. Raises nothing here: a call raises RuntimeError if the kernel of its config
+    cannot compute it.
     """
     global _explicit
     before, _explicit = _explicit, {**_explicit, **configs}

@@ -27,6 +27,12 @@ class Conversion:
 
     converted: names of the modules, as in `model.named_modules()`; "" is the model itself.
     skipped: (name, reason) of every other convolution.
+
+        >>> report = triton_conv.convert(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU()))
+        >>> len(report), report.converted, report.skipped
+        (1, ('0',), ())
+
+    See `convert` for what it raises.
     """
 
     converted: tuple[str, ...]

@@ -36,8 +36,10 @@ class DeformConv2d(Module):
         >>> layer(torch.randn(1, 8, 14, 14), offset, mask).shape
         torch.Size([1, 16, 14, 14])
 
-    Constructor, parameters, initialisation, state_dict and repr are torchvision's, which need not be installed. Shapes,
-    dtypes and errors of `forward(input, offset, mask=None)` are those of `triton_conv.deform_conv2d`.
+    Constructor, parameters, initialisation, state_dict and repr are torchvision's, which need not be installed.
+
+    Shapes: (N, C, H, W), offset (N, 2 * G * R * S, P, Q) and mask (N, G * R * S, P, Q) to (N, K, P, Q). See
+    `triton_conv.deform_conv2d` for dtypes and the errors of a call.
 
     Raises ValueError, in the constructor, for groups that do not divide the channels and an unknown precision.
     """
@@ -88,6 +90,7 @@ class DeformConv2d(Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Initialises weight and bias as torch's convolutions do."""
         init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         if self.bias is not None:
             fan_in, _ = init._calculate_fan_in_and_fan_out(self.weight)
@@ -136,9 +139,10 @@ class ModulatedDeformConv2d(DeformConv2d):
     a sigmoid its biases of the mask start at ones, for where all masks are zero no weight has a gradient.
 
     state_dict: weight, bias, conv_offset.weight and conv_offset.bias, as in mmcv's DeformConv2dPack and
-    ModulatedDeformConv2dPack, in the same order of channels. Shapes: (N, C, H, W) to (N, K, P, Q). The other arguments
-    are those of `DeformConv2d`, so are the errors; and ValueError for another modulation, or offset groups that do not
-    divide the channels.
+    ModulatedDeformConv2dPack, in the same order of channels.
+
+    Shapes: (N, C, H, W) to (N, K, P, Q). Raises ValueError, in the constructor, for another modulation, or offset
+    groups that do not divide the channels. See `DeformConv2d` for dtypes, other arguments and errors.
     """
 
     convolution: ClassVar[type[Module]]  # what makes offsets: `triton_conv.nn` says

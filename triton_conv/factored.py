@@ -99,6 +99,7 @@ class _DepthwiseSeparable(_Factored):
         return "" if self.fused is None else f"fused={self.fused}"
 
     def forward(self, input: Tensor) -> Tensor:
+        """The pointwise convolution of the depthwise one of `input`."""
         first, second = self.depthwise, self.pointwise
         traced = has_torch_function((input,)) and not self.fused  # a graph of two modules says more
         if traced or not (self._is_plain(first) and self._is_plain(second)):
@@ -150,7 +151,7 @@ class DepthwiseSeparableConv2d(_DepthwiseSeparable):
     `nn.Sequential(OrderedDict(depthwise=..., pointwise=...))` fits. `bias` is pointwise's; one of depthwise adds
     nothing to what can be learned, and is there with `depthwise_bias=True` for models that have it.
 
-    `fused` is that of `triton_conv.separable_conv2d`, and so are the dtypes. A part with hooks, or put in place of one
+    `fused` is that of `triton_conv.separable_conv2d`; see `triton_conv.separable_conv2d` for dtypes too. A part with hooks, or put in place of one
     of ours, is called as it is.
 
     Shapes: (N, C, H, W) or (C, H, W) to (N, K, P, Q) or (K, P, Q). Raises ValueError, in the constructor, for a
@@ -192,7 +193,7 @@ class SpatiallySeparableConv2d(_Factored):
     of `middle_channels` products of a column and a row: `vertical` has the first entry of kernel_size, stride, padding,
     dilation and padding_mode, `horizontal` the second. `middle_channels` is `out_channels` unless given.
 
-    Shapes: (N, C, H, W) or (C, H, W) to (N, K, P, Q) or (K, P, Q); dtypes as in `triton_conv.conv2d`. Raises
+    Shapes: (N, C, H, W) or (C, H, W) to (N, K, P, Q) or (K, P, Q). Dtypes: those of `triton_conv.conv2d`. Raises
     RuntimeError, in the constructor, for a number of entries that is neither one nor two, and what `Conv2d` raises.
     """
 
@@ -250,6 +251,7 @@ class SpatiallySeparableConv2d(_Factored):
         )
 
     def forward(self, input: Tensor) -> Tensor:
+        """The horizontal convolution of the vertical one of `input`."""
         return self.horizontal(self.vertical(input))
 
 

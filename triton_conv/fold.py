@@ -40,6 +40,13 @@ class Folding:
 
     folded: (convolution, batch norm) by their names in `model.named_modules()`.
     skipped: (batch norm, reason) of every other batch norm.
+
+        >>> model = torch.nn.Sequential(torch.nn.Conv1d(4, 8, 3), torch.nn.BatchNorm1d(8)).eval()
+        >>> report = triton_conv.fold_batchnorm(model)
+        >>> len(report), report.folded, report.skipped
+        (1, (('0', '1'),), ())
+
+    See `fold_batchnorm` for what it raises.
     """
 
     folded: tuple[tuple[str, str], ...]

@@ -213,7 +213,7 @@ def conv_transpose2d(
         torch.Size([1, 4, 28, 28])
 
     Shapes: input (N, K, P, Q) or (K, P, Q), weight (K, C / groups, R, S), bias (C); returns (N, C, H, W) or
-    (C, H, W). Dtypes, errors and epilogue as in `conv2d`; scale, like bias, is of the output's channels (C).
+    (C, H, W). See `conv2d` for dtypes, errors and the epilogue; scale, like bias, is of the output's channels (C).
 
     It is the input gradient of the convolution that has these parameters, and that is what `padding_mode` means
     here: with "circular", the transpose of a circular convolution, so that what leaves on one side comes back on
@@ -318,8 +318,8 @@ def scaled_conv2d(
     than float32 has; they do so for one block of up to 128 channels, whose sum then goes to float32 (what
     `torch._scaled_mm` calls `use_fast_accum=False`).
 
-    There is no gradient: backward raises RuntimeError. So do dtypes, shapes and devices that do not fit. On a GPU of
-    compute capability below 8.9 it raises NotImplementedError, on a CPU it is a float32 convolution of the same values.
+    Raises RuntimeError for dtypes, shapes and devices that do not fit, and in backward: there is no gradient; on a GPU
+    of compute capability below 8.9 NotImplementedError. On a CPU it is a float32 convolution of the same values.
     """
     return _scaled_conv(
         2, input, weight, scale_a, scale_b, bias, stride, padding, dilation, groups, padding_mode, out_dtype

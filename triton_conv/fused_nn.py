@@ -67,6 +67,7 @@ class Fusing:
         return text + (", scale=True" if self.has_scale else "")
 
     def reset_parameters(self) -> None:
+        """As torch's, and ones for the scale."""
         super().reset_parameters()  # type: ignore[misc]
         if self.has_scale:
             torch.nn.init.ones_(self.scale)

@@ -56,6 +56,12 @@ class FusionReport:
     convolutions: a `Fused` for each, in the order of `named_modules()` of the model that was given.
     untraced: (module, reason) of each module that torch.fx could not take apart; those inside it were, if they could
     be.
+
+        >>> report = triton_conv.fuse(torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3), torch.nn.ReLU()))
+        >>> len(report), report.convolutions, report.untraced
+        (1, (Fused(name='0', parts=('relu',), left='the output follows'),), ())
+
+    See `fuse` for what it raises.
     """
 
     model: Module

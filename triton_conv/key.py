@@ -1,7 +1,10 @@
 """What a tuned config is filed under: all that decides which config is quickest, and nothing that tells shapes apart.
 
->>> from triton_conv.geometry import ConvGeometry, Role
->>> g = ConvGeometry.forward((32, 64, 56, 56), (64, 64, 3, 3), padding=1)
+>>> small = ConvGeometry.forward((32, 64, 50, 50), (64, 64, 3, 3), padding=((1, 1), (1, 1)))
+>>> large = ConvGeometry.forward((32, 64, 56, 56), (64, 64, 3, 3), padding=((1, 1), (1, 1)))
+>>> key_of = lambda g: of(g, Role.FPROP, "bfloat16", "bfloat16", "ieee", channels_last=True)[0]
+>>> key_of(small) == key_of(large)
+True
 """
 
 from __future__ import annotations

@@ -35,51 +35,75 @@ __all__ = [
 NAMES = __all__[:6]
 
 
+def _text(name: str, arguments: str, shape: str) -> str:
+    """The docstring of a layer; `arguments` are those of a module of torch's, `shape` an input's."""
+    return f"""What `torch.nn.{name}` computes, by this package's kernels; the forward of a module of that class.
+
+        >>> module, x = torch.nn.{name}({arguments}), torch.randn({shape})
+        >>> torch.allclose(triton_conv.layers.{name}.forward(module, x), module(x), atol=1e-5)
+        True
+
+    Shapes: those of `triton_conv.nn.{name}`. See `triton_conv.nn.{name}` for dtypes and errors.
+    """
+
+
 class Conv1d(torch.nn.Module):
+    __doc__ = _text("Conv1d", "4, 8, 3", "2, 4, 9")
     has_backward = True
     can_torch_compile = True
 
     def forward(self: Any, input: Tensor) -> Tensor:
+        """The convolution of `input` by the module's parameters."""
         return nn.convolved(self, functional.conv1d, input, self.weight, self.bias)
 
 
 class Conv2d(torch.nn.Module):
+    __doc__ = _text("Conv2d", "4, 8, 3", "2, 4, 9, 9")
     has_backward = True
     can_torch_compile = True
 
     def forward(self: Any, input: Tensor) -> Tensor:
+        """The convolution of `input` by the module's parameters."""
         return nn.convolved(self, functional.conv2d, input, self.weight, self.bias)
 
 
 class Conv3d(torch.nn.Module):
+    __doc__ = _text("Conv3d", "4, 8, 3", "2, 4, 5, 9, 9")
     has_backward = True
     can_torch_compile = True
 
     def forward(self: Any, input: Tensor) -> Tensor:
+        """The convolution of `input` by the module's parameters."""
         return nn.convolved(self, functional.conv3d, input, self.weight, self.bias)
 
 
 class ConvTranspose1d(torch.nn.Module):
+    __doc__ = _text("ConvTranspose1d", "4, 8, 2, 2", "2, 4, 9")
     has_backward = True
     can_torch_compile = True
 
     def forward(self: Any, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """The transposed convolution of `input` by the module's parameters, of extents `output_size` if given."""
         return nn.transposed(self, functional.conv_transpose1d, input, output_size)
 
 
 class ConvTranspose2d(torch.nn.Module):
+    __doc__ = _text("ConvTranspose2d", "4, 8, 2, 2", "2, 4, 9, 9")
     has_backward = True
     can_torch_compile = True
 
     def forward(self: Any, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """The transposed convolution of `input` by the module's parameters, of extents `output_size` if given."""
         return nn.transposed(self, functional.conv_transpose2d, input, output_size)
 
 
 class ConvTranspose3d(torch.nn.Module):
+    __doc__ = _text("ConvTranspose3d", "4, 8, 2, 2", "2, 4, 5, 9, 9")
     has_backward = True
     can_torch_compile = True
 
     def forward(self: Any, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """The transposed convolution of `input` by the module's parameters, of extents `output_size` if given."""
         return nn.transposed(self, functional.conv_transpose3d, input, output_size)
 
 
@@ -88,11 +112,14 @@ class Layer(NamedTuple):
 
     >>> triton_conv.layers.Layer("Conv2d").load() is triton_conv.layers.Conv2d
     True
+
+    Raises KeyError, in `load`, for a name that is not one of this module's layers.
     """
 
     layer_name: str
 
     def load(self) -> type[torch.nn.Module]:
+        """The class of this name."""
         return globals()[self.layer_name]
 
 
@@ -102,7 +129,8 @@ def mapping(devices: Sequence[str] = ("cuda",)) -> dict[str, dict[str, Any]]:
         >>> triton_conv.layers.mapping()["Conv2d"]
         {'cuda': Layer(layer_name='Conv2d')}
 
-    For models whose own classes are marked with these names by `kernels.use_kernel_forward_from_hub`.
+    For models whose own classes are marked with these names by `kernels.use_kernel_forward_from_hub`. Raises nothing:
+    types of devices that `kernels` does not know are for it to refuse.
     """
     return {name: {device: Layer(name) for device in devices} for name in NAMES}
 

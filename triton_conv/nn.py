@@ -301,7 +301,7 @@ class Conv1d(_Conv, torch.nn.Conv1d):  # type: ignore[misc]
         >>> triton_conv.nn.Conv1d(4, 8, 3, padding=((2, 0),))(torch.randn(2, 4, 100)).shape
         torch.Size([2, 8, 100])
 
-    Shapes: (N, C, W) or (C, W) to (N, K, Q) or (K, Q). See `Conv2d` for errors.
+    Shapes: (N, C, W) or (C, W) to (N, K, Q) or (K, Q). See `Conv2d` for dtypes and errors.
     """
 
     _function = staticmethod(functional.conv1d)
@@ -314,7 +314,7 @@ class Conv2d(_Conv, torch.nn.Conv2d):  # type: ignore[misc]
         >>> panorama(torch.randn(1, 3, 16, 64)).shape
         torch.Size([1, 8, 16, 64])
 
-    Shapes: (N, C, H, W) or (C, H, W) to (N, K, P, Q) or (K, P, Q); dtypes as in `triton_conv.conv2d`.
+    Shapes: (N, C, H, W) or (C, H, W) to (N, K, P, Q) or (K, P, Q). Dtypes: those of `triton_conv.conv2d`.
 
     What follows may be computed in the same kernel, as in `triton_conv.conv2d`: `activation`, a residual that `forward`
     is given, and with `scale` a learned factor of each output channel, which starts as one.
@@ -342,7 +342,7 @@ class Conv3d(_Conv, torch.nn.Conv3d):  # type: ignore[misc]
         >>> causal(torch.randn(1, 3, 9, 16, 16)).shape
         torch.Size([1, 8, 9, 16, 16])
 
-    Shapes: (N, C, D, H, W) or (C, D, H, W) to (N, K, Z, P, Q) or (K, Z, P, Q). See `Conv2d` for errors.
+    Shapes: (N, C, D, H, W) or (C, D, H, W) to (N, K, Z, P, Q) or (K, Z, P, Q). See `Conv2d` for dtypes and errors.
     """
 
     _function = staticmethod(functional.conv3d)
@@ -354,7 +354,7 @@ class ConvTranspose1d(_ConvTranspose, torch.nn.ConvTranspose1d):  # type: ignore
         >>> triton_conv.nn.ConvTranspose1d(4, 8, 4, stride=2, padding=1)(torch.randn(2, 4, 50)).shape
         torch.Size([2, 8, 100])
 
-    Shapes: (N, K, Q) or (K, Q) to (N, C, W) or (C, W). See `ConvTranspose2d` for errors.
+    Shapes: (N, K, Q) or (K, Q) to (N, C, W) or (C, W). See `ConvTranspose2d` for the rest.
     """
 
     _function = staticmethod(functional.conv_transpose1d)
@@ -367,7 +367,7 @@ class ConvTranspose2d(_ConvTranspose, torch.nn.ConvTranspose2d):  # type: ignore
         >>> up(torch.randn(1, 8, 14, 14), output_size=(28, 28)).shape
         torch.Size([1, 4, 28, 28])
 
-    Shapes: (N, K, P, Q) or (K, P, Q) to (N, C, H, W) or (C, H, W); dtypes as in `triton_conv.conv2d`.
+    Shapes: (N, K, P, Q) or (K, P, Q) to (N, C, H, W) or (C, H, W). Dtypes: those of `triton_conv.conv2d`.
 
     Raises ValueError, in the constructor, for groups that do not divide the channels, for padding pairs whose number
     is not that of the axes, and for any `padding_mode` but "zeros", as torch does
@@ -383,7 +383,7 @@ class ConvTranspose3d(_ConvTranspose, torch.nn.ConvTranspose3d):  # type: ignore
         >>> triton_conv.nn.ConvTranspose3d(4, 2, 2, stride=2)(torch.randn(1, 4, 4, 8, 8)).shape
         torch.Size([1, 2, 8, 16, 16])
 
-    Shapes: (N, K, Z, P, Q) or (K, Z, P, Q) to (N, C, D, H, W) or (C, D, H, W). See `ConvTranspose2d` for errors.
+    Shapes: (N, K, Z, P, Q) or (K, Z, P, Q) to (N, C, D, H, W) or (C, D, H, W). See `ConvTranspose2d` for the rest.
     """
 
     _function = staticmethod(functional.conv_transpose3d)
@@ -472,7 +472,7 @@ class LazyConv1d(_LazyConv, torch.nn.LazyConv1d, Conv1d):  # type: ignore[misc]
         >>> layer(torch.randn(2, 3, 100)).shape, type(layer).__name__
         (torch.Size([2, 8, 98]), 'Conv1d')
 
-    See `LazyConv2d` for the rest.
+    Shapes: (N, C, W) or (C, W) to (N, K, Q) or (K, Q). See `LazyConv2d` for the rest.
     """
 
     cls_to_become = Conv1d
@@ -485,8 +485,9 @@ class LazyConv2d(_LazyConv, torch.nn.LazyConv2d, Conv2d):  # type: ignore[misc]
         >>> layer(torch.randn(1, 3, 16, 16)).shape, type(layer).__name__
         (torch.Size([1, 8, 16, 16]), 'Conv2d')
 
-    Parameters have no shape before that: run one batch before they are counted, copied or compiled. Raises ValueError
-    for groups that do not divide the channels found; see `Conv2d` for the other errors.
+    Shapes: (N, C, H, W) or (C, H, W) to (N, K, P, Q) or (K, P, Q). Parameters have no shape before the first input: run
+    one batch before they are counted, copied or compiled. Raises ValueError for groups that do not divide the channels
+    found. See `Conv2d` for dtypes and other errors.
     """
 
     cls_to_become = Conv2d
@@ -499,7 +500,7 @@ class LazyConv3d(_LazyConv, torch.nn.LazyConv3d, Conv3d):  # type: ignore[misc]
         >>> layer(torch.randn(1, 3, 9, 8, 8)).shape, type(layer).__name__
         (torch.Size([1, 8, 9, 8, 8]), 'Conv3d')
 
-    See `LazyConv2d` for the rest.
+    Shapes: (N, C, D, H, W) or (C, D, H, W) to (N, K, Z, P, Q) or (K, Z, P, Q). See `LazyConv2d` for the rest.
     """
 
     cls_to_become = Conv3d
@@ -512,7 +513,7 @@ class LazyConvTranspose1d(_LazyConvTranspose, torch.nn.LazyConvTranspose1d, Conv
         >>> layer(torch.randn(2, 3, 50)).shape, type(layer).__name__
         (torch.Size([2, 8, 100]), 'ConvTranspose1d')
 
-    See `LazyConv2d` for the rest.
+    Shapes: (N, K, Q) or (K, Q) to (N, C, W) or (C, W). See `LazyConv2d` for the rest.
     """
 
     cls_to_become = ConvTranspose1d
@@ -525,7 +526,7 @@ class LazyConvTranspose2d(_LazyConvTranspose, torch.nn.LazyConvTranspose2d, Conv
         >>> layer(torch.randn(1, 3, 14, 14)).shape, type(layer).__name__
         (torch.Size([1, 8, 28, 28]), 'ConvTranspose2d')
 
-    See `LazyConv2d` for the rest.
+    Shapes: (N, K, P, Q) or (K, P, Q) to (N, C, H, W) or (C, H, W). See `LazyConv2d` for the rest.
     """
 
     cls_to_become = ConvTranspose2d
@@ -538,7 +539,7 @@ class LazyConvTranspose3d(_LazyConvTranspose, torch.nn.LazyConvTranspose3d, Conv
         >>> layer(torch.randn(1, 3, 4, 8, 8)).shape, type(layer).__name__
         (torch.Size([1, 8, 8, 16, 16]), 'ConvTranspose3d')
 
-    See `LazyConv2d` for the rest.
+    Shapes: (N, K, Z, P, Q) or (K, Z, P, Q) to (N, C, D, H, W) or (C, D, H, W). See `LazyConv2d` for the rest.
     """
 
     cls_to_become = ConvTranspose3d

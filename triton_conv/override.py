@@ -80,6 +80,8 @@ class override(contextlib.ContextDecorator, TorchFunctionMode):
     belong to the convolution that was recorded. Nor does code that torch.jit has compiled: torch.jit.trace a
     `convert`-ed model instead. Arguments that bring their own `__torch_function__` keep it.
 
+    Raises nothing of its own: inside, calls raise what torch raises.
+
     It costs a few microseconds per torch call, whichever function that is, and `torch.nn.Conv2d` with a
     `padding_mode` still makes its padded copy first. `triton_conv.convert(model)` has neither cost.
     """

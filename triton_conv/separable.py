@@ -85,13 +85,15 @@ def separable_conv2d(
 
     Shapes: input (N, C, H, W) or (C, H, W), depthwise (E, 1, R, S) with E a multiple of C, pointwise (K, E, 1, 1),
     depthwise_bias (E), bias (K); returns (N, K, P, Q) or (K, P, Q). stride, padding, dilation and padding_mode are the
-    depthwise part's; they, the dtypes and the errors are those of `triton_conv.conv2d`.
+    depthwise part's; see `triton_conv.conv2d` for them, for dtypes and errors.
 
     fused: True computes both in one kernel, which neither writes nor reads what lies between them; False runs two. None
     leaves it to the library, which takes the one kernel where it is predicted and has been measured to be faster: so
     far nowhere. Values are the same to accumulation order: what lies between is rounded to the input's dtype either
-    way. Where a gradient is asked for two kernels run all the same. True raises RuntimeError for what the kernel does
-    not do: integers, complex numbers, filters of more than 7 columns. On a CPU it makes no difference.
+    way. Where a gradient is asked for two kernels run all the same. On a CPU it makes no difference.
+
+    Raises RuntimeError too for what the one kernel does not do, if `fused` is True: integers, complex numbers, filters
+    of more than 7 columns.
     """
     filters, biases = (depthwise, pointwise), (depthwise_bias, bias)
     return _separable(2, input, filters, biases, stride, padding, dilation, padding_mode, precision, fused)

