@@ -65,6 +65,11 @@ class Drawn(ABC):
         """Of float32."""
         return None
 
+    @property
+    def coarse(self) -> float:
+        """To how much matrix units round what they add up, where that is less than float32 has."""
+        return 0.0
+
     def dtype_of(self, name: str) -> torch.dtype:
         """Of a result: the gradient of an operand has the operand's."""
         shapes = self.shapes()
@@ -116,7 +121,7 @@ class Drawn(ABC):
         if dtype in INTEGERS:  # sums wrap
             want = want.to(torch.int64).to(dtype)
         depth, rounded = self.depth(name)
-        return compared(name, got, want, depth, self.precision, rounded)
+        return compared(name, got, want, depth, self.precision, max(rounded, self.coarse if got.is_cuda else 0.0))
 
     def _wide(self, t: Tensor) -> Tensor:
         return t.detach().to("cpu", torch.complex128 if t.is_complex() else torch.float64)
