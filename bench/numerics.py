@@ -99,7 +99,7 @@ def errors(
     last = mode.dtype.itemsize <= 2
     x, y = (_placed(t, where, last) for t in given)
     call = _call(ROLES[role], g, x, y, mode)
-    with config.explicit(_tiles(ROLES[role], depth, splits) if interpreted or splits else {}):
+    with config.explicit(_tiles(ROLES[role], depth if interpreted else 0, splits) if interpreted or splits else {}):
         got = _ours(call, mode, where)
     theirs = _theirs(forward, x, y, mode) if rival and mode.dtype is not torch.float8_e4m3fn else None
 
@@ -135,7 +135,7 @@ def _call(role: Role, g: ConvGeometry, a: Tensor, b: Tensor, mode: Mode) -> exec
 
 
 def _tiles(role: Role, depth: int, splits: int) -> dict:
-    """For the interpreter, whose time is steps; and for so many slabs."""
+    """For the interpreter, whose time is steps, and for so many slabs; `depth` is 0 on a device."""
     block = max(64, depth // _STEPS)
     if role is Role.FPROP:
         return {role: Config(16, 16, block)}

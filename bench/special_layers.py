@@ -182,7 +182,7 @@ LAYERS: dict[str, Layer] = {
     ),
     "banded": Layer(
         *convolution((2, 2, 7, 16), (2, 1, 13, 13), padding=(6, 6), groups=2),
-        ("shift", "banded", "shift", "banded", "banded_wgrad"),
+        ("banded", "shift", "banded_wgrad"),
         TILES,
         HALF,
         False,
