@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING
 
 from . import deform_config as configs
 from . import deform_cost as cost
-from . import invariance, stored, ways
+from . import invariance, stored, tiles, ways
 from . import key as keys
 from .config import Config, Numerics, most_splits
 from .cost import Prediction, Roofline, copy_seconds
 from .deform_config import DeformProblem, DeformRole
 from .devices import Device
 from .frozen import Frozen
-from .plan import ACCUMULATORS, span
+from .geometry import Role
+from .plan import ACCUMULATORS, counted, span
 from .tiles import Tiles
 from .ways import dense_strides
 
@@ -229,6 +230,9 @@ def every(problem: DeformProblem) -> list[DeformPlan]:
         raise NotImplementedError(
             f"cells of images are sorted as 32-bit numbers, which do not count those of {problem}"
         )
+    g = problem.geometry
+    if max(*g.input, *g.output, *map(sum, g.padding)) >= tiles.COUNTED:
+        raise NotImplementedError(f"images are longer than corners are counted in 32 bits: {problem}")
     return [_looked_up(problem)]
 
 
@@ -278,6 +282,7 @@ def _assembled(
     problem: DeformProblem, config: Config, why: str = "tiles by rule", measured: float | None = None
 ) -> DeformPlan:
     packs, left = packed(problem)
+    counted(Role.FPROP, left.geometry, config)
     bits = 64 if _reach(left, config) >= 2**31 else 32
     numerics = Numerics(bits, ACCUMULATORS[problem.dtype], problem.precision, problem.has_bias)
     return DeformPlan(problem, left, packs, config, numerics, why, measured)

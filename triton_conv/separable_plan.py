@@ -197,7 +197,9 @@ def make(problem: Problem) -> SeparablePlan:
     """The plan of a problem without an obstacle."""
     p, g = problem, problem.depthwise
     made = _config(g, p.K, p.dtype, p.precision)
+    plan.counted(Role.FPROP, g, made)
     spans = [
+        max(i + sum(pads) for i, pads in zip(g.input, g.padding, strict=True)),
         plan.span(g.shape("x"), p.x),
         plan.span((g.N, p.K, *g.output), p.y),
         plan.span(g.shape("w"), p.filters),
