@@ -51,6 +51,7 @@ ACTIVATIONS = (None, "silu", "swish")
 MOST_TAPS = 8
 _DENSE = {"stride": 1, "dilation": 1, "groups": 1, "time_mode": "zeros", "precision": None}
 LONGEST = 2**30  # positions are counted in 32 bits, some of them beyond the end
+MOST_CHANNELS = 2**27  # and so are the taps of all channels
 
 _lib = torch.library.Library("triton_conv", "FRAGMENT")
 _SCHEMAS = {
@@ -211,6 +212,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, **states: Tensor | No
     W = weight.shape[1]
     if not 1 <= W <= MOST_TAPS:
         raise RuntimeError(f"expected weight of 1 to {MOST_TAPS} taps, but got {sizes}")
+    if C > MOST_CHANNELS:
+        raise RuntimeError(f"expected at most {MOST_CHANNELS} channels, but got {sizes}")
     if L > LONGEST:
         raise RuntimeError(f"expected a sequence of at most {LONGEST} positions, but got {sizes}")
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != C):

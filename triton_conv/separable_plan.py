@@ -211,7 +211,9 @@ def _make(problem: Problem, _generation: Hashable) -> SeparablePlan:
 
 
 def _assembled(p: Problem, g: ConvGeometry, made: Config) -> SeparablePlan:
+    plan.counted(Role.FPROP, g, made)
     spans = [
+        max(i + sum(pads) for i, pads in zip(g.input, g.padding, strict=True)),
         plan.span(g.shape("x"), p.x),
         plan.span((g.N, p.K, *g.output), p.y),
         plan.span(g.shape("w"), p.filters),

@@ -242,6 +242,7 @@ def _assembled(p: Problem, way: Way) -> StreamingPlan:
     fits = _fits_a_box if way.kernel == "box" else _in_rows if way.layout.packs else _as_it_lies
     packs = tuple(name for name in read if not fits(p, name))
     numerics = Numerics(32, plan.ACCUMULATORS[p.dtype], p.precision, p.has_bias, epilogue=p.epilogue)
+    plan.counted(Role.FPROP, g, way.config)
     made = StreamingPlan(p, way.kernel, way.config, numerics, packs, way.reason)
     reach = max(
         plan._reach(g, made.strides, Role.FPROP, way.config),
