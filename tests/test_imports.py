@@ -15,6 +15,8 @@ PACKAGE = Path(triton_conv.__file__).parent
 
 # A module may import those of earlier lines, not of its own: `tuning` and the commands see everything.
 LAYERS = [
+    {"forks"},
+    {"settings"},
     {"version", "geometry", "devices", "epilogue", "unsupported", "invariance", "later", "frozen"},
     {"tiles", "reference", "branches_problem"},
     {"config", "deform_reference"},
@@ -59,7 +61,7 @@ NARROW = {
     "kernels": {"geometry", "tiles", "epilogue", "causal_config", "deform_config", "branches_problem", "kernels"},
     "causal_config": {"config", "tiles", "devices"},
     "reference": {"geometry", "epilogue"},
-    "config": {"geometry", "tiles", "devices", "epilogue"},
+    "config": {"geometry", "tiles", "devices", "epilogue", "forks"},
     "tiles": {"geometry", "epilogue"},
     "branches_problem": {"geometry", "devices"},
     "geometry": set(),

@@ -1,13 +1,17 @@
 """Plans that cannot run: configs that fail, workspace that cannot be had; each fault is injected."""
 
+import errno
 import gc
+import os
 import warnings
 import weakref
 
 import pytest
 import torch
+import triton
 from configs_at_hand import stamp
 from triton.compiler.errors import CompilationError
+from triton.runtime.cache import get_cache_manager
 from triton.runtime.errors import OutOfResources, PTXASError
 
 import triton_conv
@@ -414,3 +418,49 @@ def test_plans_that_nobody_knows_anything_against_are_what_they_were():
     tried = list(plan._candidates(problem, rivals=False))
     assert tried[0] == best
     assert (tried[-1].kernel, tried[-1].packs, tried[-1].config.num_stages) == ("gather", (), 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where Triton keeps what it compiles
+
+
+@pytest.fixture
+def unmoved(monkeypatch):
+    monkeypatch.setattr(recovery, "_moved", [])
+    before = triton.knobs.cache.__dict__.copy()
+    yield
+    triton.knobs.cache.__dict__.clear()
+    triton.knobs.cache.__dict__.update(before)
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["read-only", "full"])
+def test_a_cache_that_takes_no_files_is_kept_elsewhere(kernels, monkeypatch, unmoved, tmp_path, full):
+    """In the interpreter nothing is compiled: what a launch would first do with the cache is done here."""
+    if not full:
+        (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / ("cache" if full else "file")))
+    run = Launch.run
+
+    def compiled(launch, tensors):
+        if full and knobs_dir() == str(tmp_path / "cache"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        get_cache_manager("0123").put("code", "kernel.ptx")
+        run(launch, tensors)
+
+    def knobs_dir():
+        return triton.knobs.cache.dir
+
+    monkeypatch.setattr(Launch, "run", compiled)
+    y, told = heard(triton_conv.conv2d, X.to(kernels), W.to(kernels), padding=(0, 1))
+    torch.testing.assert_close(y, torch.conv2d(X, W, padding=(0, 1)).to(kernels), atol=1e-4, rtol=1e-4)
+    (text,) = told
+    assert str(tmp_path) in text
+    assert knobs_dir() in text
+    assert heard(triton_conv.conv2d, X.to(kernels), W.to(kernels), padding=(0, 1))[1] == []
+
+
+def test_other_files_that_are_missing_are_the_callers(kernels, monkeypatch, unmoved):
+    launched = Launches(monkeypatch, lambda launch: True, FileNotFoundError(errno.ENOENT, "No such file", "gcc"))
+    with pytest.raises(FileNotFoundError, match="gcc"):
+        triton_conv.conv2d(X.to(kernels), W.to(kernels), padding=(0, 1))
+    assert len(launched.failed) == 1

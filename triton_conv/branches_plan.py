@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from .branches_problem import Problem, Term
 from .config import ITEM_BYTES, BoxConfig, Config, KernelConfig, Numerics
 from .cost import Prediction, Roofline
 from .devices import Device
-from .frozen import Frozen
+from .frozen import Frozen, cached_property
 from .geometry import ConvGeometry, Role, Strides
 
 if TYPE_CHECKING:

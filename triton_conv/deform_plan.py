@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from .config import Config, Numerics, most_splits
 from .cost import Prediction, Roofline, copy_seconds
 from .deform_config import DeformProblem, DeformRole
 from .devices import Device
-from .frozen import Frozen
+from .frozen import Frozen, cached_property
 from .plan import ACCUMULATORS, span
 from .tiles import Tiles
 from .ways import dense_strides

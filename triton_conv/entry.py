@@ -10,12 +10,13 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
-from functools import cache, cached_property
+from functools import cache
 from typing import Any, get_type_hints
 
 from . import key as keys
 from .config import KernelConfig
 from .deform_config import DeformRole
+from .frozen import cached_property
 from .geometry import Role
 from .key import CONFIGS, Extents, Key
 
