@@ -1,11 +1,13 @@
 """What happens when a plan cannot run: the next one does, from then on, and a warning says so once.
 
-Two faults have a remedy. A config may not compile, or may ask for more of a device than it has: then the problem's
-other configs are tried, and its other kernels. And there may be no memory for a plan's workspace: then plans with less
-of it are tried. What was found out holds for the process, for every call and thread, and `stored.renew` lets plans be
-made anew; those that fail again raise what the first one raised. Under CUDA graph capture nothing is tried: what was
-captured until then would stay in the graph. Every other error is the caller's, above all those of a device that has
-failed.
+Three faults have a remedy. A config may not compile, or may ask for more of a device than it has: then the problem's
+other configs are tried, and its other kernels. There may be no memory for a plan's workspace: then plans with less of
+it are tried, which may add up in another order, so that "the same bits on every run" is said of runs with the same
+memory. And Triton's cache may take no files: then they go to a temporary directory.
+
+What was found out holds for the process, for every call and thread, until `forget`. Where nothing helps, the first
+error is raised. Under CUDA graph capture nothing is tried: what was captured until then would stay in the graph. Every
+other error is the caller's, above all those of a device that has failed.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ _TOO_MUCH = (
 )
 
 
-_moved: list[str] = []  # where Triton's cache is instead
+_moved: dict[str, str] = {}  # where Triton's cache was, and where it is instead
 
 
 def is_memory(error: BaseException) -> bool:
@@ -91,13 +93,13 @@ def is_config(error: BaseException) -> bool:
 
 def is_cache(error: BaseException) -> bool:
     """Whether Triton's cache of compiled kernels took no file: its directory is read-only or full, or no directory."""
-    if not isinstance(error, OSError) or _moved:
+    if not isinstance(error, OSError):
         return False
     if error.filename is None:  # of a write to an open file
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) and not _moved
     from triton import knobs
 
-    place, cache = os.path.abspath(error.filename), os.path.abspath(knobs.cache.dir)
+    place, cache = (os.path.abspath(path) for path in (error.filename, next(iter(_moved), knobs.cache.dir)))
     return os.path.commonpath((place, cache)) in (place, cache)
 
 
@@ -148,7 +150,7 @@ def _move_cache(error: OSError) -> None:
         except OSError:
             raise error from None
         knobs.cache.dir = place
-        _moved.append(place)
+        _moved[before] = place
     warnings.warn(
         f"triton_conv: Triton's cache {before} takes no files ({error.strerror}): kernels are kept in {place} for "
         "this process; TRITON_CACHE_DIR names another place",
