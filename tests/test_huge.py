@@ -66,7 +66,9 @@ class Separable(Convolution):
 
     def plan(self, strides):
         where = (strides[name] for name in ("x", "depthwise", "pointwise", "y"))
-        return separable_plan.make(separable_plan.Problem(self.geometry, 4, "float32", "ieee", *where, False, False, H200))
+        return separable_plan.make(
+            separable_plan.Problem(self.geometry, 4, "float32", "ieee", *where, False, False, H200)
+        )
 
     def alike(self, strides):
         return {}
@@ -145,7 +147,9 @@ class Deformable(Separable):
 
 
 def _values(subject, name):
-    whole = torch.randint(-3, 4, subject.shapes[name], generator=torch.Generator().manual_seed(len(name) + ord(name[0])))
+    whole = torch.randint(
+        -3, 4, subject.shapes[name], generator=torch.Generator().manual_seed(len(name) + ord(name[0]))
+    )
     return whole / 4 if name in ("offset", "mask") else whole
 
 

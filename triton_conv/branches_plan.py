@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from . import branches_cost, branches_ways, choose, cost, invariance, plan, reco
 from .branches_problem import Problem, Term
 from .config import ITEM_BYTES, BoxConfig, Config, KernelConfig, Numerics
 from .cost import Prediction, Roofline, absurd
-from .frozen import PlanOfProblem
+from .frozen import PlanOfProblem, cached_property
 from .geometry import ConvGeometry, Role, Strides
 
 if TYPE_CHECKING:

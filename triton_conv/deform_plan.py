@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from . import key as keys
 from .config import Config, Numerics, most_splits
 from .cost import Prediction, Roofline, absurd, copy_seconds
 from .deform_config import DeformProblem, DeformRole
-from .frozen import PlanOfProblem
+from .frozen import PlanOfProblem, cached_property
 from .geometry import Role
 from .plan import ACCUMULATORS, counted, span
 from .tiles import Tiles

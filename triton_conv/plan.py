@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from . import key as keys
 from .config import ITEM_BYTES, BandedConfig, BoxConfig, DepthwiseConfig, Device, KernelConfig, Numerics
 from .cost import Prediction, Roofline
 from .epilogue import PLAIN, Epilogue
-from .frozen import Planned
+from .frozen import Planned, cached_property
 from .geometry import ConvGeometry, Role, Strides
 from .ways import Layout, Problem, Way, dense_strides
 

@@ -137,8 +137,7 @@ def _computed(call: Call, context: Tensor | None) -> Tensor:
     def launched(p: streaming_plan.StreamingPlan) -> Tensor:
         return _launched(p, call, context, output)
 
-    explicit = configs.chosen(call.role) is not None
-    return recovery.run(lambda: streaming_plan.make(problem), launched, problem, explicit)
+    return recovery.run(lambda: streaming_plan.make(problem), launched, problem, configs.chosen(call.role))
 
 
 def _launched(p: streaming_plan.StreamingPlan, call: Call, context: Tensor | None, output: Tensor) -> Tensor:

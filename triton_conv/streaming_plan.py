@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,7 +20,7 @@ from .config import ITEM_BYTES, BoxConfig, Config, KernelConfig, Numerics
 from .cost import Prediction, Roofline
 from .devices import Device
 from .epilogue import PLAIN, Epilogue
-from .frozen import PlanOfProblem
+from .frozen import PlanOfProblem, cached_property
 from .geometry import Context, ConvGeometry, Role, Strides
 from .tiles import ceil_div
 from .ways import Layout, Way, dense_strides
