@@ -20,6 +20,7 @@ from triton_conv.tuning import on_device, tables
 
 from . import plots, records, report, summary
 from .compare import Comparison, compare
+from .files import printable
 from .jobs import Job, jobs
 from .records import CHANNELS_LAST, CONTIGUOUS, OPS, OTHERS, OURS, Row, Run
 from .runner import CudaMeter, Meter, PredictedMeter, SimulatedMeter
@@ -249,7 +250,7 @@ def _print_totals(run: Run) -> None:
             f"{len(speedups)}), quicker on {wins}, slower on {losses}"
         )
     for words in summary.goal_words(run):
-        print(f"{'' if run.source == 'measured' else 'made-up times: '}{words}")
+        print(printable(f"{'' if run.source == 'measured' else 'made-up times: '}{words}"))
 
 
 def _print_comparison(comparison: Comparison) -> bool:
@@ -261,7 +262,7 @@ def _print_comparison(comparison: Comparison) -> bool:
     if comparison.regressions or comparison.improvements:
         tables.show(made)
     for words, _ in change_words(comparison):
-        print(f"comparison: {words}")
+        print(printable(f"comparison: {words}"))
     return comparison.regressed or not comparison.compared
 
 
@@ -270,7 +271,7 @@ def _two_files(old: Run, new: Run) -> int:
         comparison = compare(old, new)
     except ValueError as error:
         raise ValueError(f"argument --compare: {error}") from error
-    nothing = NOTHING.get(new.source, "").format(device=new.device)
+    nothing = NOTHING.get(new.source, "").format(device=printable(new.device))
     if nothing:
         print(nothing)
     return 1 if _print_comparison(comparison) else 0

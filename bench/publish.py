@@ -7,9 +7,7 @@ bench/results/<device>/<date>-<commit>/, with the report and the plots; then the
 from __future__ import annotations
 
 import argparse
-import json
 import re
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +15,8 @@ from pathlib import Path
 from triton_conv import stored
 
 from . import performance, plots, records, report
+from .evidence import record
+from .files import read_bytes
 from .records import Run
 
 MOST_BYTES = 2 * 2**20  # that a repository takes without a thought
@@ -46,23 +46,20 @@ def publish(out: Path, results: Path, audit: bool = True) -> Path:
     """Writes what a run found under `results` and returns its directory.
 
     Raises OSError where bench.json cannot be read, and ValueError where it is no run that was measured, or
-    evidence.json is no JSON.
+    evidence.json is no record of an evidence run.
     """
     run = records.read(out / "bench.json")
     if run.source != "measured":
         raise ValueError(f"{out / 'bench.json'}: only what was measured is published, and this is {run.source}")
     evidence = out / "evidence.json"
     if evidence.exists():
-        try:
-            json.loads(evidence.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{evidence}: is no JSON: {error}") from error
+        record.read(out)
     page = report.html(run, audit=audit)
     directory = directory_of(run, results)
     records.write(run, directory / "bench.json")
     records.replace_text(directory / "report.html", page)
     if evidence.exists():
-        shutil.copyfile(evidence, directory / "evidence.json")
+        records.replace_text(directory / "evidence.json", read_bytes(evidence, record.MOST_BYTES))
     plots.write(run, directory)
     return directory
 

@@ -15,7 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from .files import read_json, shown
+
 FORMAT = 1
+MOST_BYTES = 64 * 2**20  # of a file: a run of all suites, with everybody measured, has a twentieth of it
 
 OPS = ("fprop", "dgrad", "wgrad", "step")  # a step is the forward convolution and all gradients
 SOURCES = ("measured", "simulated", "predicted")
@@ -122,13 +125,13 @@ def write(run: Run, path: Path) -> None:
     replace_text(path, json.dumps({"format": FORMAT, **dataclasses.asdict(run)}, indent=1, allow_nan=False) + "\n")
 
 
-def replace_text(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str | bytes) -> None:
     """Writes a file whole or not at all, making its directory."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(text if isinstance(text, bytes) else text.encode())
         os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:
@@ -138,17 +141,14 @@ def replace_text(path: Path, text: str) -> None:
 
 def read(path: Path) -> Run:
     """The run in a file. Raises OSError, and ValueError naming file and place for what is no run."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # of JSON, of UTF-8, of a number of thousands of digits
-        raise ValueError(f"{path}: is no JSON: {error}") from error
+    found = read_json(path, MOST_BYTES)
     if not isinstance(found, dict) or found.pop("format", None) != FORMAT:
         raise ValueError(f"{path}: is no benchmark run of format {FORMAT}")
     run = typed(Run, found, str(path))
     known: set[tuple[str, ...]] = set()
     for number, row in enumerate(run.rows):
         if row.op not in OPS:
-            raise ValueError(f"{path}: rows[{number}].op: {row.op!r} is not one of {', '.join(OPS)}")
+            raise ValueError(f"{path}: rows[{number}].op: {shown(row.op)} is not one of {', '.join(OPS)}")
         for where, value in _numbers(row):
             if not 0 <= value < 2**63 or (value == 0 and where.endswith(POSITIVE)):
                 raise ValueError(f"{path}: rows[{number}].{where}: is out of range")
@@ -156,7 +156,7 @@ def read(path: Path) -> Run:
             raise ValueError(f"{path}: rows[{number}]: the same row stands there twice")
         known.add(row.name)
     if run.source not in SOURCES:
-        raise ValueError(f"{path}: source: {run.source!r} is not one of {', '.join(SOURCES)}")
+        raise ValueError(f"{path}: source: {shown(run.source)} is not one of {', '.join(SOURCES)}")
     return run
 
 
@@ -188,13 +188,13 @@ def typed(kind: Any, value: Any, where: str) -> Any:
     if origin is not None:  # a mapping from names
         if not isinstance(value, dict):
             raise ValueError(f"{where}: is to be an object")
-        return {name: typed(inner[1], v, f"{where}.{name}") for name, v in value.items()}
+        return {name: typed(inner[1], v, f"{where}.{shown(name)[1:-1]}") for name, v in value.items()}
     if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         if not abs(value) < 1e300:  # nor an integer that no float can hold
             raise ValueError(f"{where}: is not finite")
         return float(value)
     if type(value) is not kind:
-        raise ValueError(f"{where}: is to be {kind.__name__}, but is {value!r}")
+        raise ValueError(f"{where}: is to be {kind.__name__}, but is {shown(value)}")
     return value
 
 
@@ -206,5 +206,5 @@ def _object(kind: Any, value: Any, where: str) -> Any:
     required = [f.name for f in fields.values() if f.default is f.default_factory is dataclasses.MISSING]
     missing = [name for name in required if name not in value]
     if unknown or missing:
-        raise ValueError(f"{where}: {'unknown' if unknown else 'missing'} name {(unknown or missing)[0]!r}")
+        raise ValueError(f"{where}: {'unknown' if unknown else 'missing'} name {shown((unknown or missing)[0])}")
     return kind(**{name: typed(hints[name], v, f"{where}.{name}") for name, v in value.items()})

@@ -99,7 +99,7 @@ def test_kinds_of_tensors_in_causal_and_separable_convolutions(kind):
     check(kind, triton_conv.causal_conv1d_update, x, make(torch.randn(2, 4, 2)), w, argument="state")
     x, depthwise, pointwise = torch.randn(2, 4, 6), torch.randn(4, 1, 3), torch.randn(5, 4, 1)
     check(kind, triton_conv.separable_conv1d, make(x), depthwise, pointwise, argument="input")
-    check(kind, triton_conv.separable_conv1d, x, depthwise, make(pointwise), argument="weight")
+    check(kind, triton_conv.separable_conv1d, x, depthwise, make(pointwise), argument="pointwise")
 
 
 @quiet

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from .config import ITEM_BYTES
 from .cost import LAUNCH, MEMORY_SHARE, Prediction, Roofline
 from .devices import Device
-from .frozen import Frozen
+from .frozen import PlanOfProblem
 from .tiles import ceil_div
 
 if TYPE_CHECKING:
-    from .kernels.direct import Direct
     from .kernels.launch import Launch
 
 
@@ -42,7 +41,7 @@ class ActivationConfig:
 
 
 @dataclass(frozen=True)
-class ActivationPlan(Frozen):
+class ActivationPlan(PlanOfProblem):
     """The kernel and everything it is launched with, for tensors of any address."""
 
     asked: ActivationProblem
@@ -54,17 +53,13 @@ class ActivationPlan(Frozen):
     reason = "every element is read and written once"
 
     @property
-    def dtype(self) -> str:
-        return self.asked.dtype
+    def problem(self) -> ActivationProblem:
+        return self.asked
 
     @property
     def dtypes(self) -> dict[str, str]:
         """The dtype of every operand that a launch may name."""
         return dict.fromkeys(("dy", "saved", "dz"), self.dtype)
-
-    @property
-    def device(self) -> Device:
-        return self.asked.device
 
     @property
     def accumulator(self) -> str:
@@ -75,13 +70,6 @@ class ActivationPlan(Frozen):
         from .kernels import activation
 
         return (activation.launch(self.asked, self.config, self.accumulator),)
-
-    @cached_property
-    def direct(self) -> tuple[Direct, ...]:
-        """The same, launched without Triton's binder from the second time on."""
-        from .kernels.direct import Direct
-
-        return tuple(map(Direct, self.launches))
 
     @cached_property
     def roofline(self) -> Roofline:

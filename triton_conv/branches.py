@@ -98,6 +98,8 @@ def multi_conv2d(
         return handle_torch_function(multi_conv2d, tensors, input, branches, **keywords)
     if one_launch is not None and not isinstance(one_launch, bool):
         raise TypeError(f"{name}(): argument 'one_launch' must be bool or None, not {type(one_launch).__name__}")
+    if not isinstance(combine, str):
+        raise TypeError(f"{name}(): argument 'combine' must be str, not {type(combine).__name__}")
     if combine not in COMBINE:
         raise ValueError(f"{name}(): combine must be one of {COMBINE}, but got combine={combine!r}")
     if not branches:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 
-from . import backends, branches_run, execute, fast, ops, plan
+from . import backends, branches_run, execute, fast, ops, plan, recovery
 from .branches_run import Calls, Slice
 from .execute import Call
 from .later import when_imported
@@ -143,7 +143,10 @@ def _computed(make: Callable[..., Calls], source: Tensor, weights: Sequence[Tens
     key = _decided(make, source, weights, third, params)
     bound = None if key is None else _bound.get(key)
     if bound is not None:
-        return bound(source, weights, biases)
+        try:
+            return bound(source, weights, biases)
+        except Exception as error:
+            recovery.check(error)
     made = make(source, weights, third, Params(*params))
     output, bound = branches_run.run(made, params[-1])
     if (
@@ -178,6 +181,7 @@ def _decided(make: Any, source: Tensor, weights: Sequence[Tensor], third: Any, p
 
 
 def _run(input, weights, biases, *params) -> Tensor:
+    biases = [None if b is None else b.resolve_neg() for b in biases]  # which the dispatcher does not in lists like it
     return _computed(_forward, input, weights, biases, params)
 
 

@@ -5,27 +5,25 @@ Words are those of `branches_problem`: a term is a convolution of a slice of cha
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import prod
 from typing import TYPE_CHECKING
 
-from . import branches_cost, branches_ways, choose, cost, invariance, plan, stored, ways
+from . import branches_cost, branches_ways, choose, cost, invariance, plan, recovery, stored, ways
 from .branches_problem import Problem, Term
 from .config import ITEM_BYTES, BoxConfig, Config, KernelConfig, Numerics
-from .cost import Prediction, Roofline
-from .devices import Device
-from .frozen import Frozen
+from .cost import Prediction, Roofline, absurd
+from .frozen import PlanOfProblem
 from .geometry import ConvGeometry, Role, Strides
 
 if TYPE_CHECKING:
-    from .kernels.direct import Direct
     from .kernels.launch import Launch
 
 
 @dataclass(frozen=True)
-class BranchesPlan(Frozen):
+class BranchesPlan(PlanOfProblem):
     """One kernel for all terms, and everything it is launched with.
 
     `asked` is the caller's problem, `problem` the same with strides of x and y as the kernel gets them: those in
@@ -49,14 +47,6 @@ class BranchesPlan(Frozen):
         return self.problem.role
 
     @property
-    def dtype(self) -> str:
-        return self.problem.dtype
-
-    @property
-    def device(self) -> Device:
-        return self.problem.device
-
-    @property
     def N(self) -> int:
         return self.order[0].geometry.N
 
@@ -75,6 +65,11 @@ class BranchesPlan(Frozen):
         """The dtype of every operand that a launch may name."""
         numbers = {number for term in self.order for number in (term.number, term.part)}
         return dict.fromkeys((f"{name}{i}" for i in sorted(numbers) for name in ("x", "w", "bias", "y")), self.dtype)
+
+    @property
+    def compiled_for(self) -> Hashable:
+        """All that its kernel's code depends on beside its config."""
+        return branches_ways.key_of(self.problem)[0], self.numerics
 
     @property
     def moves(self) -> tuple[str, ...]:
@@ -113,13 +108,6 @@ class BranchesPlan(Frozen):
         prediction = self.prediction
         programs = min(prediction.tiles, max(prediction.resident, 1) * self.device.multiprocessors)
         return (room.launch(self.role, self.order, strides, self.config, self.numerics, programs),)
-
-    @cached_property
-    def direct(self) -> tuple[Direct, ...]:
-        """The same, launched without Triton's binder from the second time on."""
-        from .kernels.direct import Direct
-
-        return tuple(map(Direct, self.launches))
 
     @cached_property
     def roofline(self) -> Roofline:
@@ -224,10 +212,37 @@ def _of_batch(problem: Problem, batch: int) -> Problem:
 @lru_cache(maxsize=4096)
 def _make(problem: Problem, _generation: Hashable, batch: int | None) -> BranchesPlan:
     if batch is None:
-        return choice(every(problem))
-    model = choice(every(_of_batch(problem, batch)))
+        return recovery.first(problem, _candidates(problem))
+    alike = _candidates(_of_batch(problem, batch))
+    return recovery.first(problem, (_as_of(problem, model, batch) for model in alike))
+
+
+def _as_of(problem: Problem, model: BranchesPlan, batch: int) -> BranchesPlan:
     inner = branches_ways.moved(problem) if model.moves else problem
     return _assembled(problem, inner, model.kernel, model.config, f"{model.why}; chosen for a batch of {batch}")
+
+
+def _candidates(problem: Problem) -> Iterator[BranchesPlan]:
+    """The plans of a problem in the order in which they are tried: each is for where those before it cannot run."""
+    found = every(problem)
+    best = choice(found)
+    yield best
+    for like in (best, *found):
+        for again in recovery.sources(lambda: every(problem)):
+            for p in again:
+                if (p.kernel, p.moves) == (like.kernel, like.moves):
+                    yield p
+                    yield from _smallest(p)
+    config = branches_ways.gather_config(problem)
+    last = _assembled(problem, problem, "gather_branches", config, "pointer gather, since nothing else could run")
+    yield last
+    yield from _smallest(last)
+
+
+def _smallest(p: BranchesPlan) -> Iterator[BranchesPlan]:
+    config = choose.smallest(p.config, p.dtype)
+    if not branches_ways.misfit(p.problem, p.kernel, config):
+        yield with_config(p, config)
 
 
 def every(problem: Problem) -> list[BranchesPlan]:
@@ -287,6 +302,8 @@ def _looked_up(asked: Problem, problem: Problem, kernel: str, rule: Config | Box
         return by_rule
     assert isinstance(found.config, (Config, BoxConfig))
     p = _assembled(asked, problem, kernel, found.config, f"{why}; config of {found.where}", found.seconds)
+    if absurd(p.prediction, by_rule.prediction):
+        return by_rule
     return p if found.exact or p.prediction.seconds <= ways.MOST_OF_RULE * by_rule.prediction.seconds else by_rule
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from . import branches_plan, branches_ways, execute, invariance, plan, reference
+from . import branches_plan, branches_ways, execute, invariance, plan, recovery, reference
 from .branches_plan import BranchesPlan
 from .branches_problem import MOST_TERMS, Problem, Term
 from .devices import Device
@@ -65,15 +65,32 @@ def run(calls: Calls, one_launch: bool | None) -> tuple[Tensor, Bound | None]:
     if device is None:
         return _plain(calls, output), None
     if one_launch is not False:
+        bound = _together(calls, output, device, bool(one_launch))
+        if isinstance(bound, Bound):
+            return output, bound
+        if bound and one_launch and calls.role is Role.FPROP:
+            raise RuntimeError(f"one launch cannot compute these branches: {bound} ({_sizes(calls)})")
+    return _one_by_one(calls, output), None
+
+
+def _together(calls: Calls, output: Tensor, device: Device, wanted: bool) -> Bound | str:
+    """What has computed the output in one launch; or what keeps it from that, in words, "" where it is not worth it."""
+    failed = ""
+    while True:
         plans = _plans(calls, output, device)
-        if not isinstance(plans, str) and (one_launch or all(branches_plan.worth_it(p.asked) for p in plans)):
+        if isinstance(plans, str) or not (wanted or all(branches_plan.worth_it(p.asked) for p in plans)):
+            return plans if isinstance(plans, str) else ""
+        if failed and any(recovery.known_against(p.asked, p) for p in plans):
+            return failed
+        try:
             bound = Bound(calls, plans, output, device)
             with execute._on_device(output.device):
-                biases = [call.bias for call in calls.each]
-                return bound.into(output, calls.source, calls.filters, biases), bound
-        if isinstance(plans, str) and one_launch and calls.role is Role.FPROP:
-            raise RuntimeError(f"one launch cannot compute these branches: {plans} ({_sizes(calls)})")
-    return _one_by_one(calls, output), None
+                bound.into(output, calls.source, calls.filters, [call.bias for call in calls.each])
+            return bound
+        except Exception as error:
+            for p in plans:
+                recovery.heed(p.asked, p, error)
+            failed = f"{type(error).__name__}: {error}"
 
 
 def _sizes(calls: Calls) -> str:
@@ -244,12 +261,15 @@ def _write(call: Call, y: Tensor) -> None:
         y.copy_(execute.execute(call))
         return
     assert device is not None
-    p = plan.make(execute.problem_of(call, device, y))
+    problem = execute.problem_of(call, device, y)
+    p = plan.make(problem)
     rows = 16 // y.element_size()
     if p.rival_runs or any(stride % rows for stride in (y.stride(0), *y.stride()[2:]) if y.stride(1) == 1):
         y.copy_(execute.execute(call))
         return
-    execute.run(p, call, y)
+    made = execute.computed(problem, call, [y])
+    if made is not y:  # a setting has been changed meanwhile
+        y.copy_(made)
 
 
 def _plain(calls: Calls, output: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ Filters over all channels, of three dimensions, are computed by `streaming`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import causal_plan, execute, invariance
+from . import causal_plan, execute, invariance, recovery
 from .causal_config import CausalProblem, CausalRole
 from .causal_plan import CausalPlan
 from .execute import _on_device
@@ -123,21 +125,25 @@ def causal_conv1d(
     silu = _silu("causal_conv1d", activation)
     if context is not None and initial_state is not None:
         raise TypeError("causal_conv1d(): context and initial_state are two names of one argument; give one of them")
-    if initial_state is None:
-        initial_state = context
+    state_name = "initial_state" if context is None else "context"
+    initial_state = initial_state if context is None else context
+    for argument, asked in {"return_final_state": return_final_state, "return_context": return_context}.items():
+        if not isinstance(asked, bool):
+            raise TypeError(f"causal_conv1d(): argument '{argument}' must be bool, not {type(asked).__name__}")
     return_final_state = return_final_state or return_context
-    if isinstance(weight, Tensor) and weight.dim() == 3:
+    _check_types("causal_conv1d", x=x, weight=weight, bias=bias, **{state_name: initial_state})
+    if weight.dim() == 3:
         if silu:
             raise TypeError("causal_conv1d(): an activation is for weights (C, W), not for one of three dimensions")
-        return dense_causal_conv1d(x, weight, bias, initial_state, **dense, return_context=bool(return_final_state))
+        return dense_causal_conv1d(x, weight, bias, initial_state, **dense, return_context=return_final_state)
     for option, given in dense.items():
-        if given != _DENSE[option]:
+        usual = _DENSE[option]
+        if type(given) is not type(usual) or given != usual:
             raise TypeError(
                 f"causal_conv1d(): {option} is for weights (K, C / groups, S), but got {option}={given!r} "
-                f"(weight {list(getattr(weight, 'shape', ()))})"
+                f"(weight {list(weight.shape)})"
             )
-    _check_types("causal_conv1d", x=x, weight=weight, bias=bias, initial_state=initial_state)
-    y, final_state = _forward_op(x, weight, bias, initial_state, silu, bool(return_final_state))
+    y, final_state = _forward_op(x, weight, bias, initial_state, silu, return_final_state)
     return (y, final_state) if return_final_state else y
 
 
@@ -170,6 +176,8 @@ def causal_conv1d_update(
 
 
 def _silu(name: str, activation: Any) -> bool:
+    if activation is not None and not isinstance(activation, str):
+        raise TypeError(f"{name}(): argument 'activation' must be str or None, not {type(activation).__name__}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"{name}(): activation must be one of {ACTIVATIONS}, but got activation={activation!r}")
     return activation is not None
@@ -177,7 +185,7 @@ def _silu(name: str, activation: Any) -> bool:
 
 def _check_types(name: str, **tensors: Any) -> None:
     for argument, t in tensors.items():
-        if t is None and argument in ("bias", "initial_state"):
+        if t is None and argument in ("bias", "initial_state", "context"):
             continue
         check_kind(name, argument, t)
 
@@ -369,10 +377,25 @@ def _forward(x, weight, bias, initial_state, silu, return_final_state) -> tuple[
     if device is None:
         return y.copy_(_reference(x, weight, bias, initial_state, silu)), final_state
     x = _laid_out(x, _in_rows(x))
-    plan = forward_plan(x, weight, bias, initial_state, silu, device, y)
-    with _on_device(x.device):
-        plan.direct[0].run({"x": x, "y": y, **_contiguous(w=weight, bias=bias, state=initial_state)})
+    tensors = {"x": x, "y": y, **_contiguous(w=weight, bias=bias, state=initial_state)}
+    _launched(partial(forward_plan, x, weight, bias, initial_state, silu, device, y), tensors)
     return y, final_state
+
+
+def _launched(make: Callable[[], CausalPlan], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Runs the first plan of `make` that can run, on tensors by name; returns them with the plan's workspace."""
+
+    def launched(plan: CausalPlan) -> dict[str, Tensor]:
+        given = dict(tensors)
+        if plan.workspace_shape:
+            given["slabs"] = tensors["x"].new_empty(plan.workspace_shape, dtype=_wide(tensors["x"].dtype))
+            given["sums"] = torch.empty_like(given["slabs"][0])
+        for launch in plan.direct:
+            launch.run(given)
+        return given
+
+    with _on_device(tensors["x"].device):
+        return recovery.run(make, launched)
 
 
 def _forward_outputs(x, weight, bias, initial_state, silu, return_final_state) -> tuple[Tensor, Tensor]:
@@ -399,13 +422,10 @@ def _backward(dy, dfinal_state, x, weight, bias, initial_state, silu) -> tuple[T
     else:
         rows = _in_rows(x)
         x, dy = _laid_out(x, rows), _laid_out(dy, rows)
-        plan = backward_plan(dy, x, weight, bias, initial_state, silu, device, dx)
-        slabs = x.new_empty(plan.workspace_shape, dtype=_wide(x.dtype))
-        sums = torch.empty_like(slabs[0])
-        tensors = {"x": x, "dy": dy, "dx": dx, "dstate": dstate, "slabs": slabs, "sums": sums}
-        with _on_device(x.device):
-            for launch in plan.direct:
-                launch.run(tensors | _contiguous(w=weight, bias=bias, state=initial_state))
+        tensors = {"x": x, "dy": dy, "dx": dx, "dstate": dstate}
+        tensors |= _contiguous(w=weight, bias=bias, state=initial_state)
+        make = partial(backward_plan, dy, x, weight, bias, initial_state, silu, device, dx)
+        sums = _launched(make, tensors)["sums"]
         dweight.copy_(sums[:W].t())
         if bias is not None:
             dbias.copy_(sums[W])
@@ -439,9 +459,8 @@ def _update(x, state, weight, bias, silu) -> Tensor:
         y.copy_(_reference(x, weight, bias, state, silu))
         state.copy_(_next_state(x, state, weight.shape[1]))
         return y
-    plan = update_plan(x, state, weight, bias, silu, device, y)
-    with _on_device(x.device):
-        plan.direct[0].run({"x": x, "state": state, "y": y, **_contiguous(w=weight, bias=bias)})
+    tensors = {"x": x, "state": state, "y": y, **_contiguous(w=weight, bias=bias)}
+    _launched(partial(update_plan, x, state, weight, bias, silu, device, y), tensors)
     return y
 
 

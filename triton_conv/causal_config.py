@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import NamedTuple
 
@@ -113,6 +114,21 @@ def default(p: CausalProblem) -> CausalConfig:
     longest = max(1, p.N * ceil_div(p.C, channels) * count // (_PROGRAMS * p.device.multiprocessors))
     splits = ceil_div(count, longest if backward else min(longest, _STEPS))
     return CausalConfig(unit, runs, channels, _WARPS, splits)
+
+
+def smaller(rule: CausalConfig) -> Iterator[CausalConfig]:
+    """A config, then ones that ask for less of a device: fewer slabs, then fewer positions and channels a step."""
+    step = rule
+    while True:
+        yield step
+        splits = step.splits
+        while splits > 1:
+            splits //= 2
+            yield replace(step, splits=splits)
+        if step.runs * step.channels <= 32:
+            return
+        part = {"channels": step.channels // 2} if step.channels >= step.runs else {"runs": step.runs // 2}
+        step = replace(step, **part)
 
 
 def blocks(p: CausalProblem, config: CausalConfig) -> int:

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from . import functional, ops
+from . import functional, ops, streaming
 from .causal import causal_conv1d
 from .functional import Ints, Modes, Padding
-from .streaming import TIME_MODES, causal_conv3d
+from .streaming import causal_conv3d
 from .unsupported import not_scripted
 
 
 class _CausalConv:
     """What causal classes share. They take torch's constructor for the rest: its padding is not theirs."""
 
+    rank: ClassVar[int]
     precision: str | None = None
     time_mode: str
 
     def _construct(self, time_mode: str, precision: str | None, *arguments: Any) -> None:
         ops.check_precision(precision)
-        if time_mode not in TIME_MODES:
-            raise ValueError(f"time_mode must be one of {TIME_MODES}, but got time_mode={time_mode!r}")
+        name = type(self).__name__
+        streaming.check_time_mode(name, time_mode)
         in_channels, out_channels, kernel_size, stride, dilation, groups, bias, device, dtype = arguments
+        sizes = {"in_channels": in_channels, "out_channels": out_channels, "groups": groups}
+        functional.check_sizes(
+            name, self.rank, {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}, **sizes
+        )
         super().__init__(  # type: ignore[call-arg]
             in_channels,
             out_channels,
@@ -57,6 +62,8 @@ class CausalConv1d(_CausalConv, torch.nn.Conv1d):
 
     Shapes: (N, C, L) or (C, L) to (N, K, Q) or (K, Q), context (N, C, positions). See `CausalConv3d` for the rest.
     """
+
+    rank = 1
 
     def __init__(
         self,
@@ -124,6 +131,8 @@ class CausalConv3d(_CausalConv, torch.nn.Conv3d):
     Raises, in the constructor, ValueError for groups that do not divide the channels and for an unknown mode or
     precision, RuntimeError for padding or modes whose number is not two.
     """
+
+    rank = 3
 
     def __init__(
         self,

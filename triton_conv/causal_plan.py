@@ -5,6 +5,7 @@ A plan prints itself (`str(plan)`); `triton-conv explain --causal` shows it with
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import prod
@@ -12,14 +13,12 @@ from typing import TYPE_CHECKING
 
 from . import causal_config as configs
 from . import causal_cost as cost
-from . import invariance
+from . import invariance, recovery, stored
 from .causal_config import CausalConfig, CausalProblem, CausalRole
 from .cost import Prediction, Roofline
-from .devices import Device
-from .frozen import Frozen
+from .frozen import PlanOfProblem
 
 if TYPE_CHECKING:
-    from .kernels.direct import Direct
     from .kernels.launch import Launch
 
 _KERNELS = {
@@ -35,11 +34,15 @@ _REASONS = {
 
 
 @dataclass(frozen=True)
-class CausalPlan(Frozen):
+class CausalPlan(PlanOfProblem):
     """A causal kernel and everything it is launched with, for tensors of any address."""
 
     asked: CausalProblem
     config: CausalConfig
+
+    @property
+    def problem(self) -> CausalProblem:
+        return self.asked
 
     @property
     def kernel(self) -> str:
@@ -50,16 +53,18 @@ class CausalPlan(Frozen):
         return self.asked.role
 
     @property
-    def dtype(self) -> str:
-        return self.asked.dtype
-
-    @property
     def N(self) -> int:
         return self.asked.N
 
     @property
-    def device(self) -> Device:
-        return self.asked.device
+    def compiled_for(self) -> Hashable:
+        """All that its kernels' code depends on beside their config."""
+        p = self.asked
+        return p.role, p.W, p.dtype, p.weight_dtype, p.bias_dtype, p.silu, p.has_state, p.rows
+
+    @property
+    def reason(self) -> str:
+        return _REASONS[self.role]
 
     @property
     def accumulator(self) -> str:
@@ -96,13 +101,6 @@ class CausalPlan(Frozen):
         return (launch(self.asked, self.config),)
 
     @cached_property
-    def direct(self) -> tuple[Direct, ...]:
-        """The same, launched without Triton's binder from the second time on."""
-        from .kernels.direct import Direct
-
-        return tuple(map(Direct, self.launches))
-
-    @cached_property
     def roofline(self) -> Roofline:
         """The least time of what the plan computes, by whatever kernel."""
         return cost.roofline(self.asked)
@@ -130,16 +128,17 @@ class CausalPlan(Frozen):
             f"config     {self.config}",
             f"numbers    {self.dtype} products, {self.accumulator} accumulator, 64-bit offsets",
             f"workspace  {self.workspace_bytes} bytes{slabs}",
-            f"reason     {_REASONS[self.role]}",
+            f"reason     {self.reason}",
         ]
         return "\n".join(lines)
 
 
 def make(problem: CausalProblem) -> CausalPlan:
     """The plan of a problem; the second time it is a look-up."""
-    return _make(problem, invariance.batch())
+    return _make(problem, stored.generation(), invariance.batch())
 
 
 @lru_cache(maxsize=8192)
-def _make(problem: CausalProblem, batch: int | None) -> CausalPlan:
-    return CausalPlan(problem, configs.default(problem if batch is None else problem._replace(N=batch)))
+def _make(problem: CausalProblem, _generation: Hashable, batch: int | None) -> CausalPlan:
+    rule = configs.default(problem if batch is None else problem._replace(N=batch))
+    return recovery.first(problem, (CausalPlan(problem, config) for config in configs.smaller(rule)))

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from . import config as configs
 from . import cost, tiles
-from .config import ITEM_BYTES, BoxConfig, Config
+from .config import ITEM_BYTES, BoxConfig, Config, DepthwiseConfig, KernelConfig
 from .cost import Prediction
 from .devices import Device
 from .epilogue import PLAIN, Epilogue
@@ -23,6 +23,7 @@ from .geometry import ConvGeometry, Role
 WORTH_LEAVING = 0.8
 
 AnyConfig = TypeVar("AnyConfig", Config, BoxConfig)
+SplitConfig = TypeVar("SplitConfig", bound=KernelConfig)
 
 
 def quickest(
@@ -56,6 +57,34 @@ def quickest(
             others += _smaller_boxes(rule, role, geometry)
     best = min(others, key=lambda config: predicted(config).seconds, default=rule)
     return best if predicted(best).seconds < WORTH_LEAVING * predicted(rule).seconds else rule
+
+
+def fewer_slabs(config: SplitConfig) -> list[SplitConfig]:
+    """The same config over half as many slabs, a quarter, down to one."""
+    found: list[Any] = []
+    splits = config.splits
+    while splits > 1:
+        splits //= 2
+        found.append(replace(config, splits=splits))
+    return found
+
+
+def smallest(config: SplitConfig, dtype: str) -> SplitConfig:
+    """A config of the same kind that asks for little of a device: small tiles, no or few stages, four warps.
+
+    Kernels without stages keep theirs but for the lanes.
+    """
+    if isinstance(config, BoxConfig):
+        n, k = min(config.BLOCK_N, 64), min(config.BLOCK_K, 64)
+        return replace(config, BLOCK_N=n, BLOCK_K=k, num_warps=4, num_stages=2, programs=1)
+    if isinstance(config, Config):
+        most = 32 if config.dot else 16
+        m, n, k = (min(side, most) for side in (config.BLOCK_M, config.BLOCK_N, config.BLOCK_K))
+        k = max(k, configs.least_reduction(dtype)) if config.dot else k
+        return replace(config, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, num_warps=4, num_stages=1, filters_first=False)
+    if isinstance(config, DepthwiseConfig):
+        return replace(config, lanes=max(config.lanes // 4, 1), num_warps=4)
+    return config
 
 
 def _smaller(rule: Config, role: Role, item_bytes: int, device: Device) -> list[Config]:

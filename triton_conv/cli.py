@@ -11,8 +11,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .commands import audit, bench, check, configs, demo, explain, tune
+from .commands import audit, bench, check, configs, demo, explain, fuzz, report, tune
 from .commands.common import CommandError
+from .files import printable
+from .installed import TritonMissingError
 from .version import VERSION
 
 
@@ -35,14 +37,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     parser = _parser()
-    arguments = parser.parse_args(argv)
-    if arguments.command is None:
-        parser.print_help(sys.stderr)
-        return 2
     try:
+        arguments = parser.parse_args(argv)
+        arguments.given = tuple(sys.argv[1:] if argv is None else argv)
+        if arguments.command is None:
+            parser.print_help(sys.stderr)
+            return 2
         return arguments.command(arguments)
-    except CommandError as error:
-        print(f"triton-conv: error: {error}", file=sys.stderr)
+    except (CommandError, TritonMissingError) as error:
+        text = "\n".join(map(printable, str(error).splitlines()))
+        print(f"triton-conv: error: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("triton-conv: interrupted", file=sys.stderr)
@@ -54,6 +58,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}", help="show the version and exit")
     parser.set_defaults(command=None)
     sub = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for command in (demo, check, explain, audit, configs, tune, bench):
+    for command in (demo, check, fuzz, explain, report, audit, configs, tune, bench):
         command.add(sub)
     return parser

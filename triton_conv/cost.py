@@ -50,6 +50,7 @@ ELEMENT_LOAD = 6  # a masked load of one element in a row whose other loads are 
 START = 450  # of a program outside its main loop; twice that where it sums over its lanes at the end
 SUMS = 40
 MOST_REGISTERS = 255  # of a thread: CUDA Programming Guide 13 (2025)
+_ABSURD_REGISTERS, _ABSURD_TIME = 4, 1000  # times as many, or as long, as is right
 REGISTERS = 64  # of a thread, beside its accumulator: as compiled default configs have them
 LANES = 128  # instructions that a multiprocessor issues in a clock, counted by thread: four schedulers of 32
 SECTOR = 32  # bytes that memory and L2 hand out at least
@@ -207,6 +208,20 @@ def predict(
         launch_seconds=launch,
         registers=registers,
     )
+
+
+def absurd(found: Prediction, rule: Prediction) -> str | None:
+    """What keeps a config of a file from being tried, in words; None if nothing does. `rule` is of the rule's config.
+
+    Estimates are no measurements, so that bounds are far from what anybody measures.
+    """
+    if not found.resident:
+        return "a multiprocessor has no room for a tile"
+    if found.registers > _ABSURD_REGISTERS * max(MOST_REGISTERS, rule.registers):
+        return f"a thread would have {found.registers} registers"
+    if found.seconds > _ABSURD_TIME * rule.seconds:
+        return f"it is predicted to take {found.seconds / rule.seconds:.3g} times as long as the rule's"
+    return None
 
 
 def epilogue_seconds(g: ConvGeometry, role: Role, out_dtype: str, device: Device, epilogue: Epilogue) -> float:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter, init
 from torch.nn.modules.utils import _pair
 
-from . import ops
+from . import functional, ops
 from .deform import deform_conv2d
 from .functional import Ints, Padding
 from .unsupported import not_scripted
@@ -64,6 +64,9 @@ class DeformConv2d(Module):
     ) -> None:
         super().__init__()
         ops.check_precision(precision)
+        per_axis = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}
+        sizes = {"in_channels": in_channels, "out_channels": out_channels, "groups": groups}
+        functional.check_sizes(type(self).__name__, 2, per_axis, **sizes)
         for name, channels in {"in_channels": in_channels, "out_channels": out_channels}.items():
             if groups <= 0 or channels % groups:
                 raise ValueError(f"{name} must be divisible by groups, but got {name}={channels}, groups={groups}")
@@ -71,13 +74,15 @@ class DeformConv2d(Module):
         self.out_channels = out_channels
         self.kernel_size = _pair(kernel_size)
         self.stride = _pair(stride)
-        self.padding = padding if isinstance(padding, str) else _pair(padding)
+        self.padding = _pair(padding) if isinstance(padding, (int, tuple, list)) else padding
         self.dilation = _pair(dilation)
         self.groups = groups
         if precision is not None:
             self.precision = precision
         shape = (out_channels, in_channels // groups, *self.kernel_size)
         self.weight = Parameter(torch.empty(shape, device=device, dtype=dtype))
+        how = (list(self.stride), list(self.dilation))
+        functional._padding(type(self).__name__, padding, 2, self.weight, *how)  # for its errors
         if bias:
             self.bias = Parameter(torch.empty(out_channels, device=device, dtype=dtype))
         else:
@@ -89,8 +94,9 @@ class DeformConv2d(Module):
         init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         if self.bias is not None:
             fan_in, _ = init._calculate_fan_in_and_fan_out(self.weight)
-            bound = 1 / math.sqrt(fan_in)
-            init.uniform_(self.bias, -bound, bound)
+            if fan_in != 0:
+                bound = 1 / math.sqrt(fan_in)
+                init.uniform_(self.bias, -bound, bound)
 
     def forward(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
         """The convolution of `input`, its taps moved by `offset` and scaled by `mask`."""
@@ -158,8 +164,11 @@ class ModulatedDeformConv2d(DeformConv2d):
         *,
         precision: str | None = None,
     ) -> None:
+        if modulation is not None and not isinstance(modulation, str):
+            raise TypeError(f"modulation must be str or None, not {type(modulation).__name__}")
         if modulation not in MODULATIONS:
             raise ValueError(f"modulation must be one of {MODULATIONS}, but got modulation={modulation!r}")
+        functional.check_sizes(type(self).__name__, 2, {}, in_channels=in_channels, offset_groups=offset_groups)
         if offset_groups <= 0 or in_channels % offset_groups:
             raise ValueError(
                 f"in_channels must be divisible by offset_groups, but got in_channels={in_channels}, "

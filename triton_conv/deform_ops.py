@@ -59,7 +59,7 @@ def undeformed(input, weight, bias, stride, padding, dilation, precision) -> exe
             f"{list(weight.shape)}"
         )
     channels, of_group = input.shape[1], weight.shape[1]
-    if of_group == 0 or channels % of_group:
+    if of_group == 0 or channels == 0 or channels % of_group:
         raise RuntimeError(
             f"expected input channels to be a multiple of weight.size(1) = {of_group}, but got input "
             f"{list(input.shape)}, weight {list(weight.shape)}"

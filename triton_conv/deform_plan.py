@@ -5,27 +5,25 @@ A plan prints itself (`str(plan)`).
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import prod
 from typing import TYPE_CHECKING
 
+from . import choose, invariance, recovery, stored, ways
 from . import deform_config as configs
 from . import deform_cost as cost
-from . import invariance, stored, ways
 from . import key as keys
 from .config import Config, Numerics, most_splits
-from .cost import Prediction, Roofline, copy_seconds
+from .cost import Prediction, Roofline, absurd, copy_seconds
 from .deform_config import DeformProblem, DeformRole
-from .devices import Device
-from .frozen import Frozen
+from .frozen import PlanOfProblem
 from .plan import ACCUMULATORS, span
 from .tiles import Tiles
 from .ways import dense_strides
 
 if TYPE_CHECKING:
-    from .kernels.direct import Direct
     from .kernels.launch import Launch
 
 __all__ = ["DTYPES", "DeformPlan", "DeformProblem", "DeformRole", "make"]
@@ -47,7 +45,7 @@ _REASONS = {
 
 
 @dataclass(frozen=True)
-class DeformPlan(Frozen):
+class DeformPlan(PlanOfProblem):
     """A kernel and everything it is launched with, for tensors of any address.
 
     `asked` is the caller's problem, `problem` the one that is left when the tensors that `packs` names are copied to
@@ -71,16 +69,13 @@ class DeformPlan(Frozen):
         return self.asked.role
 
     @property
-    def dtype(self) -> str:
-        return self.asked.dtype
-
-    @property
     def N(self) -> int:
         return self.asked.geometry.N
 
     @property
-    def device(self) -> Device:
-        return self.asked.device
+    def compiled_for(self) -> Hashable:
+        """All that its kernels' code depends on beside their config."""
+        return key_of(self.problem)[0], self.numerics
 
     @property
     def tiles(self) -> Tiles:
@@ -133,13 +128,6 @@ class DeformPlan(Frozen):
             DeformRole.WEIGHT: deform_wgrad,
         }
         return tuple(rooms[self.role].launches(self.problem, self.config, self.numerics, self.tiles))
-
-    @cached_property
-    def direct(self) -> tuple[Direct, ...]:
-        """The same, launched without Triton's binder from the second time on."""
-        from .kernels.direct import Direct
-
-        return tuple(map(Direct, self.launches))
 
     @cached_property
     def roofline(self) -> Roofline:
@@ -212,8 +200,26 @@ def make(problem: DeformProblem) -> DeformPlan:
 @lru_cache(maxsize=4096)
 def _make(problem: DeformProblem, _generation: Hashable, batch: int | None) -> DeformPlan:
     alike = problem if batch is None else problem._replace(geometry=replace(problem.geometry, N=batch))
-    chosen = choice(every(alike))
-    return chosen if batch is None else _assembled(problem, chosen.config, chosen.why)
+    plans = _candidates(alike)
+    if batch is not None:
+        plans = (_assembled(problem, p.config, p.why) for p in plans)
+    return recovery.first(problem, plans)
+
+
+def _candidates(problem: DeformProblem) -> Iterator[DeformPlan]:
+    """The plans of a problem in the order in which they are tried: each is for where those before it cannot run.
+
+    After the best one come configs from other places, each with fewer slabs, then with small tiles, then no copies.
+    """
+    found = choice(every(problem))
+    yield found
+    for p in recovery.sources(lambda: choice(every(problem))):
+        yield p
+        for copies in (True, False):
+            small = choose.smallest(p.config, problem.dtype)
+            assert isinstance(small, Config)
+            for config in (p.config, *choose.fewer_slabs(p.config), small, *choose.fewer_slabs(small)):
+                yield _assembled(problem, config, f"{p.why}, which could not run", copies=copies)
 
 
 def every(problem: DeformProblem) -> list[DeformPlan]:
@@ -244,6 +250,8 @@ def _looked_up(problem: DeformProblem) -> DeformPlan:
     if found is None or not isinstance(found.config, Config) or misfit(problem, found.config):
         return rule
     p = _assembled(problem, found.config, f"config of {found.where}", found.seconds)
+    if absurd(p.prediction, rule.prediction):
+        return rule
     return p if found.exact or p.prediction.seconds <= ways.MOST_OF_RULE * rule.prediction.seconds else rule
 
 
@@ -275,9 +283,13 @@ def with_config(problem: DeformProblem, p: DeformPlan, config: Config) -> Deform
 
 
 def _assembled(
-    problem: DeformProblem, config: Config, why: str = "tiles by rule", measured: float | None = None
+    problem: DeformProblem,
+    config: Config,
+    why: str = "tiles by rule",
+    measured: float | None = None,
+    copies: bool = True,
 ) -> DeformPlan:
-    packs, left = packed(problem)
+    packs, left = packed(problem) if copies else ((), problem)
     bits = 64 if _reach(left, config) >= 2**31 else 32
     numerics = Numerics(bits, ACCUMULATORS[problem.dtype], problem.precision, problem.has_bias)
     return DeformPlan(problem, left, packs, config, numerics, why, measured)

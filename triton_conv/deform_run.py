@@ -5,10 +5,12 @@ Tensors have four axes, N C H W, and any strides. Outputs have the same bits eve
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from . import deform_plan
+from . import deform_plan, recovery
 from .backends import default_precision
 from .deform_config import DeformProblem, DeformRole
 from .deform_plan import DeformPlan
@@ -34,9 +36,10 @@ def forward(
         return y
     if x.numel() == 0 or w.numel() == 0:
         return y.zero_() if bias is None else y.copy_(bias[:, None, None])
-    p = plan(DeformRole.FORWARD, x, w, y, offset, mask, geometry, offset_groups, precision, device, bias is not None)
+    how = (geometry, offset_groups, precision, device, bias is not None)
+    make = partial(plan, DeformRole.FORWARD, x, w, y, offset, mask, *how)
     operands = _given(x=x, offset=offset, mask=mask, w=w, bias=None if bias is None else bias.contiguous(), y=y)
-    run(p, operands)
+    recovery.run(make, partial(_written, operands))
     return y
 
 
@@ -54,8 +57,8 @@ def input_gradient(
     """dx, which is written."""
     if dx.numel() == 0 or dy.numel() == 0:
         return dx.zero_()
-    p = plan(DeformRole.INPUT, dx, w, dy, offset, mask, geometry, offset_groups, precision, device)
-    run(p, _given(offset=offset, mask=mask, w=w, y=dy, x=dx))
+    make = partial(plan, DeformRole.INPUT, dx, w, dy, offset, mask, geometry, offset_groups, precision, device)
+    recovery.run(make, partial(_written, _given(offset=offset, mask=mask, w=w, y=dy, x=dx)))
     return dx
 
 
@@ -75,8 +78,10 @@ def offset_gradients(
     mask, dmask = (None, None) if mask is None else _with_gradient(mask)
     if doffset.numel() == 0 or x.numel() == 0 or dy.numel() == 0:
         return doffset.zero_(), None if dmask is None else dmask.zero_()
-    p = plan(DeformRole.OFFSET, x, w, dy, offset, mask, geometry, offset_groups, precision, device)
-    run(p, _given(x=x, offset=offset, mask=mask, w=w, y=dy, doffset=doffset, dmask=dmask))
+    make = partial(plan, DeformRole.OFFSET, x, w, dy, offset, mask, geometry, offset_groups, precision, device)
+    recovery.run(
+        make, partial(_written, _given(x=x, offset=offset, mask=mask, w=w, y=dy, doffset=doffset, dmask=dmask))
+    )
     return doffset, dmask
 
 
@@ -94,8 +99,8 @@ def weight_gradient(
     """dw, which is written: dense, in any memory format."""
     if dw.numel() == 0 or x.numel() == 0 or dy.numel() == 0:
         return dw.zero_()
-    p = plan(DeformRole.WEIGHT, x, dw, dy, offset, mask, geometry, offset_groups, precision, device)
-    run(p, _given(x=x, offset=offset, mask=mask, y=dy, w=dw))
+    make = partial(plan, DeformRole.WEIGHT, x, dw, dy, offset, mask, geometry, offset_groups, precision, device)
+    recovery.run(make, partial(_written, _given(x=x, offset=offset, mask=mask, y=dy, w=dw)))
     return dw
 
 
@@ -128,6 +133,10 @@ def plan(
         str(offset.dtype).removeprefix("torch."),
     )
     return deform_plan.make(problem)
+
+
+def _written(tensors: dict[str, Tensor], p: DeformPlan) -> None:
+    run(p, tensors)
 
 
 def run(p: DeformPlan, tensors: dict[str, Tensor]) -> None:

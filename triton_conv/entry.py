@@ -11,17 +11,21 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import cache, cached_property
+from math import prod
 from typing import Any, get_type_hints
 
+from . import files
 from . import key as keys
-from .config import KernelConfig
+from .config import BandedConfig, DepthwiseConfig, KernelConfig
 from .deform_config import DeformRole
+from .files import shown as shown
 from .geometry import Role
 from .key import CONFIGS, Extents, Key
 
 SCHEMA = 1
 MOST_STAGES = 16
 MOST_OF_A_CONFIG = 2**16  # any number of it
+MOST_OF_A_TILE = 2**20  # elements that Triton lets a tensor have
 STATUSES = ("ok", "wrong", "failed")
 SOURCES = ("measured", "model")
 TIE = 0.02  # of the time: candidates that differ by less are equally quick, whatever their spread
@@ -110,20 +114,23 @@ def dumps(device: str, kernel: str, entries: Iterable[Entry]) -> str:
     return f'{_line(head)[:-1]}, "entries": [\n' + ",\n".join(blocks) + "\n]}\n"
 
 
-def loads(text: str, name: str) -> tuple[str, str, list[Entry]]:
+def loads(text: str | bytes, name: str) -> tuple[str, str, list[Entry]]:
     """(device, kernel, entries) of a file called `name`. Raises MalformedError."""
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise MalformedError(f"{name}: is no JSON: {error}") from error
+        content = files.parsed(text)
+    except ValueError as error:
+        raise MalformedError(f"{name}: {error}") from error
     try:
         found = _checked(content, dict, "the file")
+        strange = found.keys() - {"schema", "device", "kernel", "entries"}
         schema = _checked(found.get("schema"), int, "schema")
         if schema != SCHEMA:
             raise (NewerError if schema > SCHEMA else MalformedError)(f"schema is {shown(schema)}, not {SCHEMA}")
         kernel = _checked(found.get("kernel"), str, "kernel")
         if kernel not in CONFIGS:
             raise MalformedError(f"kernel is {shown(kernel)}, which there is not")
+        if strange:
+            raise MalformedError(f"the file has {shown(sorted(strange))} too much")
         entries = _checked(found.get("entries"), list, "entries")
         return _checked(found.get("device"), str, "device"), kernel, [_entry(e, kernel) for e in entries]
     except MalformedError as error:
@@ -176,9 +183,9 @@ def _entry(found: Any, kernel: str) -> Entry:
         key,
         extents,
         found["source"],
-        {name: _value(value, str, f"stamp {name}") for name, value in stamp.items()},
+        {name: _value(value, str, f"stamp {shown(name)}") for name, value in stamp.items()},
         candidates,
-        {name: _value(value, float, f"baseline {name}") for name, value in baseline.items()},
+        {name: _value(value, float, f"baseline {shown(name)}") for name, value in baseline.items()},
     )
 
 
@@ -198,7 +205,8 @@ def _read_candidate(found: Any, kernel: str) -> Candidate:
     except (TypeError, ValueError) as error:
         raise MalformedError(f"a config of {kernel}: {error}") from error
     warps, stages = config.num_warps, getattr(config, "num_stages", 1)
-    if warps not in (1, 2, 4, 8, 16, 32) or not 1 <= stages <= MOST_STAGES or _largest(given) > MOST_OF_A_CONFIG:
+    large = _largest(given) > MOST_OF_A_CONFIG or _tile(config) > MOST_OF_A_TILE
+    if warps not in (1, 2, 4, 8, 16, 32) or not 1 <= stages <= MOST_STAGES or large:
         raise MalformedError(f"a config of {kernel} is beyond what compiles: {shown(config)}")
     seconds = found.get("seconds")
     candidate = Candidate(
@@ -209,7 +217,7 @@ def _read_candidate(found: Any, kernel: str) -> Candidate:
         _value(found.get("why", ""), str, "why"),
     )
     if candidate.status not in STATUSES or candidate.seconds == 0:
-        raise MalformedError(f"a candidate has status {candidate.status!r} and seconds {candidate.seconds}")
+        raise MalformedError(f"a candidate has status {shown(candidate.status)} and seconds {candidate.seconds}")
     return candidate
 
 
@@ -222,6 +230,16 @@ def _hints(kind: Any) -> dict[str, Any]:
 def _largest(given: Mapping[str, Any]) -> int:
     """Of the numbers of a config."""
     return max((n for value in given.values() for n in (value if isinstance(value, list) else [value])), default=0)
+
+
+def _tile(config: KernelConfig) -> int:
+    """Elements of the largest tensor of a program."""
+    if isinstance(config, DepthwiseConfig):
+        return config.lanes * config.columns * config.channels
+    if isinstance(config, BandedConfig):
+        return max(config.BLOCK_M, prod(config.blocks) * config.chunk, config.height * config.columns * config.chunk)
+    sides = (config.BLOCK_M, config.BLOCK_N, config.BLOCK_K)
+    return prod(sides) // min(sides) if getattr(config, "dot", True) else prod(sides)
 
 
 def _checked(value: Any, kind: type, name: str) -> Any:
@@ -246,12 +264,3 @@ def _value(value: Any, hint: Any, name: str) -> Any:
     if hint is int and not 0 <= _checked(value, int, name) < 2**63:
         raise MalformedError(f"{name} is {shown(value)}")
     return _checked(value, hint, name)
-
-
-def shown(value: Any) -> str:
-    """A value of a file for a message: printable and not long, whatever it is."""
-    try:
-        text = ascii(value)
-    except RecursionError:
-        text = "nested too deep"
-    return text if len(text) <= 60 else f"{text[:60]}..."

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from . import backends, devices, invariance, plan, reference
+from . import backends, devices, installed, invariance, plan, recovery, reference
+from . import config as configs
 from .backends import default_precision
 from .devices import INTERPRETER, Device
 from .epilogue import PLAIN, Epilogue
@@ -145,28 +146,59 @@ def execute(call: Call) -> Tensor:
     problem = problem_of(call, device, output)
     for seen in _seen:
         seen[problem] = None
-    p = plan.make(problem)
-    if not p.rival_runs:
-        return run(p, call, output)
-    shape, strides = output.shape, output.stride()
-    del output  # its memory is free for what cuDNN returns
-    last = p.rival_name.endswith("channels_last")
-    with _on_device(call.a.device):
-        return backends.convolve(call.role, call.geometry, call.a, call.b, call.bias, shape, strides, last)
+    outputs = [output]
+    del output
+    return computed(problem, call, outputs)
+
+
+def computed(problem: plan.Problem, call: Call, outputs: list[Tensor]) -> Tensor:
+    """The output of a call that is this problem, by the first plan that can run (`recovery`).
+
+    `outputs` holds an uninitialised output, and nobody else does: its memory is freed where cuDNN returns another.
+    """
+    shape, strides = outputs[0].shape, outputs[0].stride()
+
+    def attempt(p: plan.Plan) -> Tensor:
+        if not p.rival_runs:
+            return run(p, call, outputs[0] if outputs else _empty_like_output(call))
+        outputs.clear()
+        last = p.rival_name.endswith("channels_last")
+        with _on_device(call.a.device):
+            return backends.convolve(call.role, call.geometry, call.a, call.b, call.bias, shape, strides, last)
+
+    explicit = configs.chosen(call.role) is not None
+    return recovery.run(lambda: plan.make(problem), attempt, problem, explicit)
 
 
 def device_of(device: torch.device) -> Device | None:
     """What plans need to know of a device; None where plain torch runs."""
     if device.type == "cuda":
         return _cuda_device(device.index if device.index is not None else torch.cuda.current_device())
-    return INTERPRETER if interpreting() else None
+    return INTERPRETER if not _plain and interpreting() else None
+
+
+_plain = False
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """Inside, CPU tensors run plain torch in this process, also where TRITON_INTERPRET is set."""
+    global _plain
+    before, _plain = _plain, True
+    try:
+        yield
+    finally:
+        _plain = before
 
 
 def interpreting() -> bool:
     """Whether Triton interprets kernels (TRITON_INTERPRET=1), so that they run on CPU tensors.
 
-    Raises RuntimeError if the variable was set too late: Triton reads it when it is imported.
+    Raises RuntimeError if the variable was set too late: Triton reads it when it is imported. Raises ImportError if it
+    is set and Triton is missing.
     """
+    if not installed.available():
+        return False
     import triton
     from triton.runtime.interpreter import InterpretedFunction
 

@@ -41,6 +41,7 @@ class _Factored(Module):
 
 class _DepthwiseSeparable(_Factored):
     _function: ClassVar[Callable[..., Tensor]]
+    rank: ClassVar[int]
 
     def __init__(
         self,
@@ -61,14 +62,25 @@ class _DepthwiseSeparable(_Factored):
         fused: bool | None = None,
     ) -> None:
         super().__init__()
+        sizes = {"in_channels": in_channels, "out_channels": out_channels, "depth_multiplier": depth_multiplier}
+        functional.check_sizes(
+            type(self).__name__,
+            self.rank,
+            {"kernel_size": kernel_size, "stride": stride, "dilation": dilation},
+            **sizes,
+        )
+        if in_channels < 1:
+            raise ValueError(f"in_channels must be a positive integer, but got in_channels={in_channels}")
         if depth_multiplier < 1:
             raise ValueError(
                 f"depth_multiplier must be a positive integer, but got depth_multiplier={depth_multiplier}"
             )
         self.in_channels, self.out_channels, self.depth_multiplier = in_channels, out_channels, depth_multiplier
+        if fused is not None and not isinstance(fused, bool):
+            raise TypeError(f"fused must be bool or None, not {type(fused).__name__}")
         self.fused = fused
         options = {"device": device, "dtype": dtype, "precision": precision}
-        between = in_channels * depth_multiplier
+        between = functional._index(type(self).__name__, "depth_multiplier", in_channels * depth_multiplier)
         self.depthwise: Any = self.convolution(
             in_channels,
             between,
@@ -118,6 +130,7 @@ class DepthwiseSeparableConv1d(_DepthwiseSeparable):
     Shapes: (N, C, W) or (C, W) to (N, K, Q) or (K, Q). See `DepthwiseSeparableConv2d` for the rest.
     """
 
+    rank = 1
     _function = staticmethod(separable.separable_conv1d)
 
 
@@ -145,6 +158,7 @@ class DepthwiseSeparableConv2d(_DepthwiseSeparable):
     `depth_multiplier` below 1 and for what `Conv2d` raises it for.
     """
 
+    rank = 2
     _function = staticmethod(separable.separable_conv2d)
 
 
@@ -159,6 +173,7 @@ class DepthwiseSeparableConv3d(_DepthwiseSeparable):
     rest.
     """
 
+    rank = 3
     _function = staticmethod(separable.separable_conv3d)
 
 
@@ -201,6 +216,10 @@ class SpatiallySeparableConv2d(_Factored):
     ) -> None:
         super().__init__()
         middle_channels = out_channels if middle_channels is None else middle_channels
+        sizes = {"in_channels": in_channels, "out_channels": out_channels, "middle_channels": middle_channels}
+        functional.check_sizes(
+            type(self).__name__, 2, {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}, **sizes
+        )
         self.in_channels, self.middle_channels, self.out_channels = in_channels, middle_channels, out_channels
         options = {"device": device, "dtype": dtype, "precision": precision}
         (R, S), strides = _two("kernel_size", kernel_size), _two("stride", stride)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import execute, plan
+from . import execute, plan, recovery
 from .backends import default_precision
 from .devices import Device
 from .epilogue import PLAIN
@@ -53,7 +53,7 @@ class Bound:
         self.where = output.device  # with an index, and part of a key too
         self.on_cuda = self.where.type == "cuda"
         self.role, self.geometry, self.precision = call.role, call.geometry, call.precision
-        self.weight_stride, self.out_dtype = call.weight_stride, call.out_dtype
+        self.weight_stride, self.out_dtype, self.epilogue = call.weight_stride, call.out_dtype, call.epilogue
         self.names = execute.NAMES[call.role]
         self.shape, self.strides, self.dtype = output.shape, output.stride(), output.dtype
         self.launches = p.direct
@@ -63,10 +63,26 @@ class Bound:
     def __call__(self, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
         device = self.where
         output = torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=device)
-        if self.on_cuda and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                return self._launched(a, b, bias, output, device)
-        return self._launched(a, b, bias, output, device)
+        try:
+            if self.on_cuda and device.index != torch.cuda.current_device():
+                with torch.cuda.device(device):
+                    return self._launched(a, b, bias, output, device)
+            return self._launched(a, b, bias, output, device)
+        except Exception as error:
+            recovery.check(error)
+        del output
+        return self._planned_anew(a, b, bias)
+
+    def _planned_anew(
+        self, a: Tensor, b: Tensor, bias: Tensor | None, scale: Tensor | None = None, residual: Tensor | None = None
+    ) -> Any:
+        """The output of a call that cannot run as it did, for which `execute` finds another plan."""
+        kept = None
+        if self.epilogue.keep:
+            kept = torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.where)
+        how = (self.precision, self.weight_stride, None, self.out_dtype, self.epilogue, scale, residual, kept)
+        output = execute.execute(Call(self.role, self.geometry, a, b, bias, *how))
+        return output if kept is None else (output, kept)
 
     def _launched(self, a: Tensor, b: Tensor, bias: Tensor | None, output: Tensor, device: torch.device) -> Tensor:
         finish = None
@@ -93,15 +109,18 @@ class FusedBound(Bound):
 
     def __init__(self, call: Call, p: plan.Plan, device: Device, output: Tensor):
         super().__init__(call, p, device, output)
-        self.epilogue = call.epilogue
         self.as_given = self.as_given and not (p.copies_residual or p.copies_kept)
 
     def __call__(self, a: Tensor, b: Tensor, bias: Tensor | None, *extra: Tensor | None) -> Any:
         device = self.where
-        if self.on_cuda and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                return self._finished(a, b, bias, *extra)
-        return self._finished(a, b, bias, *extra)
+        try:
+            if self.on_cuda and device.index != torch.cuda.current_device():
+                with torch.cuda.device(device):
+                    return self._finished(a, b, bias, *extra)
+            return self._finished(a, b, bias, *extra)
+        except Exception as error:
+            recovery.check(error)
+        return self._planned_anew(a, b, bias, *extra)
 
     def _finished(
         self, a: Tensor, b: Tensor, bias: Tensor | None, scale: Tensor | None, residual: Tensor | None

@@ -1,9 +1,16 @@
-"""Dataclasses that keep what they have worked out."""
+"""What plans have in common, whatever they compute: they keep what they have worked out, and launch it."""
 
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from .devices import Device
+
+if TYPE_CHECKING:
+    from .kernels.direct import Direct
+    from .kernels.launch import Launch
 
 
 class Frozen:
@@ -14,3 +21,32 @@ class Frozen:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+
+
+class Planned(Frozen):
+    """A plan: `launches` are what runs, in order."""
+
+    @cached_property
+    def launches(self) -> tuple[Launch, ...]:
+        raise NotImplementedError
+
+    @cached_property
+    def direct(self) -> tuple[Direct, ...]:
+        """The same, launched without Triton's binder from the second time on."""
+        from .kernels.direct import Direct
+
+        return tuple(map(Direct, self.launches))
+
+
+class PlanOfProblem(Planned):
+    """A plan whose `problem` says for which dtype and device it is."""
+
+    problem: Any
+
+    @property
+    def dtype(self) -> str:
+        return self.problem.dtype
+
+    @property
+    def device(self) -> Device:
+        return self.problem.device

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, TypeAlias
 
 import torch
@@ -65,7 +66,7 @@ def conv1d(
     Shapes: input (N, C, W) or (C, W), weight (K, C / groups, S), bias (K); returns (N, K, Q) or (K, Q).
     See `conv2d` for dtypes, errors and the epilogue.
     """
-    fusion = fused.asked(activation, negative_slope, residual, residual_after_activation, scale)
+    fusion = fused.asked("conv1d", activation, negative_slope, residual, residual_after_activation, scale)
     return _conv(1, input, weight, bias, stride, padding, dilation, groups, padding_mode, precision, fusion)
 
 
@@ -120,7 +121,7 @@ def conv2d(
     Method: implicit GEMM, the filter taps walked by index maps instead of an im2col buffer (Chetlur et al. 2014,
     cuDNN); on a CPU, PyTorch's own convolution.
     """
-    fusion = fused.asked(activation, negative_slope, residual, residual_after_activation, scale)
+    fusion = fused.asked("conv2d", activation, negative_slope, residual, residual_after_activation, scale)
     return _conv(2, input, weight, bias, stride, padding, dilation, groups, padding_mode, precision, fusion)
 
 
@@ -151,7 +152,7 @@ def conv3d(
     Shapes: input (N, C, D, H, W) or (C, D, H, W), weight (K, C / groups, T, R, S), bias (K); returns (N, K, Z, P, Q)
     or (K, Z, P, Q). See `conv2d` for dtypes, errors and the epilogue.
     """
-    fusion = fused.asked(activation, negative_slope, residual, residual_after_activation, scale)
+    fusion = fused.asked("conv3d", activation, negative_slope, residual, residual_after_activation, scale)
     return _conv(3, input, weight, bias, stride, padding, dilation, groups, padding_mode, precision, fusion)
 
 
@@ -181,7 +182,7 @@ def conv_transpose1d(
     Shapes: input (N, K, Q) or (K, Q), weight (K, C / groups, S), bias (C); returns (N, C, W) or (C, W).
     See `conv_transpose2d` for the rest.
     """
-    fusion = fused.asked(activation, negative_slope, residual, residual_after_activation, scale)
+    fusion = fused.asked("conv_transpose1d", activation, negative_slope, residual, residual_after_activation, scale)
     return _conv_transpose(
         1, input, weight, bias, stride, padding, output_padding, groups, dilation, padding_mode, precision, fusion
     )
@@ -218,7 +219,7 @@ def conv_transpose2d(
     here: with "circular", the transpose of a circular convolution, so that what leaves on one side comes back on
     the other. PyTorch has only "zeros".
     """
-    fusion = fused.asked(activation, negative_slope, residual, residual_after_activation, scale)
+    fusion = fused.asked("conv_transpose2d", activation, negative_slope, residual, residual_after_activation, scale)
     return _conv_transpose(
         2, input, weight, bias, stride, padding, output_padding, groups, dilation, padding_mode, precision, fusion
     )
@@ -250,7 +251,7 @@ def conv_transpose3d(
     Shapes: input (N, K, Z, P, Q) or (K, Z, P, Q), weight (K, C / groups, T, R, S), bias (C); returns
     (N, C, D, H, W) or (C, D, H, W). See `conv_transpose2d` for the rest.
     """
-    fusion = fused.asked(activation, negative_slope, residual, residual_after_activation, scale)
+    fusion = fused.asked("conv_transpose3d", activation, negative_slope, residual, residual_after_activation, scale)
     return _conv_transpose(
         3, input, weight, bias, stride, padding, output_padding, groups, dilation, padding_mode, precision, fusion
     )
@@ -537,7 +538,9 @@ def _spelled(rank: int, weight: Any, padding: Any, given: tuple) -> Any:
     """A key of parameters, None if there is none; "same" depends on the weight's shape too."""
     if torch.compiler.is_compiling() or not _exact(given):
         return None
-    return (rank, given, getattr(weight, "shape", None)) if type(padding) is str else (rank, given)
+    if type(padding) is not str:
+        return rank, given
+    return None if not isinstance(weight, Tensor) or weight.is_nested else (rank, given, weight.shape)
 
 
 def _exact(values: tuple) -> bool:
@@ -562,13 +565,22 @@ def _hand_over(name: str, tensors: tuple, args: tuple, fusion: fused.Fusion | No
     return handle_torch_function(globals()[name], tensors, *args, **keywords)
 
 
-def _check_tensors(name: str, rank: int, dtypes: set[torch.dtype] | None, input: Any, weight: Any, **rest: Any) -> bool:
+def _check_tensors(
+    name: str,
+    rank: int,
+    dtypes: set[torch.dtype] | None,
+    input: Any,
+    weight: Any,
+    *,
+    weight_name: str = "weight",
+    **rest: Any,
+) -> bool:
     """Whether the input is batched; raises for what is not a dense tensor of the right rank on a device we know.
 
-    Without `dtypes`, which ones fit is for the operator to say.
+    Without `dtypes`, which ones fit is for the operator to say. The name of what may be None ends with "bias".
     """
-    for argument, t in {"input": input, "weight": weight, **rest}.items():
-        if t is None and argument == "bias":
+    for argument, t in {"input": input, weight_name: weight, **rest}.items():
+        if t is None and argument.endswith("bias"):
             continue
         check_kind(name, argument, t)
         if dtypes is not None and t.dtype not in dtypes:
@@ -583,8 +595,8 @@ def _check_tensors(name: str, rank: int, dtypes: set[torch.dtype] | None, input:
             )
     if weight.dim() != rank + 2:
         raise RuntimeError(
-            f"{name}(): expected a {rank + 2}-dimensional weight, but got weight of size {list(weight.shape)} "
-            f"(input {list(input.shape)})"
+            f"{name}(): expected a {rank + 2}-dimensional {weight_name}, but got {weight_name} of size "
+            f"{list(weight.shape)} (input {list(input.shape)})"
         )
     if input.dim() not in (rank + 1, rank + 2):
         raise RuntimeError(
@@ -601,7 +613,7 @@ def _index(name: str, argument: str, value: Any) -> Any:
         if isinstance(value, bool):
             raise TypeError
         value = operator.index(value)
-    except TypeError:
+    except (TypeError, RuntimeError):  # the latter of a tensor without memory
         raise TypeError(f"{name}(): argument '{argument}' must be int, not {type(value).__name__}") from None
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"{name}(): argument '{argument}' does not fit into 64 bits, but got {value}")
@@ -609,12 +621,11 @@ def _index(name: str, argument: str, value: Any) -> Any:
 
 
 def _is_sequence(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str)
+    return isinstance(value, (tuple, list))  # PyTorch takes no others
 
 
-def _per_axis(name: str, argument: str, value: Any, rank: int) -> list[Any]:
-    """One entry per axis from a single entry, or from a sequence of one or `rank` entries."""
-    entries = list(value) if _is_sequence(value) else [value]
+def _spread(name: str, argument: str, value: Any, entries: list[Any], rank: int) -> list[Any]:
+    """`entries`, of which there are one or `rank`, as one per axis; `value` is what they were made of."""
     if len(entries) == 1:
         entries = entries * rank
     if len(entries) != rank:
@@ -625,8 +636,40 @@ def _per_axis(name: str, argument: str, value: Any, rank: int) -> list[Any]:
     return entries
 
 
+def _per_axis(name: str, argument: str, value: Any, rank: int) -> list[Any]:
+    """One entry per axis from a single entry, or from a sequence of one or `rank` entries."""
+    return _spread(name, argument, value, list(value) if _is_sequence(value) else [value], rank)
+
+
+def _indices(name: str, argument: str, values: Sequence[Any]) -> list[Any]:
+    """Whole numbers of a sequence, with PyTorch's exceptions, of which only the first must be no bool."""
+    try:
+        return [
+            int(v) if place and isinstance(v, bool) else _index(name, argument, v) for place, v in enumerate(values)
+        ]
+    except ValueError as error:
+        raise TypeError(*error.args) from None
+
+
 def _ints(name: str, argument: str, value: Any, rank: int) -> list[int]:
-    return [_index(name, argument, v) for v in _per_axis(name, argument, value, rank)]
+    # types before lengths
+    entries = _indices(name, argument, value) if _is_sequence(value) else [_index(name, argument, value)]
+    return _spread(name, argument, value, entries, rank)
+
+
+def check_sizes(name: str, rank: int, per_axis: dict[str, Any], **numbers: Any) -> None:
+    """Raises for arguments of a constructor that are no whole numbers, or negative."""
+    for argument, value in numbers.items():
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            raise TypeError(f"{name}(): argument '{argument}' must be int, not {type(value).__name__}")
+    whole = {argument: [_index(name, argument, value)] for argument, value in numbers.items()}
+    for argument, value in per_axis.items():
+        if not _is_sequence(value) and not isinstance(value, Integral):
+            raise TypeError(f"{name}(): argument '{argument}' must be int or one per axis, not {type(value).__name__}")
+        whole[argument] = _ints(name, argument, value, rank)
+    for argument, values in whole.items():
+        if any(v < 0 for v in values):
+            raise ValueError(f"{name}(): {argument} must not be negative, but got {argument}={values}")
 
 
 def _modes(name: str, value: Any, rank: int) -> str:
@@ -648,21 +691,23 @@ def _precision(name: str, value: Any) -> str | None:
 
 def _padding(name: str, value: Any, rank: int, weight: Tensor, stride: list[int], dilation: list[int]) -> list[int]:
     """(lower, upper) of each axis in turn."""
-    if isinstance(value, str):
+    if isinstance(value, (str, bytes)):
         if value == "valid":
             return [0] * (2 * rank)
         if value != "same":
-            raise RuntimeError(f"Invalid padding string: '{value}'; it must be 'same' or 'valid'")
+            raise RuntimeError(f"Invalid padding string: {value!r}; it must be 'same' or 'valid'")
         if any(s != 1 for s in stride):
             raise RuntimeError(f"padding='same' is not supported for strided convolutions, but got stride={stride}")
         return [p for taps, d in zip(weight.shape[2:], dilation, strict=True) for p in same_padding(taps, d)]
-    result = []
-    for entry in _per_axis(name, "padding", value, rank):
+    if not _is_sequence(value) or not any(map(_is_sequence, value)):
+        return [p for p in _ints(name, "padding", value, rank) for _ in range(2)]
+    pairs: list[list[int]] = []
+    for entry in value:
         pair = list(entry) if _is_sequence(entry) else [entry, entry]
         if len(pair) != 2:
             raise RuntimeError(f"{name}(): expected padding entries to be ints or (lower, upper), but got {entry}")
-        result += [_index(name, "padding", p) for p in pair]
-    return result
+        pairs.append([_index(name, "padding", p) for p in pair])
+    return [p for pair in _spread(name, "padding", value, pairs, rank) for p in pair]
 
 
 refuse_script(*(globals()[_name] for _name in __all__))

@@ -33,7 +33,9 @@ torch, whose values are rounded once more.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -57,9 +59,11 @@ class Fusion(NamedTuple):
     scale: Tensor | None
 
 
-def asked(activation: Any, negative_slope: Any, residual: Any, after: Any, scale: Any) -> Fusion | None:
+def asked(name: str, activation: Any, negative_slope: Any, residual: Any, after: Any, scale: Any) -> Fusion | None:
     """None where nothing is."""
     if activation is None and residual is None and scale is None:
+        if type(negative_slope) is not float or type(after) is not bool:
+            check(name, None, negative_slope, after)
         return None
     return Fusion(activation, negative_slope, residual, after, scale)
 
@@ -133,8 +137,10 @@ def check(name: str, activation: Any, negative_slope: Any, after: Any) -> None:
         raise ValueError(
             f"{name}(): activation must be None or one of {ACTIVATIONS}, but got activation={activation!r}"
         )
-    if not isinstance(negative_slope, (int, float, torch.SymFloat)):
+    if not isinstance(negative_slope, (Real, torch.SymFloat)):
         raise TypeError(f"{name}(): argument 'negative_slope' must be float, not {type(negative_slope).__name__}")
+    if isinstance(negative_slope, int) and abs(negative_slope) > sys.float_info.max:
+        raise ValueError(f"{name}(): argument 'negative_slope' does not fit into a float, but got {negative_slope}")
 
 
 def _exactly(name: str, kind: Kind, x: Tensor, *args: Any) -> Tensor:
@@ -142,6 +148,8 @@ def _exactly(name: str, kind: Kind, x: Tensor, *args: Any) -> Tensor:
     activation = args[-3]
     has = ("sigmoid", "silu") if x.is_complex() else ("relu", "relu6")
     if activation and activation not in has:
-        raise NotImplementedError(f"{name}(): {activation} is not implemented for {x.dtype}, which has {has}")
+        raise NotImplementedError(
+            f"{name}(): activation={activation!r} is not implemented for {x.dtype}, which has {has}"
+        )
     fused_ops.call_of(kind, False, x, *args, floating=False)  # for its errors
     return fused_ops.composed(kind, x, *args)[0]

@@ -129,6 +129,7 @@ class ConvGeometry:
                 f"Kernel size can't be greater than actual input size (input {list(input_shape)}, "
                 f"weight {list(weight_shape)})"
             )
+        _check_64_bits(input_shape, output, stride, padding)
         return cls._three(
             input_shape[0], C, K, groups, spatial, weight_shape[2:], output, stride, padding, dilation, modes
         )
@@ -186,6 +187,7 @@ class ConvGeometry:
                 f"{_by(extents)}. Output size is too small (weight {list(weight_shape)}, stride {list(stride)}, "
                 f"padding {list(padding)})"
             )
+        _check_64_bits(input_shape, extents, stride, padding, dilation)
         modes = _check_modes((input_shape[0], weight_shape[1] * groups, *extents), extents, padding, modes)
         return cls._three(
             input_shape[0],
@@ -569,17 +571,28 @@ def _check_parameters(weight_shape, stride, padding, dilation, groups) -> None:
         raise RuntimeError(f"non-positive groups is not supported, but got groups={groups}")
     if any(s < 1 for s in stride):
         raise RuntimeError(f"non-positive stride is not supported, but got stride={list(stride)}")
-    if any(p < 0 for pair in padding for p in pair):
-        raise RuntimeError(f"negative padding is not supported, but got padding={[tuple(p) for p in padding]}")
     if any(d < 1 for d in dilation):
         raise RuntimeError(f"dilation should be greater than zero, but got dilation={list(dilation)}")
+    if any(f < 1 for f in weight_shape[2:]):
+        raise RuntimeError(f"kernel size should be greater than zero, but got weight of size {list(weight_shape)}")
+    if any(p < 0 for pair in padding for p in pair):
+        raise RuntimeError(f"negative padding is not supported, but got padding={[tuple(p) for p in padding]}")
     if weight_shape[0] < groups:
         raise RuntimeError(
             f"Given groups={groups}, expected weight to be at least {groups} at dimension 0, "
             f"but got weight of size {list(weight_shape)} instead"
         )
-    if any(f < 1 for f in weight_shape[2:]):
-        raise RuntimeError(f"kernel size should be greater than zero, but got weight of size {list(weight_shape)}")
+
+
+def _check_64_bits(shape, extents, stride, padding, dilation=()) -> None:
+    """Of the output; what is symbolic is taken to be within them."""
+    if any(isinstance(e, int) and e >= 2**63 for e in extents):
+        parameters = f"stride {list(stride)}, padding {list(padding)}"
+        parameters += f", dilation {list(dilation)}" if dilation else ""
+        raise RuntimeError(
+            f"Calculated output size per channel: {_by(extents)}, which does not fit into 64 bits (input "
+            f"{list(shape)}, {parameters})"
+        )
 
 
 def _check_spatial(shape: Sequence[int]) -> None:

@@ -33,7 +33,7 @@ from .factored import (
     DepthwiseSeparableConv3d,
     SpatiallySeparableConv2d,
 )
-from .functional import Ints, Modes, Padding
+from .functional import Ints, Modes, Padding, _is_sequence
 from .fused_nn import Fusing
 from .geometry import PADDING_MODES
 from .unsupported import not_scripted
@@ -133,7 +133,7 @@ def output_padding_of(module: Any, input: Tensor, output_size: Sequence[int] | N
         len(module.kernel_size),
         module.dilation,
     )
-    return tuple(int(p) for p in output_padding)
+    return tuple(output_padding) if output_size is None else tuple(int(p) for p in output_padding)
 
 
 class _Ours(Fusing):
@@ -570,10 +570,6 @@ for _cls in OURS.values():
 DepthwiseSeparableConv1d.convolution = Conv1d
 DepthwiseSeparableConv2d.convolution = SpatiallySeparableConv2d.convolution = Conv2d
 DepthwiseSeparableConv3d.convolution = Conv3d
-
-
-def _is_sequence(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def _pair(entry: Any) -> tuple[Any, ...]:

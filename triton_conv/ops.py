@@ -295,7 +295,7 @@ def _dense(size: Sequence[int], stride: Sequence[int]) -> bool:
 
 
 def check_precision(precision: Any) -> None:
-    if precision is not None and precision not in PRECISIONS:
+    if precision is not None and (not isinstance(precision, str) or precision not in PRECISIONS):
         raise ValueError(f"precision must be None or one of {PRECISIONS}, but got precision={precision!r}")
 
 

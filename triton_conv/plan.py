@@ -5,23 +5,23 @@ A plan prints itself (`str(plan)`); `triton-conv explain` shows it without a GPU
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import prod
 from typing import TYPE_CHECKING
 
-from . import backends, choose, cost, invariance, stored, tiles, ways
+from . import backends, choose, cost, invariance, recovery, stored, tiles, ways
 from . import config as configs
+from . import key as keys
 from .config import ITEM_BYTES, BandedConfig, BoxConfig, Device, KernelConfig, Numerics
 from .cost import Prediction, Roofline
 from .epilogue import PLAIN, Epilogue
-from .frozen import Frozen
+from .frozen import Planned
 from .geometry import ConvGeometry, Role, Strides
 from .ways import Layout, Problem, Way, dense_strides
 
 if TYPE_CHECKING:
-    from .kernels.direct import Direct
     from .kernels.launch import Launch
 
 # What kernels call what a role writes.
@@ -54,7 +54,7 @@ class Fold:
 
 
 @dataclass(frozen=True)
-class Plan(Frozen):
+class Plan(Planned):
     """A kernel and everything it is launched with, for tensors of any address.
 
     `geometry` and `strides` are canonical: they describe the same memory as the caller's tensors, in fewer axes.
@@ -97,6 +97,14 @@ class Plan(Frozen):
     def layout(self) -> Layout:
         """The canonical problem and the memory it lies in."""
         return Layout(self.packs, self.channels_last, self.bundle, self.geometry, self.strides, self.steps)
+
+    @property
+    def compiled_for(self) -> Hashable:
+        """All that its kernels' code depends on beside their config."""
+        channels_last = ways.reads_channels_last(self.role, self.strides)
+        what = (self.role, self.dtype, self.out_dtype, self.numerics.precision, channels_last)
+        rival = self.rival_name if self.rival_runs else ""
+        return keys.of(self.geometry, *what)[0], self.numerics, bool(self.fold), self.scale_dtype, rival
 
     @property
     def dtypes(self) -> dict[str, str]:
@@ -156,13 +164,6 @@ class Plan(Frozen):
             return (first,)
         f = self.fold
         return first, fold.launch(f.geometry, f.numerics, f.padded_strides, f.dx_strides)
-
-    @cached_property
-    def direct(self) -> tuple[Direct, ...]:
-        """The same, launched without Triton's binder from the second time on."""
-        from .kernels.direct import Direct
-
-        return tuple(map(Direct, self.launches))
 
     @cached_property
     def roofline(self) -> Roofline:
@@ -248,11 +249,45 @@ def settings() -> Hashable:
 def _make(
     problem: Problem, explicit: KernelConfig | None, rivals: bool, _generation: Hashable, batch: int | None
 ) -> Plan:
-    if batch is not None and explicit is None:
-        return _as_of(problem, batch)
-    found = every(problem, explicit)
+    if explicit is not None:
+        return choice(every(problem, explicit))
+    if batch is not None:
+        alike = _of_batch(problem, batch)
+        return recovery.first(problem, (_as_of(problem, model, batch) for model in _candidates(alike, False)))
+    return recovery.first(problem, _candidates(problem, rivals))
+
+
+def _candidates(problem: Problem, rivals: bool) -> Iterator[Plan]:
+    """The plans of a problem in the order in which they are tried: each is for where those before it cannot run.
+
+    After the best one come its way with configs from other places, then the other ways, at last gathering without
+    copies: each with as many slabs as its config says, then with fewer, and at last with small tiles.
+    """
+    found = every(problem)
     best = choice(found)
-    return _or_rival(best, found) if rivals else best
+    if rivals:
+        yield _or_rival(best, found)
+    yield best
+    for like in (best, *sorted(found, key=lambda p: p.seconds)):
+        for again in recovery.sources(lambda: every(problem)):
+            for p in again:
+                if (p.kernel, p.packs, p.bundle) == (like.kernel, like.packs, like.bundle):
+                    yield p
+                    yield from _leaner(problem, p)
+    original, strides = _unfolded(problem)
+    inner = problem if original is problem.geometry else problem._replace(epilogue=PLAIN)
+    way = ways.gathered(inner, original, strides, _bias_on_c(problem, original))
+    last = _assembled(problem, original, strides, way)
+    yield last
+    yield from _leaner(problem, last)
+
+
+def _leaner(problem: Problem, p: Plan) -> Iterator[Plan]:
+    """The same way with fewer slabs, then with the smallest config."""
+    small = choose.smallest(p.config, problem.dtype)
+    for config in (*choose.fewer_slabs(p.config), small, *choose.fewer_slabs(small)):
+        if not ways.misfit(problem, p.kernel, p.layout, config):
+            yield with_config(problem, p, config)
 
 
 def _or_rival(best: Plan, found: list[Plan]) -> Plan:
@@ -269,11 +304,15 @@ def _or_rival(best: Plan, found: list[Plan]) -> Plan:
     return replace(best, reason=reason, rival_name=name, rival_runs=True)
 
 
-def _as_of(problem: Problem, batch: int) -> Plan:
-    """The plan of a problem that goes the way of the same problem of so many samples, side by side in memory."""
+def _of_batch(problem: Problem, batch: int) -> Problem:
+    """The same problem of so many samples, side by side in memory."""
     g, s = problem.geometry, problem.strides
     x, y = ((span((1, *g.shape(name)[1:]), strides), *strides[1:]) for name, strides in (("x", s.x), ("y", s.y)))
-    model = choice(every(problem._replace(geometry=replace(g, N=batch), strides=Strides(x, s.w, y))))
+    return problem._replace(geometry=replace(g, N=batch), strides=Strides(x, s.w, y))
+
+
+def _as_of(problem: Problem, model: Plan, batch: int) -> Plan:
+    """The plan of a problem that goes the way of that of another batch."""
     original, strides = _unfolded(problem)
     why = f"{model.reason}; chosen for a batch of {batch}"
     inner = model.layout._replace(steps=())

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import execute, functional, ops
+from . import execute, functional, ops, recovery
 from .devices import Device
 from .functional import Ints, Modes, Padding
 from .separable_plan import Problem, SeparablePlan, make, obstacle
@@ -136,9 +136,9 @@ def _separable(rank, input, filters, biases, stride, padding, dilation, padding_
         raise TypeError(f"{name}(): argument 'fused' must be bool or None, not {type(fused).__name__}")
     (depthwise, pointwise), (depthwise_bias, bias) = filters, biases
     batched = functional._check_tensors(
-        name, rank, functional._DTYPES, input=input, weight=depthwise, bias=depthwise_bias
+        name, rank, functional._DTYPES, input, depthwise, weight_name="depthwise", depthwise_bias=depthwise_bias
     )
-    functional._check_tensors(name, rank, functional._DTYPES, input=input, weight=pointwise, bias=bias)
+    functional._check_tensors(name, rank, functional._DTYPES, input, pointwise, weight_name="pointwise", bias=bias)
     stride, padding, dilation, _, modes = functional._parameters(
         name, rank, depthwise, stride, padding, dilation, 1, padding_mode
     )
@@ -157,14 +157,17 @@ def _first_call(
     input, depthwise, pointwise, depthwise_bias, bias, stride, padding, dilation, padding_mode, precision
 ) -> execute.Call:
     """The depthwise call; everything about the other one is checked but how its channels fit."""
-    first = ops._conv_call(
-        input, depthwise, depthwise_bias, stride, padding, dilation, input.shape[1], padding_mode, precision
-    )
-    if depthwise.shape[1] != 1 or any(n != 1 for n in pointwise.shape[2:]):
+    sizes = f"depthwise {list(depthwise.shape)}, pointwise {list(pointwise.shape)} (input {list(input.shape)})"
+    if not input.dim() == depthwise.dim() == pointwise.dim() > 2:
+        raise RuntimeError(f"expected input, depthwise and pointwise with as many dimensions, but got {sizes}")
+    C, E = input.shape[1], depthwise.shape[0]
+    if C == 0 or E == 0 or E % C:
+        raise RuntimeError(f"expected depthwise to have a multiple of the input's {C} channels, but got {sizes}")
+    if depthwise.shape[1] != 1 or pointwise.shape[1] != E or any(n != 1 for n in pointwise.shape[2:]):
         raise RuntimeError(
-            f"expected depthwise of size (E, 1, ...) and pointwise of size (K, E, 1, ...), but got depthwise "
-            f"{list(depthwise.shape)}, pointwise {list(pointwise.shape)} (input {list(input.shape)})"
+            f"expected depthwise of size (E, 1, ...) and pointwise of size (K, E, 1, ...), but got {sizes}"
         )
+    first = ops._conv_call(input, depthwise, depthwise_bias, stride, padding, dilation, C, padding_mode, precision)
     ops._check_operands(bias, pointwise.shape[0], precision, input=input, pointwise=pointwise)
     return first
 
@@ -210,10 +213,14 @@ def _run(input, depthwise, pointwise, depthwise_bias, bias, *params) -> Tensor:
             tensors = {"x": input, "depthwise": depthwise, "pointwise": pointwise, "y": output}
             biases = {"depthwise_bias": depthwise_bias, "bias": bias}
             tensors |= {name: b.contiguous() for name, b in biases.items() if b is not None}
-            with execute._on_device(input.device):
-                for launch in made.direct:
+
+            def launched(p: SeparablePlan) -> Tensor:
+                for launch in p.direct:
                     launch.run(tensors)
-            return output
+                return output
+
+            with execute._on_device(input.device):
+                return recovery.run(lambda: make(made.problem), launched, made.problem)
     between = execute.execute(first)
     y = execute.execute(replace(second, a=between, b=pointwise, bias=bias))
     return y if y.stride() == output.stride() else output.copy_(y)

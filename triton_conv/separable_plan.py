@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
-from . import choose, config, cost, invariance, plan
+from . import choose, config, cost, invariance, plan, recovery, stored
 from .config import ITEM_BYTES, Config, Numerics
 from .cost import Prediction, Roofline
 from .devices import Device
-from .frozen import Frozen
+from .frozen import PlanOfProblem
 from .geometry import ConvGeometry, Role, Strides
 
 if TYPE_CHECKING:
-    from .kernels.direct import Direct
     from .kernels.launch import Launch
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -41,7 +41,7 @@ class Problem(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SeparablePlan(Frozen):
+class SeparablePlan(PlanOfProblem):
     """The fused kernel and everything it is launched with."""
 
     problem: Problem
@@ -53,10 +53,6 @@ class SeparablePlan(Frozen):
     workspace_bytes = 0
 
     @property
-    def dtype(self) -> str:
-        return self.problem.dtype
-
-    @property
     def asked(self) -> ConvGeometry:
         return self.problem.depthwise
 
@@ -65,8 +61,26 @@ class SeparablePlan(Frozen):
         return self.asked.N
 
     @property
-    def device(self) -> Device:
-        return self.problem.device
+    def compiled_for(self) -> Hashable:
+        """All that its kernel's code depends on beside its config."""
+        p, g = self.problem, self.problem.depthwise
+        return (
+            p.dtype,
+            p.precision,
+            g.filter,
+            g.stride,
+            g.dilation,
+            g.modes,
+            g.C,
+            p.K,
+            p.x[1],
+            self.numerics,
+            p.has_bias,
+        )
+
+    @property
+    def reason(self) -> str:
+        return "tiles by rule"
 
     @property
     def pointwise(self) -> ConvGeometry:
@@ -85,13 +99,6 @@ class SeparablePlan(Frozen):
         p = self.problem
         strides = {"x": p.x, "depthwise": p.filters, "pointwise": p.pointwise, "y": p.y}
         return (separable.launch(p.depthwise, self.pointwise, strides, self.config, self.numerics, p.has_bias),)
-
-    @cached_property
-    def direct(self) -> tuple[Direct, ...]:
-        """The same, launched without Triton's binder from the second time on."""
-        from .kernels.direct import Direct
-
-        return tuple(map(Direct, self.launches))
 
     @cached_property
     def roofline(self) -> Roofline:
@@ -192,11 +199,18 @@ def obstacle(dtype: str, g: ConvGeometry) -> str | None:
     return None
 
 
-@lru_cache(maxsize=4096)
 def make(problem: Problem) -> SeparablePlan:
-    """The plan of a problem without an obstacle."""
+    """The plan of a problem without an obstacle; the second time it is a look-up."""
+    return _make(problem, stored.generation())
+
+
+@lru_cache(maxsize=4096)
+def _make(problem: Problem, _generation: Hashable) -> SeparablePlan:
     p, g = problem, problem.depthwise
-    made = _config(g, p.K, p.dtype, p.precision)
+    return recovery.first(problem, (_assembled(p, g, config) for config in _configs(g, p.K, p.dtype, p.precision)))
+
+
+def _assembled(p: Problem, g: ConvGeometry, made: Config) -> SeparablePlan:
     spans = [
         plan.span(g.shape("x"), p.x),
         plan.span((g.N, p.K, *g.output), p.y),
@@ -206,6 +220,12 @@ def make(problem: Problem) -> SeparablePlan:
     ]
     bits = 64 if max(spans) >= 2**31 else 32
     return SeparablePlan(p, made, Numerics(bits, plan.ACCUMULATORS[p.dtype], p.precision, p.has_depthwise_bias))
+
+
+def _configs(g: ConvGeometry, K: int, dtype: str, precision: str) -> tuple[Config, Config]:
+    """Tiles by rule, then small ones for where these cannot run."""
+    rule = _config(g, K, dtype, precision)
+    return rule, replace(rule, BLOCK_M=16, BLOCK_N=16, BLOCK_K=16)
 
 
 def _config(g: ConvGeometry, K: int, dtype: str, precision: str) -> Config:

@@ -9,14 +9,15 @@ from __future__ import annotations
 import math
 import os
 import re
-import stat
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
+from . import files
 from . import key as keys
 from .config import KernelConfig
 from .devices import Device, known
@@ -30,7 +31,7 @@ from .entry import loads, shown
 from .entry import winner_of as winner_of
 from .key import Extents, Key
 
-MOST_BYTES = 64 * 2**20  # of a file
+MOST_BYTES = 32 * 2**20  # of a file: some thousands of problems, each with all that was tried
 
 
 class UnreadableError(MalformedError):
@@ -83,19 +84,14 @@ def path_of(directory: Path, device: str, kernel: str) -> Path:
 def load(path: Path) -> tuple[str, str, list[Entry]]:
     """(device, kernel, entries) of a file. Raises MalformedError, and FileNotFoundError if there is none."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise UnreadableError(f"{path}: is no file")  # of pipes, nobody may ever write what we would wait for
-        with open(path, "rb") as file:
-            content = file.read(MOST_BYTES + 1)
+        content = files.read_bytes(path, MOST_BYTES)
     except FileNotFoundError:
         raise
     except NotADirectoryError as error:
         raise FileNotFoundError(*error.args) from error
     except OSError as error:
         raise UnreadableError(f"{path}: {error.strerror or error}") from error
-    if len(content) > MOST_BYTES:
-        raise MalformedError(f"{path}: has more than {MOST_BYTES} bytes")
-    return loads(content.decode(errors="replace"), str(path))
+    return loads(content, str(path))
 
 
 def read(path: Path, kernel: str, names: Iterable[str]) -> list[Entry]:
@@ -125,7 +121,8 @@ _indices: dict[tuple[str, str, str], _Index] = {}  # of the user's files or the 
 _installed: dict[tuple[str, str], dict[tuple[Key, Extents], Entry]] = {}  # by device and kernel
 _held: dict[tuple[Path | None, str, str], tuple[Entry, ...]] = {}  # by directory, device and kernel
 _hidden: ContextVar[frozenset[str]] = ContextVar("hidden", default=frozenset())
-_generation = 0
+_generations = count()
+_generation = next(_generations)
 
 
 def generation() -> tuple[int, frozenset[str]]:
@@ -135,16 +132,20 @@ def generation() -> tuple[int, frozenset[str]]:
 
 def forget() -> None:
     """Reads files again when they are next needed, and lets plans be made anew."""
-    global _generation
-    _generation += 1
+    renew()
     _indices.clear()
+
+
+def renew() -> None:
+    """Lets plans be made anew."""
+    global _generation
+    _generation = next(_generations)  # never one that a thread beside this one has used
 
 
 def install(device: str, kernel: str, entries: Iterable[Entry]) -> None:
     """Lets this process look in `entries` before any file; they replace those installed for the same extents."""
-    global _generation
     _installed.setdefault((device, kernel), {}).update({(entry.key, entry.extents): entry for entry in entries})
-    _generation += 1
+    renew()
     _indices.pop(("installed", device, kernel), None)
 
 

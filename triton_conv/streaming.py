@@ -113,7 +113,7 @@ def causal_conv3d(
             scale=scale,
         )
     how = _video(tensors[:4], stride, padding, dilation, groups, padding_mode, time_mode, precision)
-    fusion = fused.asked(activation, negative_slope, residual, residual_after_activation, scale)
+    fusion = fused.asked("causal_conv3d", activation, negative_slope, residual, residual_after_activation, scale)
     return _convolved("causal_conv3d", *how, return_context, fusion)
 
 
@@ -153,7 +153,7 @@ def _video(
     pads = functional._padding(name, padding, 2, spatial, strides[1:], dilations[1:])
     modes = functional._modes(name, padding_mode, 2)
     params = (strides, pads, dilations, functional._index(name, "groups", groups), modes)
-    return batched, tensors, (*params, _time_mode(name, time_mode), functional._precision(name, precision))
+    return batched, tensors, (*params, check_time_mode(name, time_mode), functional._precision(name, precision))
 
 
 def _sequence(
@@ -176,11 +176,13 @@ def _sequence(
             f"but got weight {list(weight.shape)}, x {list(x.shape)}"
         )
     x, weight, context = (t if t is None else t[..., None, None] for t in (x, weight, context))
-    how = (*params, _time_mode(name, time_mode), functional._precision(name, precision))
+    how = (*params, check_time_mode(name, time_mode), functional._precision(name, precision))
     return batched, (x, weight, bias, context), how
 
 
-def _time_mode(name: str, time_mode: Any) -> str:
+def check_time_mode(name: str, time_mode: Any) -> str:
+    if not isinstance(time_mode, str):
+        raise TypeError(f"{name}(): argument 'time_mode' must be str, not {type(time_mode).__name__}")
     if time_mode not in TIME_MODES:
         raise ValueError(f"{name}(): time_mode must be one of {TIME_MODES}, but got time_mode={time_mode!r}")
     return time_mode

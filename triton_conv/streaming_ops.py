@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import execute, fused_ops, invariance, ops, reference, streaming_plan
+from . import config as configs
+from . import execute, fused_ops, invariance, ops, recovery, reference, streaming_plan
 from .config import Device
 from .epilogue import PLAIN
 from .execute import Call
@@ -128,8 +129,17 @@ def _computed(call: Call, context: Tensor | None) -> Tensor:
     if device is None:
         return _by_frames(call, context, output)
     problem = problem_of(call, context, output, device)
-    p = streaming_plan.make(problem)
-    tensors = {"x": x, "w": weight, "y": output}
+
+    def launched(p: streaming_plan.StreamingPlan) -> Tensor:
+        return _launched(p, call, context, output)
+
+    explicit = configs.chosen(call.role) is not None
+    return recovery.run(lambda: streaming_plan.make(problem), launched, problem, explicit)
+
+
+def _launched(p: streaming_plan.StreamingPlan, call: Call, context: Tensor | None, output: Tensor) -> Tensor:
+    x, problem = call.a, p.problem
+    tensors = {"x": x, "w": call.b, "y": output}
     if problem.context.held:  # where there is no context, it is x that repeats
         tensors["context"] = (x if context is None else context)[:, :, : problem.context.held]
     tensors |= {name: _channels_last(tensors[name]) for name in p.packs}

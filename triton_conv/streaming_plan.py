@@ -7,25 +7,25 @@ the kernel runs depends on the call, and changes no value.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import choose, cost, invariance, plan, stored, ways
+from . import choose, cost, invariance, plan, recovery, stored, ways
 from . import config as configs
+from . import key as keys
 from .config import ITEM_BYTES, BoxConfig, Config, KernelConfig, Numerics
 from .cost import Prediction, Roofline
 from .devices import Device
 from .epilogue import PLAIN, Epilogue
-from .frozen import Frozen
+from .frozen import PlanOfProblem
 from .geometry import Context, ConvGeometry, Role, Strides
 from .tiles import ceil_div
 from .ways import Layout, Way, dense_strides
 
 if TYPE_CHECKING:
-    from .kernels.direct import Direct
     from .kernels.launch import Launch
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -76,7 +76,7 @@ class Problem(NamedTuple):
 
 
 @dataclass(frozen=True)
-class StreamingPlan(Frozen):
+class StreamingPlan(PlanOfProblem):
     """A kernel and everything it is launched with. `packs` names the tensors that are copied to channels-last."""
 
     problem: Problem
@@ -89,10 +89,6 @@ class StreamingPlan(Frozen):
     role = Role.FPROP
 
     @property
-    def dtype(self) -> str:
-        return self.problem.dtype
-
-    @property
     def asked(self) -> ConvGeometry:
         return self.problem.geometry
 
@@ -103,10 +99,6 @@ class StreamingPlan(Frozen):
     @property
     def N(self) -> int:
         return self.asked.N
-
-    @property
-    def device(self) -> Device:
-        return self.problem.device
 
     @property
     def context(self) -> Context:
@@ -123,6 +115,13 @@ class StreamingPlan(Frozen):
         p = self.problem
         read = {name: dense_strides(p.shape(name), channels_last=True) for name in ("x", "w") if name in self.packs}
         return Strides(p.x, p.filters, p.y)._replace(**read)
+
+    @property
+    def compiled_for(self) -> Hashable:
+        """All that its kernels' code depends on beside their config."""
+        channels_last = ways.reads_channels_last(self.role, self.strides)
+        key = keys.of(self.geometry, self.role, self.dtype, self.dtype, self.numerics.precision, channels_last)[0]
+        return key._replace(pixels=0), self.numerics, self.context.held > 0, self.problem.scale_dtype
 
     @property
     def dtypes(self) -> dict[str, str]:
@@ -153,13 +152,6 @@ class StreamingPlan(Frozen):
             vector = 16 // ITEM_BYTES[self.dtype]
             return (box.launch(*what, self.device, vector, context=self.context),)
         return (gather.launch(*what, context=self.context),)
-
-    @cached_property
-    def direct(self) -> tuple[Direct, ...]:
-        """The same, launched without Triton's binder from the second time on."""
-        from .kernels.direct import Direct
-
-        return tuple(map(Direct, self.launches))
 
     @cached_property
     def roofline(self) -> Roofline:
@@ -222,8 +214,30 @@ def make(problem: Problem) -> StreamingPlan:
 
 @lru_cache(maxsize=4096)
 def _make(problem: Problem, explicit: KernelConfig | None, generation: Hashable, batch: int | None) -> StreamingPlan:
-    p, g = problem, problem.geometry
-    way = _chosen(_of_fixed_length(p, g.N if batch is None else batch), explicit, generation)
+    alike = _of_fixed_length(problem, problem.geometry.N if batch is None else batch)
+    if explicit is not None:
+        return _assembled(problem, _chosen(alike, explicit, generation))
+    return recovery.first(problem, (_assembled(problem, way) for way in _candidates(alike)))
+
+
+def _candidates(alike: ways.Problem) -> Iterator[Way]:
+    """Ways in the order in which they are tried: each is for where those before it cannot run."""
+
+    def look() -> Way:
+        return _chosen(alike, None, stored.generation())
+
+    yield look()
+    for way in recovery.sources(look):
+        yield way
+        yield way._replace(config=choose.smallest(way.config, alike.dtype))
+    given = Layout((), True, 1, alike.geometry, alike.strides, ())
+    last = _for_any_length(_gathered(alike, given, None, "nothing else could run"))
+    yield last
+    yield last._replace(config=choose.smallest(last.config, alike.dtype))
+
+
+def _assembled(p: Problem, way: Way) -> StreamingPlan:
+    g = p.geometry
     read = [name for name in _WORDS if name != "context" or p.context.held]
     fits = _fits_a_box if way.kernel == "box" else _in_rows if way.layout.packs else _as_it_lies
     packs = tuple(name for name in read if not fits(p, name))

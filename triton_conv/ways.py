@@ -123,6 +123,12 @@ def of(
     return found if direct else [_direct(problem, given), *found]
 
 
+def gathered(problem: Problem, g: ConvGeometry, strides: Strides, keep_channels: bool) -> Way:
+    """The way that is open to every problem: pointers, as everything lies. Arguments are those of `of`."""
+    layout = _laid_out(g, strides, problem.role, (), keep_channels)
+    return _gathered(problem, layout, None, "nothing else could run")
+
+
 def alike(
     problem: Problem,
     g: ConvGeometry,
@@ -275,14 +281,22 @@ def _with_config(problem: Problem, kernel: str, layout: Layout, rule: KernelConf
     found = stored.find(device, kernel, *key_of(problem, layout))
     if found is None or misfit(problem, kernel, layout, found.config):
         return Way(kernel, layout, rule, f"{why}; {by_rule}")
-    if not found.exact and found.config != rule:
+    if found.config != rule:
         channels_last = reads_channels_last(role, layout.strides)
         what = (problem.dtype, problem.precision, device, channels_last, problem.out_dtype, problem.epilogue)
-        times = [cost.predict(g, role, kernel, config, *what).seconds for config in (found.config, rule)]
-        if times[0] > MOST_OF_RULE * times[1]:
+        predicted, of_rule = (cost.predict(g, role, kernel, config, *what) for config in (found.config, rule))
+        unrolls = _unrolls(found.config) > max(_unrolls(rule), configs.UNROLLED)
+        if unrolls or _too_many_slabs(kernel, g, found.config, rule) or cost.absurd(predicted, of_rule):
+            return Way(kernel, layout, rule, f"{why}; {by_rule}, since that of {found.where} is beyond what can run")
+        if not found.exact and predicted.seconds > MOST_OF_RULE * of_rule.seconds:
             return Way(kernel, layout, rule, f"{why}; {by_rule}, predicted to be quicker than that of {found.where}")
     measured = (found.seconds, found.rival, found.rival_name)
     return Way(kernel, layout, found.config, f"{why}; config of {found.where}", *measured)
+
+
+def _unrolls(config: KernelConfig) -> int:
+    """Products of a depthwise program that are written out one by one."""
+    return config.rows * config.columns * prod(config.unroll) if isinstance(config, DepthwiseConfig) else 1
 
 
 def key_of(problem: Problem, layout: Layout) -> tuple[keys.Key, keys.Extents]:
@@ -290,6 +304,14 @@ def key_of(problem: Problem, layout: Layout) -> tuple[keys.Key, keys.Extents]:
     channels_last = reads_channels_last(problem.role, layout.strides)
     what = (problem.role, problem.dtype, problem.out_dtype, problem.precision, channels_last)
     return keys.of(layout.geometry, *what)
+
+
+def _too_many_slabs(kernel: str, g: ConvGeometry, config: KernelConfig, rule: KernelConfig) -> bool:
+    """Whether the workspace is larger than a rule's or the tuner's would be."""
+    if config.splits <= rule.splits:
+        return False
+    steps = cost.TILES[kernel](Role.WGRAD, g, replace(config, splits=1)).longest
+    return config.splits > configs.most_splits(g, steps)
 
 
 def misfit(problem: Problem, kernel: str, layout: Layout, config: KernelConfig) -> str | None:

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from .. import records
+from ..files import read_json, shown
 
 FORMAT = 1
 FILE = "evidence.json"
+MOST_BYTES = 64 * 2**20
 _ROOT = Path(__file__).parents[2]
 
 Facts = dict[str, Any]
@@ -67,17 +69,38 @@ def read(out: Path) -> Record | None:
     """The record of a folder, None where there is none. Raises ValueError, naming the file, for what is none."""
     path = out / FILE
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found.pop("format") != FORMAT:
+        found = read_json(path, MOST_BYTES)
+        if not isinstance(found, dict) or found.pop("format", None) != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
-        record = Record(**found)
-        if not all(isinstance(facts["ok"], bool) for units in record.stages.values() for facts in units.values()):
-            raise ValueError("a unit does not say whether it is ok")
+        bare: Record = records.typed(Record, {**found, "stages": {}}, "the file")
+        bare.stages = _stages(found.get("stages", {}))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: is no evidence run: {error}") from error
-    return record
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: is no evidence run: {str(error).removeprefix(f'{path}: ')}") from error
+    return bare
+
+
+# What is read of a unit's facts, and of what kind it is; the others are for people.
+_READ = {"ok": bool, "words": str, "seconds": float, "deadly": str, "unfinished": bool}
+
+
+def _stages(found: Any) -> dict[str, dict[str, Facts]]:
+    if not isinstance(found, dict):
+        raise ValueError("stages: is to be an object")
+    for stage, units in found.items():
+        place = f"stages.{shown(stage)[1:-1]}"
+        if not isinstance(units, dict):
+            raise ValueError(f"{place}: is to be an object")
+        for name, facts in units.items():
+            unit = f"{place}.{shown(name)[1:-1]}"
+            if not isinstance(facts, dict) or not isinstance(facts.get("ok"), bool):
+                raise ValueError(f"{unit}: does not say whether it is ok")
+            facts.setdefault("words", "")
+            for key, kind in _READ.items():
+                if key in facts:
+                    records.typed(kind, facts[key], f"{unit}.{key}")
+    return found
 
 
 def commit() -> str:

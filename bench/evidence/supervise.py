@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from ..files import printable
 from . import record as records
 from .child import Task
 from .record import Facts, Record
@@ -340,5 +341,5 @@ def table(reports: Sequence[Report], record: Record) -> str:
         fine = sum(facts["ok"] and not facts.get("unfinished") for facts in units)
         lines.append(f"{r.stage:5}  {fine:4} {failed:6} {r.left:5} {r.seconds:8.1f}  {r.about or 'not begun'}")
     for stage, name, facts in record.failed():
-        lines.append(f"failed: {stage} {name}: {facts['words']}")
+        lines.append(printable(f"failed: {stage} {name}: {facts['words']}"))
     return "\n".join(lines)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import tarfile
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from triton_conv import explain, stored
 from triton_conv.devices import H200
@@ -25,6 +24,7 @@ from ..jobs import Job
 from ..records import OPS, OURS, Row
 from ..runner import CudaMeter, Meter
 from . import meters, quick_bench
+from .packed import pack, unpack
 from .record import Facts
 from .units import Context, Unit
 
@@ -97,7 +97,7 @@ class _Tuner:
         try:
             result = tune_one(task, self._bench, Store(directory), budget)
         finally:
-            _pack(directory, self.context.out / PACKED)
+            pack(directory, self.context.out / PACKED)
         facts: Facts = {"before": before.seconds(OURS), "cudnn": cudnn(before), "before_config": before.config}
         facts |= {"kernel": result.kernel, "config": str(result.config), "tried": result.tried, "wrong": result.wrong}
         facts |= {"tuned": result.seconds, "untuned": result.default_seconds, "faults": list(result.faults)}
@@ -120,8 +120,10 @@ class _Tuner:
             self._place = Path(tempfile.mkdtemp(prefix="store-"))
             packed = self.context.out / PACKED
             if packed.exists():
-                with tarfile.open(packed) as archive:
-                    archive.extractall(self._place, filter="data")
+                try:
+                    unpack(packed, self._place)
+                except (OSError, ValueError) as error:
+                    print(f"{error}; a new one begins", file=sys.stderr)
             os.environ["TRITON_CONV_CACHE"] = str(self._place)
             stored.forget()
             if self.context.simulate:
@@ -131,19 +133,3 @@ class _Tuner:
                 index = self.context.device.index or 0
                 self._bench, self._meter = CudaBench(index), CudaMeter(index, _CUDNN)
         return self._place
-
-
-def _pack(directory: Path, path: Path) -> None:
-    """One file of what the store holds, whole or not at all."""
-
-    def wanted(member: tarfile.TarInfo) -> Any:
-        return None if member.name.endswith(".lock") else member
-
-    new = path.with_name(f".{path.name}.new")
-    try:
-        with tarfile.open(new, "w:gz") as archive:
-            for part in sorted(directory.iterdir()):
-                archive.add(part, part.name, filter=wanted)
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)

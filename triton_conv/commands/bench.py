@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .. import installed
 from ..devices import DEVICES
 from . import values
 from .common import CommandError, refused, require
@@ -54,6 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not (checkout / "bench" / "commands.py").is_file():
         raise CommandError("bench needs a checkout of the repository: this package is installed without its benchmarks")
     require("bench", "demo,tuning", "rich", "matplotlib", "jinja2")
+    installed.require()
     if str(checkout) not in sys.path:
         sys.path.insert(0, str(checkout))  # processes that compile get the same
     from bench import commands

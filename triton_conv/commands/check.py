@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from . import values
-from .common import add_device, counted, device_name, one_thread, progress
+from .common import add_device, counted, device_name, one_thread, progress, what_runs
 
 
 def add(sub: Any) -> None:
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
         cases = iter([(arguments.only, numbered_case(arguments.only, arguments.seed, arguments.dtype))])
         total = 1
 
-    print(f"{counted(total, 'case')}, seed {arguments.seed}; {_what_runs(device)}")
+    print(f"{counted(total, 'case')}, seed {arguments.seed}; {what_runs(device)}")
     worst: dict[tuple[str, str], tuple[float, Outcome]] = {}
     failures: list[Outcome] = []
     compared = 0
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
         verdict = f"{len(failures)} of {counted(total, 'case')} failed"
     elif total > 1:
         verdict = f"all {verdict}"
-    print(f"\n{verdict}, {counted(compared, 'tensor')} compared; {_what_runs(device)}")
+    print(f"\n{verdict}, {counted(compared, 'tensor')} compared; {what_runs(device)}")
     return 1 if failures else 0
 
 
@@ -86,16 +86,3 @@ def _print_failure(outcome: Any, arguments: argparse.Namespace, device: str) -> 
             print(f"  {result.name}: error {result.error:.3g}, tolerance {result.bound:.3g}; {result.note}")
     if outcome.exception is not None:
         print(f"  {type(outcome.exception).__name__}: {outcome.exception}")
-
-
-def _what_runs(device: str) -> str:
-    import torch
-
-    from ..execute import INTERPRETER, device_of
-
-    found = device_of(torch.device(device))
-    if found is None:
-        return "plain torch on the CPU: no kernel was tested (set TRITON_INTERPRET=1 to interpret them)"
-    if found is INTERPRETER:
-        return "Triton's kernels in its interpreter, on the CPU"
-    return f"Triton's kernels on {found.name}"

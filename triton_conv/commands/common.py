@@ -100,6 +100,20 @@ def device_name(wanted: str) -> str:
     return wanted
 
 
+def what_runs(device: str) -> str:
+    """Kernels on a GPU, interpreted ones, or plain torch, in words."""
+    import torch
+
+    from ..execute import INTERPRETER, device_of
+
+    found = device_of(torch.device(device))
+    if found is None:
+        return "plain torch on the CPU: no kernel was tested (set TRITON_INTERPRET=1 to interpret them)"
+    if found is INTERPRETER:
+        return "Triton's kernels in its interpreter, on the CPU"
+    return f"Triton's kernels on {found.name}"
+
+
 @contextmanager
 def one_thread(device: str) -> Iterator[None]:
     """On a CPU, inside, PyTorch computes in one thread.

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .. import installed
 from ..devices import DEVICES
 from ..key import CONFIGS
 from .common import add_compiling, refused, require
@@ -51,6 +52,7 @@ def add(sub: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """`triton-conv configs`."""
     require("configs", "tuning", "rich")
+    installed.require()
     from ..tuning.commands_configs import COMMANDS
 
     with refused():

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .. import installed
 from ..devices import DEVICES
 from . import values
 from .common import add_convolution, refused, require
@@ -72,6 +73,7 @@ def add(sub: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """`triton-conv tune`."""
     require("tune", "tuning", "rich")
+    installed.require()
     from ..tuning import commands_tune
 
     with refused():

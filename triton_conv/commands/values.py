@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from .. import installed
 from ..devices import DEVICES
 
 
@@ -61,6 +62,7 @@ def layer(text: str) -> str:
 
 
 def suite(text: str) -> str:
+    installed.require()
     from ..tuning.suites import SUITES
 
     if text not in SUITES:

@@ -128,15 +128,16 @@ def deform_offset_kernel(
 
     sum_a, sum_b = tl.sum(sum_a, axis=0), tl.sum(sum_b, axis=0)
     sum_c, sum_d = tl.sum(sum_c, axis=0), tl.sum(sum_d, axis=0)
-    upper, lower = sum_a + past_w * (sum_b - sum_a), sum_c + past_w * (sum_d - sum_c)
+    # weighted, not sum_a + past_w * (sum_b - sum_a), which would make NaN of an infinity
+    upper, lower = (1 - past_w) * sum_a + past_w * sum_b, (1 - past_w) * sum_c + past_w * sum_d
     slope_h = lower - upper
-    slope_w = sum_b - sum_a + past_h * (sum_d - sum_c - (sum_b - sum_a))
+    slope_w = (1 - past_h) * (sum_b - sum_a) + past_h * (sum_d - sum_c)
     if HAS_MASK:
         of_mask = n * m_sn + p * m_sp + q * m_sq
         modulation = modulation_of(mask + of_mask, m_sc, index, pixel_valid, at_h, HAS_MASK)
         slope_h *= modulation
         slope_w *= modulation
-        value = upper + past_h * (lower - upper)
+        value = (1 - past_h) * upper + past_h * lower
         tl.store(dmask + of_mask + index * m_sc, value.to(dmask.dtype.element_ty), mask=pixel_valid)
     doffset += of_offset + 2 * index * o_sc
     tl.store(doffset, slope_h.to(doffset.dtype.element_ty), mask=pixel_valid)

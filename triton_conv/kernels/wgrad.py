@@ -209,6 +209,8 @@ def launches(geometry: ConvGeometry, strides: Strides, config, numerics) -> list
         K_VEC=min(power_of_two_in(K), config.BLOCK_N),
         **constants(g, config, numerics),
     )
+    if g.taps == g.filter[0] > 1:
+        arguments["maxnreg"] = 255  # told the limit, the assembler does not aim at fewer registers and then spill
     programs = launchable(counted.total, g)
     if config.splits == 1:
         return [Launch("wgrad", wgrad_kernel, programs, ("x", "y", "w"), arguments)]

@@ -46,6 +46,11 @@ def candidates(p: BranchesPlan) -> list[Config]:
     return space.likely(p.config, _tiled(p), fits, predicted)
 
 
+def fitting(p: BranchesPlan) -> list[Config]:
+    """Every config of a plan's kernel that can run it, the same list for the same plan."""
+    return sorted({config for config in _tiled(p) if misfit(p.problem, p.kernel, config) is None}, key=repr)
+
+
 def _tiled(p: BranchesPlan) -> Iterable:
     """The configs of an ordinary convolution with the widest slices; programs are as many as fit."""
     sides = [channels_of(p.role, term.geometry) for term in p.order]

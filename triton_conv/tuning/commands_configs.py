@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from .. import files as room
 from .. import stored
 from ..devices import DEVICES
 from ..stored import Candidate, Entry, MalformedError
@@ -130,7 +131,7 @@ def diff(arguments: argparse.Namespace) -> int:
         if line:
             filed = one or other
             assert filed is not None
-            print(f"{filed.device} {filed.kernel} {described(filed.entry)}\n  {line}")
+            print(f"{room.printable(filed.device)} {filed.kernel} {described(filed.entry)}\n  {line}")
     print(f"{len(a.keys() | b.keys()) - same} differ, {same} are the same")
     return 0 if same == len(a.keys() | b.keys()) else 1
 
@@ -178,7 +179,7 @@ def ship(directory: Path, together: Mapping[tuple[str, str], Sequence[Entry]]) -
         measured = {(entry.key, entry.extents) for entry in entries}
         kept = [e for e in stored.read(path, kernel, [device]) if (e.key, e.extents) not in measured]
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(stored.dumps(device, kernel, [*kept, *entries]), encoding="utf-8")
+        room.write_whole(path, stored.dumps(device, kernel, [*kept, *entries]), 0o644)
         print(f"{path}: {len(entries)} measured, {len(kept)} as they were")
     if not together:
         print("nothing was measured")

@@ -38,6 +38,14 @@ _WRITTEN = {
 
 def candidates(problem: DeformProblem, p: DeformPlan) -> list[Config]:
     """The config of a plan, then others of the way that it goes, by predicted time."""
+    predicted = {config: deform_plan.with_config(problem, p, config).seconds for config in fitting(problem, p)}
+    quickest = sorted(predicted, key=lambda config: (predicted[config], repr(config)))
+    likely = [config for config in quickest if predicted[config] <= _HOPELESS * predicted[quickest[0]]]
+    return [p.config, *likely][:MOST]
+
+
+def fitting(problem: DeformProblem, p: DeformPlan) -> list[Config]:
+    """The other configs of the way of a plan that fit, the same list for the same plan."""
     rule, found = p.config, list[Config]()
     least = 16 if rule.dot else 1
     for m, n, k in product(*(_around(side, least) for side in (rule.BLOCK_M, rule.BLOCK_N, rule.BLOCK_K))):
@@ -50,10 +58,7 @@ def candidates(problem: DeformProblem, p: DeformPlan) -> list[Config]:
         for config in found
         if config != rule and deform_cost.held(problem, config) <= most and deform_plan.misfit(problem, config) is None
     }
-    predicted = {config: deform_plan.with_config(problem, p, config).seconds for config in other}
-    fitting = sorted(other, key=lambda config: (predicted[config], repr(config)))
-    likely = [config for config in fitting if predicted[config] <= _HOPELESS * predicted[fitting[0]]]
-    return [rule, *likely][:MOST]
+    return sorted(other, key=repr)
 
 
 def _around(side: int, least: int) -> list[int]:

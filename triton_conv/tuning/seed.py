@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
-from .. import explain, plan, stored, ways
+from .. import explain, files, plan, stored, ways
 from .. import key as keys
 from ..devices import Device
 from ..stored import Candidate, Entry
@@ -76,7 +76,7 @@ def seed(directory: Path, device: Device, problems: Iterable[tuple[str, Problem]
         every = kept + [entry for entry in new.get(kernel, ()) if (entry.key, entry.extents) not in measured]
         if every:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(stored.dumps(device.name, kernel, every), encoding="utf-8")
+            files.write_whole(path, stored.dumps(device.name, kernel, every), 0o644)
             written.append(path)
         else:
             path.unlink(missing_ok=True)

@@ -47,6 +47,11 @@ def candidates(problem: Problem, p: Plan) -> list[KernelConfig]:
     return likely(p.config, _SPACES[p.kernel](problem, p), partial(fault, problem, p), partial(_prediction, p))
 
 
+def fitting(problem: Problem, p: Plan) -> list[KernelConfig]:
+    """Every config of the way of a plan that breaks no hard limit, the same list for the same plan."""
+    return sorted({c for c in _SPACES[p.kernel](problem, p) if fault(problem, p, c) is None}, key=repr)
+
+
 def likely(
     rule: KernelConfig,
     others: Iterable[KernelConfig],

@@ -6,6 +6,7 @@ old file or a new one. What no file can take stays in memory, where look-ups of 
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 import warnings
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import filelock
 
-from .. import stored
+from .. import files, stored
 from ..key import Extents, Key, source_hash
 from ..stored import Entry, MalformedError, NewerError, UnreadableError
 
@@ -92,12 +93,16 @@ class Store:
             except (NewerError, UnreadableError):
                 raise
             except MalformedError as error:
+                _check_whose(path, device)
                 aside = _moved_aside(path)
                 warnings.warn(f"{error}; it is now {aside.name}, and a new file begins", stacklevel=4)
                 before = []
             after = _united([*before, *entries], kernel)
             if after != before or not path.exists():
-                _replace(path, stored.dumps(device, kernel, after))
+                text = stored.dumps(device, kernel, after).encode()
+                if len(text) > stored.MOST_BYTES:
+                    raise OSError(errno.EFBIG, f"{path} would have more than {stored.MOST_BYTES} bytes")
+                files.write_whole(path, text)
 
     def _hold(self, device: str, kernel: str, entries: list[Entry], error: Exception) -> None:
         merged = _united([*self._readable(device, kernel), *entries], kernel)
@@ -175,24 +180,14 @@ def _make(directory: Path) -> None:
             part.mkdir(mode=0o700, exist_ok=True)
 
 
-def _replace(path: Path, text: str) -> None:
-    """Under its lock: the file holds the old text or the new one, whatever happens meanwhile."""
-    new = path.with_name(f"{path.name}.new")
+def _check_whose(path: Path, device: str) -> None:
+    """Raises OSError where a file that is not of this device is another's rightful one, whose name ends up the same."""
     try:
-        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    except BaseException:
-        new.unlink(missing_ok=True)
-        raise
-    above = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(above)  # of the name
-    finally:
-        os.close(above)
+        there, kernel, _ = stored.load(path)
+    except (MalformedError, FileNotFoundError):
+        return
+    if there != device and stored.path_of(path.parent.parent, there, kernel) == path:
+        raise OSError(errno.EEXIST, f"{path} is of {files.shown(there)}, not {files.shown(device)}")
 
 
 def _moved_aside(path: Path) -> Path:

@@ -10,6 +10,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from ..files import printable
+
 
 def table(*headings: str) -> Table:
     """An empty one; columns whose heading starts with ">" are numbers, to the right."""
@@ -22,7 +24,7 @@ def table(*headings: str) -> Table:
 
 def add(to: Table, cells: Sequence[str]) -> None:
     """A row of plain text: what files hold commands no terminal."""
-    to.add_row(*(Text("".join(c if c.isprintable() else "?" for c in cell)) for cell in cells))
+    to.add_row(*(Text(printable(cell)) for cell in cells))
 
 
 class _Console(Console):

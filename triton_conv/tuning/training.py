@@ -12,16 +12,20 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from typing import TYPE_CHECKING
 
 import torch
 
-from .. import backends, execute, plan, stored
+from .. import backends, execute, installed, plan, stored
 from ..ways import Problem
-from . import ranks, sweep
-from .measure import Bench, CudaBench
+from . import ranks
 from .ranks import Queue, Ranks
 from .store import Store
-from .tune import Budget, Result, Task
+
+if TYPE_CHECKING:  # they need Triton, which need not be there where there is no GPU
+    from . import sweep
+    from .measure import Bench
+    from .tune import Budget, Result, Task
 
 _tuned: set[Problem] = set()  # by this process
 _told = False  # that there is no GPU
@@ -79,6 +83,9 @@ def autotune(
         _tell()
         yield results
         return
+    installed.require()
+    from .tune import Budget
+
     asked = backends.backend(backend) if backend is not None else nullcontext()
     try:
         with execute.problems() as problems:
@@ -112,6 +119,10 @@ def _agreed(
     lease: float,
 ) -> list[Result]:
     """The results of all ranks' problems that are not settled, after what was found is installed."""
+    from . import sweep
+    from .measure import CudaBench
+    from .tune import Budget
+
     name = bench.device.name if bench else execute._cuda_device(torch.cuda.current_device()).name
     others = {problem.device.name for problem in problems if problem.device.name != name}
     if others:
@@ -157,6 +168,8 @@ def _alone(
     progress: Callable[[Result], None] | None,
     deadline: float | None,
 ) -> dict[str, sweep.Outcome]:
+    from . import sweep
+
     found: dict[str, sweep.Outcome] = {}
     for task in tasks:
         try:
@@ -170,6 +183,8 @@ def _alone(
 
 
 def _tasks(problems: Iterable[Problem]) -> list[Task]:
+    from .tune import Task
+
     return [Task(f"{problem.role.value} {problem.geometry}", problem) for problem in problems]
 
 

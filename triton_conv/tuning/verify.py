@@ -14,6 +14,7 @@ from ..branches_plan import BranchesPlan
 from ..config import Config
 from ..deform_plan import DeformPlan
 from ..devices import DEVICES, Device
+from ..files import printable
 from ..geometry import ConvGeometry, Role, Strides
 from ..key import CONFIGS
 from ..plan import Plan
@@ -54,7 +55,7 @@ def described(entry: Entry) -> str:
     words.append(f"filter {_by(key.filter)}")
     words += [f"{name} {_by(getattr(key, name))}" for name in ("stride", "dilation") if max(getattr(key, name)) > 1]
     words += [] if key.zero_padding else ["padding of other than zeros"]
-    return " ".join([*words, "channels-last" if key.channels_last else "contiguous"])
+    return printable(" ".join([*words, "channels-last" if key.channels_last else "contiguous"]))
 
 
 def _by(values: tuple[int, int, int]) -> str:
