@@ -43,6 +43,7 @@ HOW = {
     "torchrun --nproc-per-node 8 --max-restarts 3 -m triton_conv": (PARSED, "wants eight GPUs"),
     "python -m bench.evidence": (PARSED, "wants a GPU: tests/test_evidence.py goes through all of it"),
     "python -m bench.publish": (PARSED, "wants results of a run: tests/test_performance.py"),
+    "python -m bench.soak": (PARSED, "five minutes long: a slow test runs some"),
     "python -m bench.host": (PARSED, "a minute long: tests/test_host.py"),
     "python3 -m venv": (PARSED, "CI runs both, in a checkout with nothing else"),
     ".venv/bin/pip install": (PARSED, "CI does"),
@@ -103,7 +104,7 @@ def test_every_way_of_testing_a_command_is_needed():
 
 def test_the_readme_shows_every_command():
     (group,) = (action for action in cli._parser()._actions if action.choices)
-    shown = {command.split()[1] for command in commands() if command.startswith("triton-conv ")}
+    shown = set(re.findall(r"^\| `triton-conv (\w+)", README, flags=re.MULTILINE))
     assert shown == set(group.choices)
 
 
@@ -194,3 +195,12 @@ def test_files_that_pages_name_exist():
         text = (ROOT / page).read_text(encoding="utf-8")
         for name in re.findall(r"`((?:triton_conv|tests|bench)/[\w./]*)`", text):
             assert (ROOT / name).exists(), f"{page} names {name}"
+
+
+def test_pages_list_every_module():
+    listed = "".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES[1:])
+    rows = " ".join(line.split("|")[1] for line in listed.splitlines() if line.startswith("| `"))
+    for folder in ("triton_conv", "triton_conv/kernels", "triton_conv/tuning", "bench"):
+        for path in (ROOT / folder).glob("*.py"):
+            if not path.name.startswith(("__", "commands_", "version")):
+                assert re.search(rf"[`/]{path.name}`", rows), f"no page lists {folder}/{path.name}"
