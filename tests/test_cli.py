@@ -3,10 +3,8 @@
 import argparse
 import os
 import re
-import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -335,22 +333,3 @@ def test_running_the_package_as_a_module():
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Triton's kernels in its interpreter" in done.stdout
-
-
-def commands_of_the_readme():
-    text = (Path(__file__).parents[1] / "README.md").read_text()
-    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL))
-    found = re.findall(r"^triton-conv ([^#\n]*)", blocks, flags=re.MULTILINE) + re.findall(
-        r"`triton-conv ([^`\n]* [^`\n]*)`", text
-    )
-    return sorted({command.strip() for command in found})
-
-
-@pytest.mark.parametrize("command", commands_of_the_readme())
-def test_commands_of_the_readme_are_understood(command):
-    assert cli._parser().parse_args(shlex.split(command)).command is not None
-
-
-def test_the_readme_shows_every_command():
-    shown = {command.split()[0] for command in commands_of_the_readme()}
-    assert shown == {"audit", "bench", "check", "configs", "demo", "explain", "fuzz", "tune"}
