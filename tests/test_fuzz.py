@@ -28,9 +28,11 @@ def launched(monkeypatch):
 
 
 @pytest.mark.parametrize("path", CORPUS, ids=lambda path: path.stem)
-def test_every_case_of_the_corpus_is_right(path, kernels):
+@pytest.mark.parametrize("on", ["kernels", "cpu"])
+def test_every_case_of_the_corpus_is_right(path, on, request):
+    device = request.getfixturevalue("kernels") if on == "kernels" else "cpu"
     for case in fuzz.read(path):
-        wrong = [result for result in case.check(kernels) if not result.ok]
+        wrong = [result for result in case.check(device) if not result.ok]
         assert not wrong, f"{case}: {wrong}"
 
 

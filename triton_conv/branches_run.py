@@ -156,7 +156,13 @@ def _slice(t: Tensor, channels: Slice) -> Tensor:
 
 
 def _covered(calls: Calls) -> bool:
-    return sum(count for _, count in set(calls.slices)) == calls.channels
+    """Whether every channel of the output is written; slices may overlap."""
+    end = 0
+    for first, count in sorted(calls.slices):
+        if first > end:
+            return False
+        end = max(end, first + count)
+    return end == calls.channels
 
 
 class _Bound(NamedTuple):
@@ -275,7 +281,8 @@ def _write(call: Call, y: Tensor) -> None:
 def _plain(calls: Calls, output: Tensor) -> Tensor:
     """In plain torch, sums in the type that sums have and rounded once."""
     wide = reference.wide_of(output.dtype)
-    if len(set(calls.slices)) == len(calls.slices) and _covered(calls):
+    distinct = len(set(calls.slices)) == len(calls.slices)
+    if distinct and all(_apart(channels, calls.slices) for channels in calls.slices) and _covered(calls):
         for call, channels in zip(calls.each, calls.slices, strict=True):
             _slice(output, channels).copy_(execute.execute(call))
         return output
