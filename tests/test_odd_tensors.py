@@ -494,3 +494,25 @@ def test_an_update_of_a_state_that_is_a_part_of_another_tensor(kernels):
         assert torch.equal(part, want)
         whole = torch.empty(0).set_(part.untyped_storage())
         assert whole.isnan().sum() == whole.numel() - part.numel()
+
+
+def test_an_update_by_a_part_of_its_own_state(kernels):
+    """Whoever writes the state first, x is what was there before."""
+    state, weight = torch.randn(3, 3, 3), torch.randn(3, 4)
+    for part in (lambda t: t[:, :, 0], lambda t: t.transpose(0, 1), lambda t: t):
+        want_state, got_state = state.clone(), state.clone()
+        want = triton_conv.causal_conv1d_update(part(state.clone()), want_state, weight)
+        assert torch.equal(triton_conv.causal_conv1d_update(part(got_state), got_state, weight), want)
+        assert torch.equal(got_state, want_state)
+
+
+def test_an_update_of_a_negated_state(kernels):
+    x, state, weight = torch.randn(2, 3), torch.randn(2, 3, 3), torch.randn(3, 4)
+    want_state = state.clone()
+    want = triton_conv.causal_conv1d_update(x, want_state, weight)
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        negated = torch._neg_view(-state)
+        with mode:
+            assert torch.equal(triton_conv.causal_conv1d_update(x, negated, weight), want)
+        assert negated.is_neg()
+        assert torch.equal(negated, want_state)

@@ -78,7 +78,7 @@ class backend:
 
 def check(name: object, argument: str) -> None:
     """Raises ValueError, naming the argument, unless `name` is a backend."""
-    if name not in BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:
         raise ValueError(f"{argument} must be one of {BACKENDS}, but got {argument}={name!r}")
 
 

@@ -133,7 +133,8 @@ def output_padding_of(module: Any, input: Tensor, output_size: Sequence[int] | N
         len(module.kernel_size),
         module.dilation,
     )
-    return tuple(output_padding) if output_size is None else tuple(int(p) for p in output_padding)
+    halves = output_size is not None and any(map(_is_sequence, module.padding))
+    return tuple(int(p) for p in output_padding) if halves else tuple(output_padding)
 
 
 class _Ours(Fusing):
