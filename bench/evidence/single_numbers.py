@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ def _each(steps: Iterator[Any], context: Context) -> list[Any]:
 def _escapes(name: str, context: Context) -> Facts:
     seeds = range(1 if context.simulate else _SEEDS)
     found = _each((special.escapes(name, context.device, seed) for seed in seeds), context)
-    return _found(sum(found, []))
+    return _found(list(chain(*found)))
 
 
 def _denormals(context: Context) -> Facts:
@@ -65,7 +65,7 @@ def _denormals(context: Context) -> Facts:
 
 def _corners(name: str, context: Context) -> Facts:
     found = _each((special.corners(name, dtype, context.device) for dtype in special.FLOATS), context)
-    return _found(sum(found, []))
+    return _found(list(chain(*found)))
 
 
 def _growth(mode: numerics.Mode, context: Context) -> Facts:
