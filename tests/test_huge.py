@@ -1,7 +1,6 @@
-"""Offsets beyond 2^31 and 2^32, through every kernel and in plans: tensors lie far apart in memory that nobody touches."""
+"""Offsets beyond 2^31 and 2^32, through every kernel and in plans, in memory that is taken only where it is touched."""
 
 from dataclasses import replace
-from functools import partial
 
 import far
 import pytest
@@ -31,7 +30,7 @@ class Convolution:
         self.slabs = config.splits > 1
         self.shapes = {name: geometry.shape(name) for name in "xwy"}
         if bias:
-            self.shapes |= {name: (geometry.K,) for name in ("bias", "scale")}
+            self.shapes |= dict.fromkeys(("bias", "scale"), (geometry.K,))
         if epilogue != PLAIN:
             self.written += ("kept",)
             self.shapes |= dict.fromkeys(("residual", "kept"), geometry.shape(self.written[0]))
@@ -81,7 +80,7 @@ class Separable(Convolution):
 class Streaming(Separable):
     def __init__(self, last=False):
         super().__init__(last)
-        self.geometry = ConvGeometry.forward((3, 16, 5, 3, 4), (16, 16, 3, 3, 3), padding=((0, 0), (1, 1), (1, 1)))
+        self.geometry = ConvGeometry.forward((3, 16, 5, 3, 4), (16, 16, 3, 1, 1))
         g = self.geometry
         self.shapes = {"context": (3, 16, 2, 3, 4), "x": (3, 16, 3, 3, 4), "w": g.shape("w"), "y": g.shape("y")}
 
@@ -153,7 +152,7 @@ def _values(subject, name):
     return whole / 4 if name in ("offset", "mask") else whole
 
 
-def _run(subject, strides, bits=None, **mutated):
+def _run(subject, strides, bits=None):
     """(what was written, the plan), in memory of these strides; of offsets of `bits`, whatever the plan says."""
     strides = strides | subject.alike(strides)
     made = subject.plan(strides)
@@ -172,13 +171,13 @@ def _near(subject):
     return strides | {name: (1,) for name in ("bias", "scale") if name in strides}
 
 
-def _far(subject, axis, names=None):
-    """Strides of which that of one axis is so long that offsets leave 32 bits; the axis of filters is that of images."""
+def _far(subject, axis):
+    """Strides of which that of one axis is so long that offsets leave 32 bits."""
     strides = _near(subject)
     for name, shape in subject.shapes.items():
-        if (names and name not in names) or len(shape) == 1 or not _movable(subject, name, axis):
+        if len(shape) == 1 or not _movable(subject, name, axis):
             continue
-        step = next(step for step in _STRIDES if (shape[axis] - 1) * step >= 2**31 - 2**11 or step == _STRIDES[-1])
+        step = _STRIDES[0 if shape[axis] > 2 else 1]
         strides[name] = tuple(step if a == axis else s for a, s in enumerate(strides[name]))
     return strides
 
@@ -197,10 +196,12 @@ def _same(subject, a, b):
 
 
 _G = ConvGeometry.forward((3, 16, 3, 4), (16, 16, 3, 3), padding=((1, 1), (1, 1)))
-_DEPTHWISE = ConvGeometry.forward((3, 8, 3, 8), (8, 1, 3, 3), padding=((1, 1), (1, 1)), groups=8)
-_ODD = ConvGeometry.forward((3, 2, 3, 9), (2, 1, 3, 3), padding=((1, 1), (1, 1)), groups=2)
+_DEPTHWISE = ConvGeometry.forward((3, 4, 3, 4), (4, 1, 3, 3), padding=((1, 1), (1, 1)), groups=4)
+_ODD = ConvGeometry.forward((3, 3, 3, 9), (3, 1, 3, 3), padding=((1, 1), (1, 1)), groups=3)
+_BOXES = ConvGeometry.forward((3, 16, 3, 8), (16, 16, 1, 3), padding=((0, 0), (1, 1)))
+_BOX = BoxConfig((1, 1, 4, 8), 16, 16)
 _FUSED = Epilogue("relu", residual="before", scale=True, keep=True)
-_LANES = DepthwiseConfig(2, 4, 4, 4, 4, (3, 3))
+_LANES = DepthwiseConfig(2, 4, 8, 4, 4, (3, 3))
 _BANDS = BandedConfig((16, 1, 1), 1, 16, 16)
 SUBJECTS = {
     "gather": Convolution(Role.FPROP, _G, Config(16, 16, 16), epilogue=_FUSED, bias=True),
@@ -218,8 +219,240 @@ SUBJECTS = {
     "separable": Separable(),
     "separable channels-last": Separable(last=True),
     "streaming": Streaming(),
+    "box": Convolution(Role.FPROP, _BOXES, _BOX, "float16", last=True),
+    "box dgrad": Convolution(Role.DGRAD, _BOXES, _BOX, "float16", last=True),
+    "box wgrad": Convolution(Role.WGRAD, _BOXES, BoxConfig((1, 1, 1, 16), 16, 16, splits=2), "float16", last=True),
     "branches": Branches(Role.FPROP),
     "branches dgrad": Branches(Role.DGRAD),
     **{f"deformable {role.value}": Deformable(role) for role in DeformRole},
 }
 AXES = {"images": 0, "channels": 1, "rows": 3, "columns": 4}
+
+# Boxes are fetched and stored by descriptors, whose strides are 64 bits wide whatever the kernel is told.
+_NO_OFFSETS = {"box", "box dgrad", "box wgrad"}
+_QUICK = {"gather", "wgrad channels-last", "depthwise", "banded", "separable"}
+_THOROUGH = {"gather", "depthwise", "banded"}
+
+
+def _cases():
+    for name, subject in SUBJECTS.items():
+        for where, axis in AXES.items():
+            asked = where in ("rows", "images") or name in _THOROUGH
+            if asked and _far(subject, axis) != _near(subject):
+                quick = name in _QUICK and where == "rows"
+                yield pytest.param(name, axis, id=f"{name}-{where}", marks=[] if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("name", "axis"), list(_cases()))
+def test_strides_of_all_operands_beyond_32_bits(name, axis, kernels):
+    """The same bits as in dense memory, where nothing overflows; and others with offsets of 32 bits."""
+    subject = SUBJECTS[name]
+    want, made = _run(subject, _near(subject))
+    assert made.numerics.index_bits == 32
+    assert all(t.isfinite().all() and t.any() for t in want)
+    with far.no_overflow():
+        found, made = _run(subject, _far(subject, axis))
+    assert made.numerics.index_bits == 64
+    assert _same(subject, found, want)
+    if name not in _NO_OFFSETS:
+        assert not _same(subject, _run(subject, _far(subject, axis), bits=32)[0], want)
+
+
+def test_rows_further_apart_than_32_bits_count_in_vectors(kernels):
+    """The stride is a number of 32 bits in vectors of four, and none in elements."""
+    g = ConvGeometry.forward((1, 2, 3, 16), (2, 1, 2, 3), padding=((0, 0), (1, 1)), groups=2)
+    for role in (Role.FPROP, Role.WGRAD):
+        subject = Convolution(role, g, DepthwiseConfig(1, 8, 4, 2, 4, (2, 3)))
+        far_apart = _near(subject) | {"x": (32, 16, 2**34, 2**32, 1)}
+        with far.no_overflow():
+            assert _same(subject, _run(subject, far_apart)[0], _run(subject, _near(subject))[0])
+
+
+def _line(role, length, dtype="float16", mode="zeros", **options):
+    """A convolution of one channel of so many positions, as numbers."""
+    modes = {"modes": (mode,)} if mode != "zeros" else {}
+    g = ConvGeometry.forward((1, 1, length), (1, 1, 3), padding=((1, 1),), **modes)
+    strides = Strides(*(far.dense(g.shape(name)) for name in "xwy"))
+    return ways.Problem(role, g, dtype, dtype, strides, "ieee", False, False, True, H200, **options)
+
+
+def _ends(length, *live):
+    """A line of zeros but for its first and its last elements."""
+    x = far.empty((1, 1, 1, 1, length), (length, length, length, length, 1), torch.float16)
+    x[..., 0], x[..., -3:] = 5, torch.tensor([1.0, 2, 3])
+    return x
+
+
+LENGTHS = [2**31 - 5, pytest.param(2**32 + 5, marks=pytest.mark.slow)]
+_LINES = {
+    "gather": Config(16, 16, 16, dot=False, flatten=True),
+    "depthwise": DepthwiseConfig(2, 8, 4, 1, 8, (1, 3), walk=2),
+    "depthwise down": DepthwiseConfig(4, 1, 4, 1, 1, (3, 1), walk=4),
+    "banded": BandedConfig((1, 1, 16), 1, 16, 16),
+}
+
+
+@pytest.mark.parametrize("mode", ["zeros", pytest.param("circular", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("kernel", _LINES)
+def test_the_last_positions_of_a_line(kernel, length, mode, kernels):
+    """Real extents, of which the first and the last programs of a launch are run."""
+    problem = _line(Role.FPROP, length, mode=mode)
+    if kernel == "banded" and length > 2**31 - 2**17:
+        with pytest.raises(RuntimeError, match="longer than it counts"):
+            plan.every(problem, _LINES[kernel])
+        return
+    made = plan.every(problem, _LINES[kernel])[0]
+    assert made.kernel == kernel.split()[0]
+    w = torch.tensor([1.0, 10, 100], dtype=torch.float16)
+    y = far.empty((length,), (1,), torch.float16)
+    y[-4:], y[:2] = torch.nan, torch.nan
+    with far.no_overflow():
+        (launch,) = made.launches
+        far.run_some(launch, {"x": _ends(length), "w": w, "y": y}, [0, -2, -1])
+    around = {"zeros": (0, 0), "circular": (3, 500)}[mode]
+    assert y[-3:].tolist() == [10 + 200, 1 + 20 + 300, 2 + 30 + around[1]]
+    assert y[0].item() == 50 + around[0]
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("kernel", ["wgrad", "depthwise_wgrad"])
+def test_the_last_slab_of_a_line(kernel, length, kernels):
+    config = {
+        "wgrad": Config(16, 16, 16, dot=False, flatten=True, splits=2**26),
+        "depthwise_wgrad": DepthwiseConfig(2, 8, 4, 1, 8, (1, 3), splits=2**27),
+    }[kernel]
+    made = plan.every(_line(Role.WGRAD, length), config)[0]
+    assert made.kernel == kernel
+    slabs = far.empty((config.splits, 3), (3, 1), torch.float32)
+    tensors = {"x": _ends(length), "y": _ends(length), "workspace": slabs}
+    with far.no_overflow():
+        launch, _ = made.launches
+        far.run_some(launch, tensors, range(-8, 0))
+    # dy of the last three is 1, 2, 3 too, and no slab but the last ones has seen them
+    assert slabs[-8:].sum(0).tolist() == [1 * 2 + 2 * 3, 1 + 4 + 9, 1 * 2 + 2 * 3]
+
+
+@pytest.mark.parametrize("length", [2**31 - 5, 2**31 - 300])
+def test_the_last_elements_of_elementwise_kernels(length, kernels):
+    from triton_conv import activation_plan
+    from triton_conv.kernels import wgrad
+
+    problem = activation_plan.ActivationProblem(length, "float16", "relu", 0.0, False, H200)
+    (launch,) = activation_plan.make(problem).launches
+    tensors = {name: far.empty((length,), (1,), torch.float16) for name in ("dy", "saved", "dz")}
+    tensors["dy"][-3:], tensors["saved"][-3:] = torch.tensor([1.0, 2, 3]), torch.tensor([1.0, -1, 1])
+    with far.no_overflow():
+        far.run_some(launch, tensors, [-1])
+    assert tensors["dz"][-3:].tolist() == [1, 0, 3]
+    import triton.language as tl
+
+    slabs, w = far.empty((2, length), (length, 1), torch.float16), far.empty((length,), (1,), torch.float16)
+    slabs[:, -2:] = torch.tensor([[1.0, 2], [10, 20]])
+    with far.no_overflow():
+        far.run_some(wgrad.sum_launch(length, 2, tl.int64), {"workspace": slabs, "w": w}, [-1])
+    assert w[-2:].tolist() == [11, 22]
+
+
+@pytest.mark.parametrize("length", [2**30 + 10, 2**31 - 200])
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_the_folded_border_of_a_line(mode, length, kernels):
+    """An extent whose double is no number of 32 bits, with offsets of both widths."""
+    made = plan.every(_line(Role.DGRAD, length, mode=mode), Config(16, 16, 16, dot=False))[0]
+    fold = made.fold
+    for bits in (fold.numerics.index_bits, 64):
+        from triton_conv.kernels import fold as kernel
+
+        numerics = fold.numerics._replace(index_bits=bits)
+        launch = kernel.launch(fold.geometry, numerics, fold.padded_strides, fold.dx_strides)
+        padded = far.empty((length + 2,), (1,), torch.float32)
+        padded[:3], padded[-3:] = torch.tensor([1.0, 2, 3]), torch.tensor([10.0, 20, 30])
+        dx = far.empty((length,), (1,), torch.float16)
+        far.run_some(launch, {"workspace": padded, "x": dx}, [0, -1])
+        # the border on the left shows one position, that on the right another
+        shows = {"reflect": (1, -2), "replicate": (0, -1), "circular": (-1, 0)}[mode]
+        want = {0: 2.0, 1: 3.0, -2: 10.0, -1: 20.0}
+        for place, value in zip(shows, (1, 30), strict=True):
+            want[place] += value
+        assert {place: dx[place].item() for place in want} == want
+
+
+BELOW, AT = 2**31 - 2**20, 2**31
+
+
+@pytest.mark.parametrize("role", Role)
+@pytest.mark.parametrize("extents", ["elements", "stride", "padding"])
+def test_offsets_are_wide_from_two_to_the_31_on(extents, role):
+    for config in (Config(16, 16, 16), DepthwiseConfig(2, 1, 4, 1, 1, (3, 1), walk=8)):
+        for size, bits in ((BELOW, 32), (AT, 64), (AT + 1, 64), (2 * AT, 64), (4 * AT + 3, 64)):
+            g = ConvGeometry.forward((1, 1, size if extents == "elements" else 8), (1, 1, 3), padding=((1, 1),))
+            if extents == "padding":
+                g = ConvGeometry.forward((1, 1, size // 2), (1, 1, 3), padding=((0, size // 2),), modes=("circular",))
+            x = (1, 1, 1, 1, -(-size // 7)) if extents == "stride" else far.dense(g.shape("x"))
+            what = Strides(x, far.dense(g.shape("w")), far.dense(g.shape("y")))
+            assert (plan._reach(g, what, role, config) >= 2**31) == (bits == 64), (config, size)
+
+
+def test_lanes_that_dilation_leaves_empty_are_counted():
+    """Of one row three rows of lanes: there are more lanes than positions."""
+    g = ConvGeometry.forward((2**29, 1, 1, 2), (1, 1, 3, 1), padding=((3, 3), (0, 0)), dilation=(3, 1))
+    what = Strides(*(far.dense(g.shape(name)) for name in "xwy"))
+    assert plan._reach(g, what, Role.FPROP, DepthwiseConfig(2, 1, 4, 1, 1, (3, 1))) >= 2**31
+    assert plan._reach(g, what, Role.FPROP, Config(16, 16, 16)) < 2**31
+
+
+def _box_problem(shape, filters, strides=None, **options):
+    g = ConvGeometry.forward(shape, filters, **options)
+    given = Strides(*(far.dense(g.shape(name), last=True) for name in "xwy"))
+    return ways.Problem(Role.FPROP, g, "float16", "float16", strides or given, "ieee", False, False, True, H200)
+
+
+def _kernels(problem):
+    return [p.kernel for p in plan.every(problem)]
+
+
+def test_boxes_stay_within_what_descriptors_hold():
+    near = _box_problem((2, 16, 64, 64), (16, 16, 3, 3))
+    assert _kernels(near) == ["box"]
+    for axis in (0, 3):
+        for stride, fits in ((2**39 - 8, True), (2**39, False), (2**39 + 4, False), (2**35 + 4, False)):
+            x = tuple(stride if a == axis else s for a, s in enumerate(near.strides.x))
+            found = _kernels(near._replace(strides=near.strides._replace(x=x)))
+            assert ("box" in found and "gather" not in found) == fits, (axis, stride)
+    longest = _box_problem((2**31 - 2**17 - 257, 16, 2, 2), (16, 16, 2, 2))
+    assert _kernels(longest) == ["box"]
+    assert "box" not in _kernels(_box_problem((2**31 - 2**17, 16, 2, 2), (16, 16, 2, 2)))
+
+
+def test_a_stride_that_boxes_cannot_divide_by_is_gathered():
+    assert _kernels(_box_problem((1, 16, 2**15), (16, 16, 3), stride=(2**13,))) == ["box"]
+    assert _kernels(_box_problem((1, 16, 2**17), (16, 16, 3), stride=(2**15,))) == ["gather"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "filters", "options", "match"),
+    [
+        ((1, 2**31, 1), (1, 2**31, 1), {}, "channels are more than"),
+        ((1, 1, 2**31 + 2), (1, 1, 2**31), {}, "products of a sum are more than"),
+        ((1, 4, 2**18), (4, 4, 3), {"stride": (65537,), "dilation": (65536,)}, "residue class .* more than"),
+    ],
+    ids=["channels", "taps", "steps"],
+)
+def test_what_kernels_cannot_count_is_refused_with_the_geometry(shape, filters, options, match):
+    g = ConvGeometry.forward(shape, filters, **options)
+    strides = Strides(*(far.dense(g.shape(name)) for name in "xwy"))
+    problem = ways.Problem(Role.DGRAD, g, "float16", "float16", strides, "ieee", False, False, True, H200)
+    with pytest.raises(NotImplementedError, match=f"{match}.*N{g.N} C{g.C} K{g.K}"):
+        plan.every(problem)
+
+
+def test_grids_are_refused_beyond_two_to_the_31_programs():
+    """Only the first axis of a grid is used, which has room for 2^31 - 1."""
+    for length, fits in ((2**35 - 16, True), (2**35, False)):
+        problem = _line(Role.FPROP, length)
+        made = plan.every(problem, Config(16, 16, 16, dot=False))[0]
+        if fits:
+            assert made.launches[0].programs == 2**31 - 1
+        else:
+            with pytest.raises(RuntimeError, match=f"{2**31} programs.*N1 C1 K1"):
+                _ = made.launches

@@ -360,8 +360,10 @@ def counted(role: Role, g: ConvGeometry, config: KernelConfig) -> None:
     if isinstance(config, BoxConfig):
         runs = prod(tiles.blocks((g.N, *g.output), config.box))
         sizes["tiles"] = runs if role is Role.WGRAD else tiles.box(role, g, config).total
-    for axis in g.axes(role):
+    for axis, extent in zip(g.axes(role), g.input, strict=True):
         if axis.phases > 1:
+            if extent < 2**31 <= extent + axis.phases:  # longer ones are numbers of 64 bits
+                sizes["positions and the residue classes behind them"] = extent + axis.phases
             reach = axis.phases + axis.offset
             found = max(reach // axis.common * axis.inverse, reach - axis.tap_step * axis.src_tap_step * axis.common)
             sizes["positions from a residue class of the stride to its first tap"] = found
@@ -483,21 +485,21 @@ def _fused(epilogue: Epilogue, has_bias: bool) -> str:
 
 def _reach(g: ConvGeometry, strides: Strides, role: Role, config: KernelConfig) -> int:
     """The largest offset or index that a launch computes; tails of tiles and of residue classes included."""
-    phases = [axis.phases for axis in g.axes(role)]
-    padded = [i + p + sum(pads) for i, p, pads in zip(g.input, phases, g.padding, strict=True)]
+    tails = [axis.phases - 1 for axis in g.axes(role)]
+    padded = [i + t + sum(pads) for i, t, pads in zip(g.input, tails, g.padding, strict=True)]
     spans = [
         max(padded),
-        span((g.N, g.C, *(i + p for i, p in zip(g.input, phases, strict=True))), strides.x),
+        span((g.N, g.C, *(i + t for i, t in zip(g.input, tails, strict=True))), strides.x),
         span((g.N, g.K, *g.output), strides.y),
         span((g.K, g.C // g.groups, *g.filter), strides.w) * config.splits,
     ]
     if isinstance(config, BandedConfig):
         spans.append(prod(tiles.shifted_shape(g, 1)))  # of bytes; of wider elements there are fewer
-    positions = g.N * prod(i + p for i, p in zip(g.input if role is Role.DGRAD else g.output, phases, strict=True))
+    positions = g.N * prod(i + t for i, t in zip(g.input if role is Role.DGRAD else g.output, tails, strict=True))
     if isinstance(config, DepthwiseConfig):
-        lanes, rows = tiles.depthwise_counts(role, g, config)
+        lanes, beyond = tiles.depthwise_counts(role, g, config)
         positions = max(positions, lanes)
-        spans.append(max(padded) + rows)
+        spans.append(max(padded) + beyond)
     return max(*spans, positions + config.BLOCK_M * config.splits)
 
 

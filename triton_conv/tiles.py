@@ -103,14 +103,15 @@ def depthwise(role: Role, geometry: ConvGeometry, config: Any) -> Tiles:
 
 
 def depthwise_counts(role: Role, geometry: ConvGeometry, config: Any) -> tuple[int, int]:
-    """Bounds of (lanes of a launch of `kernels.depthwise`, rows that the last of them count past the image's end).
+    """Bounds of (lanes of a launch of `kernels.depthwise`, rows or columns that the last ones count past an image).
 
     Rows are those of source or destination. They lie as far apart as the dilation says, and are so many at least.
     """
     images, depths, rows, columns = positions(Role.FPROP if role is Role.WGRAD else role, geometry)
     spread = geometry.dilation[1]
     walks, walk = walks_of(ceil_div(rows, spread * config.rows), config.walk)
-    return images * depths * walks * spread * columns, spread * config.rows * walk * geometry.stride[1]
+    beyond = max(spread * config.rows * walk * geometry.stride[1], config.columns * geometry.stride[2])
+    return images * depths * walks * spread * columns, beyond
 
 
 def walks_of(lanes: int, most: int) -> tuple[int, int]:

@@ -55,14 +55,14 @@ def lanes_of(
     They are counted within a residue class. Images past the last are of lanes that are not there.
     """
     lane = (tile.to(INDEX) * LANES + tl.arange(0, LANES))[None, :]
-    n, block_w = divided(lane, tl.cdiv(dst_w, axis_w.phases * COLUMNS))
+    n, block_w = divided(lane, tl.cdiv(dst_w.to(INDEX), axis_w.phases * COLUMNS))
     h = tl.zeros_like(n)
     if HAS_H:
-        n, h = divided(n, tl.cdiv(dst_h, axis_h.phases * spread * ROWS * walk) * spread)
+        n, h = divided(n, tl.cdiv(dst_h.to(INDEX), axis_h.phases * spread * ROWS * walk) * spread)
     h = h // spread * (spread * ROWS * walk) + h % spread
     d = tl.zeros_like(n)
     if HAS_D:
-        n, d = divided(n, tl.cdiv(dst_d, axis_d.phases))
+        n, d = divided(n, tl.cdiv(dst_d.to(INDEX), axis_d.phases))
     return n, d, h, block_w
 
 
