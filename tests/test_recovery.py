@@ -15,7 +15,7 @@ from triton.runtime.cache import get_cache_manager
 from triton.runtime.errors import OutOfResources, PTXASError
 
 import triton_conv
-from triton_conv import choose, config, execute, fast, ops, plan, recovery, stored, ways
+from triton_conv import backends, choose, config, execute, fast, ops, plan, recovery, stored, ways
 from triton_conv.config import Config
 from triton_conv.devices import H200, INTERPRETER
 from triton_conv.geometry import Role
@@ -72,13 +72,15 @@ def stages(number):
     return lambda launch: launch.arguments.get("num_stages") == number
 
 
-def install(call, made, source="measured"):
+def install(call, made, baseline=()):
     """Lets this process find `made` for a call, as if it had been measured."""
     problem = execute.problem_of(call, INTERPRETER)
     (way,) = [p for p in plan.every(problem) if isinstance(p.config, type(made)) and not p.packs and p.bundle == 1]
     what = ways.key_of(problem, way.layout)
     stored.install(
-        INTERPRETER.name, way.kernel, [Entry(*what, source, stamp(way.kernel), (Candidate(made, 1e-6),), {})]
+        INTERPRETER.name,
+        way.kernel,
+        [Entry(*what, "measured", stamp(way.kernel), (Candidate(made, 1e-6),), dict(baseline))],
     )
     return problem
 
@@ -175,6 +177,30 @@ def test_nothing_is_tried_while_a_graph_is_captured(kernels, monkeypatch, warm):
     with pytest.raises(OutOfResources):
         triton_conv.conv2d(X.to(kernels), W.to(kernels), padding=(0, 1))
     assert len(launched.failed) == 1
+
+
+RIVALS = [
+    torch.OutOfMemoryError("CUDA out of memory."),
+    RuntimeError("GET was unable to find an engine to execute this"),
+]
+
+
+@pytest.mark.parametrize("error", RIVALS, ids=["memory", "engine"])
+def test_where_cudnn_cannot_our_kernels_do(kernels, monkeypatch, error):
+    def fail(*args):
+        tried.append(args)
+        raise error
+
+    tried, x, w = [], X.to(kernels), W.to(kernels)
+    monkeypatch.setattr(backends, "convolve", fail)
+    install(forward(x, w), Config(32, 16, 16), {"cudnn": 1e-9})
+    with triton_conv.backend("auto"):
+        y, told = heard(triton_conv.conv2d, x, w, padding=(0, 1))
+        again, words = heard(triton_conv.conv2d, x, w, padding=(0, 1))
+    torch.testing.assert_close(y, torch.conv2d(x, w, padding=(0, 1)), atol=1e-4, rtol=1e-4)
+    assert torch.equal(y, again)
+    assert (len(tried), len(told), words) == (1, 1, [])
+    assert "cudnn" in told[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -133,7 +133,12 @@ def heed(problem: Hashable, p: Plan, error: Exception, explicit: Any = None) -> 
             _remember(_failed, _code(p), None)
     if news:
         stored.renew()
-        message = _out_of_memory(p) if memory else f"{_failure(p)}: {type(error).__name__}: {_first_line(error)}"
+        rival = getattr(p, "rival_runs", False)
+        message = (
+            _out_of_memory(p)
+            if memory and not rival
+            else f"{_failure(p)}: {type(error).__name__}: {_first_line(error)}"
+        )
         warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
