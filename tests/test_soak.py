@@ -74,7 +74,7 @@ def descriptor(n):
 LEAKS = {
     "resident": lambda n: kept.append(bytearray(b"a" * 2**22)),
     "handles": descriptor,
-    "objects": lambda n: kept.extend([n] for _ in range(30)),
+    "objects": lambda n: kept.extend([n] for _ in range(300)),
     "plan._dangling": lambda n: triton_conv.plan._dangling.update({n: n}),
 }
 

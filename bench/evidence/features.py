@@ -8,9 +8,7 @@ from . import bits, capture, compiled, huge, soaked, steady
 from .units import Context, Unit
 
 NAME = "f"
-ABOUT = (
-    "more than 2^31 elements, CUDA graphs, streams, torch.compile, host cost, float16, memory, the same bits, a soak"
-)
+ABOUT = "more than 2^31 elements, CUDA graphs, streams, torch.compile, host cost, float16, memory, same bits, a soak"
 LIMIT = 470.0
 
 
