@@ -11,7 +11,6 @@ import argparse
 import random
 import sys
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +25,9 @@ from triton_conv import execute
 from .holdings import Holdings, caches, forget, holdings
 from .soak_calls import random_calls
 
-CALLS = 120  # of a round; where kernels are interpreted a tenth
+CALLS = 120  # of a round
+INTERPRETED = 6  # where kernels are interpreted, which takes seconds
+COMPILED = 24  # on a GPU, where most of them are compiled at first
 WARM = 3  # rounds at least in which imports, libraries and allocators may grow
 
 # How much more the last rounds may hold than the first after warming up.
@@ -34,12 +35,13 @@ MARGINS = Holdings(
     resident=24 * 2**20,  # pages that the allocator keeps; a leak of 100 bytes a call is more within an hour
     handles=0,
     threads=0,
-    objects=200,  # in caches of Python's and PyTorch's own
+    objects=1000,  # of modules that a kind of call loads when it is first drawn
     warnings=0,
     allocated=0,
     reserved=64 * 2**20,
     kernels=10**9,  # new ones are compiled all the time, for new dtypes and channels
 )
+PER_KERNEL = {"resident": 2**20, "objects": 3000}  # that a compiled kernel may hold
 
 
 @dataclass
@@ -64,7 +66,8 @@ class Soak:
         part = max(len(steady) // 3, 1)
         for name, most in MARGINS._asdict().items():
             before, after = (median(getattr(h, name) for h in some) for some in (steady[:part], steady[-part:]))
-            if after - before > most:
+            compiled = steady[-1].kernels - steady[0].kernels
+            if after - before > most + compiled * PER_KERNEL.get(name, 0):
                 found.append(f"{name} grew from {before:,.0f} to {after:,.0f}")
         for name, sizes in self.grown.items():
             late = sizes[_warm(len(sizes)) :]
@@ -91,15 +94,11 @@ def soak(
     """
     found, start, number = Soak(), time.monotonic(), 0
     interpreted = device.type == "cpu" and execute.interpreting()
-    count = calls or (CALLS // 8 if interpreted else CALLS)
-    while number < WARM + 3 or time.monotonic() - start < seconds:
-        late = number > 0 and time.monotonic() - start > 4 * max(seconds, 1)
-        if late:
-            break
+    count = calls or (INTERPRETED if interpreted else COMPILED if device.type == "cuda" else CALLS)
+    while (number < WARM + 3 and time.monotonic() - start < 4 * seconds) or time.monotonic() - start < seconds:
         for name, call in _calls(seed, number, device, count):
             try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", ResourceWarning)
+                with torch.backends.mkldnn.flags(enabled=False):  # oneDNN keeps code for each new shape, up to 1,024
                     call()
             except Exception as error:
                 words = f"{name}, seed {seed}, round {number}: {type(error).__name__}: {str(error)[:300]}"
@@ -112,7 +111,8 @@ def soak(
         forget()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        found.rounds.append(holdings())
+        now = holdings()
+        found.rounds.append(now._replace(objects=now.objects - len(found.rounds)))  # one of which is each of these
         if heard is not None:
             heard(number, found.rounds[-1])
         number += 1
@@ -141,6 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.soak", description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=300.0, help="how long (default: %(default)g)")
     parser.add_argument("--seed", type=int, default=0, help="of the calls (default: %(default)s)")
+    parser.add_argument("--calls", type=int, help="of a round (default: as many as take seconds)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where (default: a GPU if there is one)")
     arguments = parser.parse_args(argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -152,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def heard(number: int, now: Holdings) -> None:
         print(f"round {number}: {words(now)}", flush=True)
 
-    found = soak(arguments.seconds, device, arguments.seed, heard=heard)
+    found = soak(arguments.seconds, device, arguments.seed, arguments.calls, heard)
     print(
         f"{found.calls} calls in {found.seconds:.0f} s: {', '.join(f'{n} {k}' for k, n in sorted(found.kinds.items()))}"
     )

@@ -36,7 +36,8 @@ def random_call(rng: random.Random, device: torch.device) -> tuple[str, Call]:
 def random_calls(seed: int, device: torch.device, count: int) -> list[tuple[str, Call]]:
     """So many, the same for the same seed; of each kind at least one if there are enough."""
     rng = random.Random(seed)
-    first = ((name, partial(_run, make, rng.randrange(2**31), device)) for name, make in KINDS)
+    kinds = rng.sample(KINDS, len(KINDS))
+    first = ((name, partial(_run, make, rng.randrange(2**31), device)) for name, make in kinds)
     return [*islice(first, count), *(random_call(rng, device) for _ in range(count - len(KINDS)))]
 
 

@@ -42,3 +42,8 @@ def poisoned():
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
     torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+def pytest_collection_modifyitems(items):
+    """Those that take minutes whatever the machine begin first, beside all others."""
+    items.sort(key=lambda item: "test_minutes_are_flat" not in item.nodeid)
