@@ -25,6 +25,8 @@ the rounding errors of its partial sums add up to about eps * GEMM_K. Each eleme
 
 Operands are exact in their own dtype, so eps_operand is there only for tf32, which rounds them. Rounding the output
 once uses half of eps_output: 16-bit results that were rounded more often or accumulated in 16 bits do not pass.
+Operands of one sign are outside of it: their partial sums grow like GEMM_K, and so may an error relative to the sum.
+`python -m bench.numerics` shows by how much.
 GEMM_K depends on the tensor: see `Case.depth`.
 
 Memory that a kernel forgot to write shows as NaN (as the largest value for integers), because outputs are allocated

@@ -24,7 +24,7 @@ from triton_conv.tuning.layers import LAYERS
 from triton_conv.ways import Layout, Problem
 
 from ..jobs import Job, small
-from . import checking, compound, record
+from . import checking, compound, record, single_numbers
 from .checking import Compiler
 from .record import Facts
 from .units import Context, Unit
@@ -61,6 +61,7 @@ def units(context: Context) -> Iterator[Unit]:
         yield Unit(name, partial(_eight_warps, name, kernel, entry, context, compiler), kernel=f"{kernel}, {_EIGHT}")
     yield from _units_of_twins(context, compiler)
     yield Unit(f"{_EIGHT}, all together", partial(_together, context))
+    yield from single_numbers.units(context)
     if not context.simulate:
         yield from _units_of_small_ones(context, compiler)
     yield from _units_of_cases(drawn, context, compiler)
