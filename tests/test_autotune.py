@@ -14,6 +14,7 @@ import triton_conv
 from triton_conv import backends, execute, explain, plan, stored, ways
 from triton_conv import key as keys
 from triton_conv.devices import DEVICES
+from triton_conv.settings import Setting
 from triton_conv.stored import Candidate, Entry
 from triton_conv.tuning import ranks, training
 from triton_conv.tuning.measure import SimulatedBench
@@ -24,11 +25,13 @@ def clean(tmp_path, monkeypatch):
     """A store of the test's own, and nothing left behind."""
     monkeypatch.setenv("TRITON_CONV_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv(backends.VARIABLE, raising=False)
-    monkeypatch.setattr(backends, "_chosen", None)
+    backends._of_environment.cache_clear()
     monkeypatch.setattr(training, "_told", False)
+    monkeypatch.setattr(backends, "_backend", Setting(None))
     stored.uninstall()
     training._tuned.clear()
     yield
+    backends._of_environment.cache_clear()
     stored.uninstall()
     training._tuned.clear()
     assert execute._seen == ()
@@ -462,10 +465,10 @@ def test_backends_nest_and_the_environment_is_the_first_word(monkeypatch):
             assert backends.current() == "triton"
         assert backends.current() == "auto"
     assert backends.current() == "triton"
-    monkeypatch.setattr(backends, "_chosen", None)
+    backends._of_environment.cache_clear()
     monkeypatch.setenv(backends.VARIABLE, "auto")
     assert backends.current() == "auto"
-    monkeypatch.setattr(backends, "_chosen", None)
+    backends._of_environment.cache_clear()
     monkeypatch.setenv(backends.VARIABLE, "cudnn")
     with pytest.raises(ValueError, match="TRITON_CONV_BACKEND='cudnn'"):
         backends.current()

@@ -15,6 +15,8 @@ PACKAGE = Path(triton_conv.__file__).parent
 
 # A module may import those of earlier lines, not of its own: `tuning` and the commands see everything.
 LAYERS = [
+    {"forks"},
+    {"settings"},
     {"version", "geometry", "devices", "epilogue", "unsupported", "invariance", "later", "files", "installed"},
     {"tiles", "reference", "branches_problem"},
     {"config", "deform_reference"},
@@ -63,7 +65,7 @@ NARROW = {
     | {"installed"},
     "causal_config": {"config", "tiles", "devices"},
     "reference": {"geometry", "epilogue"},
-    "config": {"geometry", "tiles", "devices", "epilogue"},
+    "config": {"geometry", "tiles", "devices", "epilogue", "forks"},
     "tiles": {"geometry", "epilogue"},
     "branches_problem": {"geometry", "devices"},
     "geometry": set(),

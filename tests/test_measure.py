@@ -312,7 +312,7 @@ def test_what_launches_is_compiled_ahead_too(monkeypatch):
     monkeypatch.setattr(audit, "stub", stubs.append)
     monkeypatch.setattr(audit, "compiling_for", lambda arch: nullcontext())
     monkeypatch.setattr(audit, "compiled_kernels", lambda p, names: iter([("launch", "kernel")]))
-    monkeypatch.setattr(audit, "read", lambda kernel, arch: None)
+    monkeypatch.setattr(audit, "read_once", lambda kernel, arch: None)
     monkeypatch.setattr(audit, "_row", lambda task, launch: audit.Row(90, "", 1, "", "", "", None, audit.Wanted()))
     given = []
     monkeypatch.setattr(ahead.ProcessPoolExecutor, "submit", lambda self, work, task: given.append((work, task)))

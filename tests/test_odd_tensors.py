@@ -311,7 +311,7 @@ def test_operands_in_views(name, kernels, poisoned):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("turn", range(1, len(VIEWS)))
+@pytest.mark.parametrize("turn", [1, 4, 7])
 @families
 def test_operands_in_every_view(name, turn, kernels, poisoned):
     with _but_boxes(name):

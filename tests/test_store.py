@@ -5,6 +5,7 @@ import itertools
 import multiprocessing
 import os
 import random
+import re
 import signal
 import stat
 import time
@@ -227,6 +228,81 @@ def test_a_lock_that_nobody_lets_go_is_named(directory, monkeypatch):
     assert "box.json.lock" in message
     assert set(candidates(store)) == {(32, CONFIGS[0]), (32, CONFIGS[1])}
     assert set(candidates(Store(directory))) == set(candidates(store))  # as long as this process lasts
+
+
+def test_a_lock_of_a_dead_process_is_nobodys(directory):
+    def die():
+        lock = filelock.FileLock(directory / "NVIDIA_H200" / "box.json.lock")
+        lock.acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    store = Store(directory)
+    store.add(H200, "box", entry([(CONFIGS[0], 1e-3)]))
+    process = FORK.Process(target=die)
+    process.start()
+    process.join(60)
+    start = time.monotonic()
+    store.add(H200, "box", entry([(CONFIGS[1], 1e-3)]))
+    assert time.monotonic() - start < room.LOCK_SECONDS / 2
+    assert set(candidates(Store(directory))) == {(32, CONFIGS[0]), (32, CONFIGS[1])}
+
+
+def test_a_child_of_fork_that_outlives_its_parents_write_holds_no_lock(directory):
+    """A worker that was forked in the middle of a write."""
+    reading, writing = os.pipe()
+    with filelock.FileLock(_there(directory) / "box.json.lock"):
+        process = FORK.Process(target=lambda: os.read(reading, 1))
+        process.start()
+    Store(directory).add(H200, "box", entry([(CONFIGS[0], 1e-3)]))
+    os.write(writing, b".")
+    process.join(60)
+    os.close(reading)
+    os.close(writing)
+    assert candidates(Store(directory)) == {(32, CONFIGS[0]): 1e-3}
+
+
+def _there(directory):
+    place = directory / "NVIDIA_H200"
+    place.mkdir(parents=True)
+    return place
+
+
+UNREADABLE = [PermissionError(errno.EACCES, "Permission denied"), OSError(errno.EIO, "Input/output error")]
+
+
+@pytest.mark.parametrize("error", UNREADABLE, ids=["permission", "device"])
+def test_a_directory_that_cannot_be_read_is_said_once_and_calls_go_on(error, directory, monkeypatch):
+    store = Store(directory)
+    for kernel in ("box", "gather", "wgrad"):
+        store.add(H200, kernel, entry([(CONFIGS[0], 1e-3)], kernel=kernel) if kernel == "box" else entry([]))
+
+    def refuse(path, *args):
+        raise error
+
+    stored.forget()
+    monkeypatch.setattr(stored, "_told", set())
+    monkeypatch.setattr(stored, "user_directory", lambda: directory)
+    real = stored.load
+
+    def load(path):
+        if directory in path.parents:
+            monkeypatch.setattr(stored, "open", refuse, raising=False)
+        try:
+            return real(path)
+        finally:
+            monkeypatch.setattr(stored, "open", open, raising=False)
+
+    monkeypatch.setattr(stored, "load", load)
+
+    def calls():
+        plans.append(plan.make(problem(images=4)))
+        plans.append(plan.make(problem(images=4, channels_last=False)))
+        stored.forget()
+        plans.append(plan.make(problem(images=5)))
+
+    plans = []
+    assert re.search(f"configs are ignored: {directory}.*: {error.strerror}", warning_of(calls))
+    assert plans[0].config != CONFIGS[0]
 
 
 BROKEN = {

@@ -1,6 +1,16 @@
 """`triton-conv tune`: what is tuned, what it prints, what it writes and how it ends; times are made up."""
 
+import errno
+import json
+import multiprocessing
+import os
+import random
 import re
+import signal
+import tempfile
+import time
+import warnings
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -408,3 +418,86 @@ def test_ranks_other_than_the_first_say_nothing(arguments, capsys, gpu, monkeypa
     printed = capsys.readouterr()
     assert printed.out == printed.err == ""
     assert torch.cuda.is_available()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Faults
+
+
+def test_what_the_store_takes_no_more_is_kept_and_said(capsys, gpu, home, monkeypatch, tmp_path):
+    """The disk is full from the second file on."""
+    monkeypatch.setattr(stored, "_held", {})
+    replace, temporary = os.replace, tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+
+    def full(source, target):
+        if home in Path(target).parents and Path(target).name != "box.json":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.warns(UserWarning, match="configs stay in memory.*No space left on device") as warned:
+        assert tune(*SHAPE, *FEW) == 1
+    assert len(warned) == 1
+    printed = capsys.readouterr()
+    assert "3 of 3 problems measured" in printed.out
+    assert f"{home} did not take 1 of the results: they are in {temporary}" in printed.err
+    (kept,) = temporary.iterdir()
+    assert files(kept) == ["NVIDIA_H200/box_wgrad.json"]
+    assert files(home) == ["NVIDIA_H200/box.json"]
+    monkeypatch.setattr(os, "replace", replace)
+    assert cli.main(["configs", "merge", str(kept)]) == 0
+    stored._held.clear()
+    assert len(Store(home).entries("NVIDIA H200", "box_wgrad")) == 1
+
+
+def test_what_no_disk_takes_is_printed(capsys, gpu, home, monkeypatch):
+    monkeypatch.setattr(stored, "_held", {})
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.warns(UserWarning, match="configs stay in memory"):
+        assert tune(*SHAPE, *FEW, "--role", "fprop") == 1
+    printed = capsys.readouterr()
+    assert "nor do temporary files (No space left on device): they follow" in printed.err
+    text = printed.out[printed.out.index("{") :]
+    text = text[: json.JSONDecoder().raw_decode(text)[1]]  # of the first file
+    assert stored.loads(text, "printed")[:2] == ("NVIDIA H200", "box")
+    stored._held.clear()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
+def test_a_sweep_that_is_ended_at_any_moment_leaves_a_store_that_another_goes_on_with(number, tmp_path):
+    place, rng = tmp_path / "made_up", random.Random(number)
+    command = ["--simulate", "--store", place, *SHAPE, "--candidates", 12]
+    fork = multiprocessing.get_context("fork")
+
+    def sweep():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            os._exit(tune(*command))
+
+    seen, codes = set(), []
+    for _ in range(5):
+        process = fork.Process(target=sweep)
+        process.start()
+        time.sleep(rng.uniform(0.05, 0.6))
+        os.kill(process.pid, number)
+        process.join(60)
+        codes.append(process.exitcode)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = {
+                (kernel, entry.key, c.config)
+                for kernel in ("box", "box_wgrad", "gather", "wgrad")
+                for entry in Store(place).entries("NVIDIA H200", kernel)
+                for c in entry.candidates
+            }
+        assert seen <= found
+        seen = found
+    assert set(codes) <= {0, 130, -number}
+    assert tune(*command) == 0
+    assert not [path for path in place.rglob("*") if path.suffix not in ("", ".json", ".lock")]

@@ -47,6 +47,7 @@ def backward(dy: Tensor, saved: Tensor, activation: str, slope: float, of_output
 
 def _reference(dy: Tensor, saved: Tensor, activation: str, slope: float, of_output: bool) -> Tensor:
     """In plain torch, of functions that have derivatives of any order."""
+    ops.check_given(_op, dy=dy, saved=saved)
     g, s = dy.to(reference.wide_of(dy.dtype)), saved.to(reference.wide_of(saved.dtype))
     return _gradient(g, s, activation, slope, of_output).to(dy.dtype)
 
@@ -78,6 +79,7 @@ def _gradient(g: Tensor, s: Tensor, activation: str, slope: float, of_output: bo
 
 def _checked_empty(dy: Tensor, saved: Tensor, activation: str, slope: float, of_output: bool) -> Tensor:
     """dz, uninitialised: it lies in memory as what was saved."""
+    ops.check_given(_op, dy=dy, saved=saved)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {ACTIVATIONS}, but got activation={activation!r}")
     if dy.shape != saved.shape or dy.dtype != saved.dtype or dy.device != saved.device:

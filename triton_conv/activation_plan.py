@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from .config import ITEM_BYTES
 from .cost import LAUNCH, MEMORY_SHARE, Prediction, Roofline
 from .devices import Device
-from .frozen import PlanOfProblem
+from .frozen import PlanOfProblem, cached_property
 from .tiles import ceil_div
 
 if TYPE_CHECKING:

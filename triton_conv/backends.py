@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from types import TracebackType
 from typing import Any
 
@@ -17,12 +18,13 @@ from torch import Tensor
 
 from .epilogue import PLAIN
 from .geometry import ConvGeometry, Role
+from .settings import Setting
 from .ways import Problem
 
 BACKENDS = ("triton", "auto")
 VARIABLE = "TRITON_CONV_BACKEND"
 
-_chosen: str | None = None
+_backend: Setting[str | None] = Setting(None)
 
 
 def _asked_slowly(*_: str) -> str:
@@ -58,19 +60,17 @@ class backend:
     """
 
     def __init__(self, name: str) -> None:
-        global _chosen
         check(name, "name")
         if torch.compiler.is_compiling():  # the graph would run after what is changed here has been put back
             raise RuntimeError("backend: call it outside of what torch.compile compiles, which obeys it")
-        self._name, self._before = name, _chosen
-        _chosen = name
+        self._name = name
+        _backend.push(self, name)
 
     def __enter__(self) -> None:
-        pass
+        _backend.enter(self, self._name)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        global _chosen
-        _chosen = self._before
+        _backend.end(self)
 
     def __repr__(self) -> str:
         return f"backend({self._name!r})"
@@ -84,12 +84,14 @@ def check(name: object, argument: str) -> None:
 
 def current() -> str:
     """The backend in force. Raises ValueError if the environment names another."""
-    global _chosen
-    if _chosen is None:
-        name = os.environ.get(VARIABLE) or "triton"
-        check(name, VARIABLE)
-        _chosen = name
-    return _chosen
+    return _backend.value or _of_environment()
+
+
+@cache
+def _of_environment() -> str:
+    name = os.environ.get(VARIABLE) or "triton"
+    check(name, VARIABLE)
+    return name
 
 
 def admits(problem: Problem) -> bool:

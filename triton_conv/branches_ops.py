@@ -73,7 +73,8 @@ class Params(NamedTuple):
         return list(zip(accumulate(counts[:-1], initial=0), counts, strict=True))
 
 
-def _checked(what: str, first: Tensor, weights: Sequence[Tensor], params: Params, channels: int) -> None:
+def _checked(what: str, first: Tensor, weights: Sequence[Tensor], params: Params, size: Sequence[int]) -> None:
+    """Raises for what does not fit; `size` is the input's."""
     n = len(weights)
     if n == 0:
         raise RuntimeError("expected at least one branch, but got none")
@@ -83,8 +84,14 @@ def _checked(what: str, first: Tensor, weights: Sequence[Tensor], params: Params
     for name, each in sizes.items():
         if len(getattr(params, name)) != each * n:
             raise RuntimeError(f"expected {each} numbers of {name} for each of {n} branches, but got {params}")
+    for i, w in enumerate(weights):
+        if w.dim() != 4:
+            raise RuntimeError(f"expected 4-dimensional weights, but got weight {i} of size {list(w.shape)}")
     if first.dim() != 4:
         raise RuntimeError(f"expected a 4-dimensional {what}, but got {what} of size {list(first.shape)}")
+    if len(size) != 4:
+        raise RuntimeError(f"expected input_size to have 4 entries, but got input_size={list(size)}")
+    channels = size[1]
     for i in range(n):
         start, count = params.read(i)
         if start < 0 or count < 1 or start + count > channels:
@@ -100,7 +107,7 @@ def _slice(t: Tensor, channels: Slice) -> Tensor:
 
 
 def _forward(input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], params: Params) -> Calls:
-    _checked("input", input, weights, params, input.shape[1])
+    _checked("input", input, weights, params, input.shape)
     if len(biases) != len(weights):
         raise RuntimeError(f"expected a bias or None for each of {len(weights)} weights, but got {len(biases)}")
     each: list[Call] = []
@@ -119,7 +126,7 @@ def _forward(input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor |
 
 
 def _backward(grad_output: Tensor, weights: Sequence[Tensor], input_size: Sequence[int], params: Params) -> Calls:
-    _checked("grad_output", grad_output, weights, params, input_size[1])
+    _checked("grad_output", grad_output, weights, params, input_size)
     slices = params.written(weights)
     if grad_output.shape[1] != sum(slices[-1]):
         raise RuntimeError(
@@ -181,6 +188,7 @@ def _decided(make: Any, source: Tensor, weights: Sequence[Tensor], third: Any, p
 
 
 def _run(input, weights, biases, *params) -> Tensor:
+    ops.check_given(multi_conv, input=input)
     biases = [None if b is None else b.resolve_neg() for b in biases]  # which the dispatcher does not in lists like it
     return _computed(_forward, input, weights, biases, params)
 
@@ -190,6 +198,7 @@ def _fake(input, weights, biases, *params) -> Tensor:
 
 
 def _run_dgrad(grad_output, weights, input_size, *params) -> Tensor:
+    ops.check_given(multi_conv_dgrad, grad_output=grad_output)
     return _computed(_backward, grad_output, weights, input_size, params)
 
 

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING
 
-from . import branches_cost, branches_ways, choose, cost, invariance, plan, recovery, stored, ways
+from . import branches_cost, branches_ways, choose, cost, invariance, plan, recovery, stored, tiles, ways
 from .branches_problem import Problem, Term
 from .config import ITEM_BYTES, BoxConfig, Config, KernelConfig, Numerics
 from .cost import Prediction, Roofline, absurd
-from .frozen import PlanOfProblem
+from .frozen import PlanOfProblem, cached_property
 from .geometry import ConvGeometry, Role, Strides
 
 if TYPE_CHECKING:
@@ -319,10 +319,16 @@ def _assembled(
     terms = tuple(branches_ways.packed(term) for term in problem.terms) if boxed else problem.terms
     packs = tuple(new.number for new, old in zip(terms, problem.terms, strict=True) if new != old)
     left = problem._replace(terms=terms)
+    for term in terms:
+        plan.counted(problem.role, term.geometry, made)
     longest: dict[int, float] = {}
+    programs: dict[int, int] = {}
     for term in terms:
         counted = branches_cost.steps(left, term, made)
+        programs[term.part] = counted.total
         longest[term.part] = longest.get(term.part, 0) + counted.steps / max(counted.total, 1)
+    if sum(programs.values()) >= tiles.COUNTED:
+        raise NotImplementedError(f"{sum(programs.values())} tiles are more than kernels count in 32 bits: {problem}")
     order = tuple(sorted(terms, key=lambda term: (-longest[term.part], term.part, term.number)))
     bits = 64 if _reach(left, made) >= 2**31 else 32
     has_bias = any(term.has_bias for term in terms)

@@ -88,7 +88,7 @@ def _together(calls: Calls, output: Tensor, device: Device, wanted: bool) -> Bou
                 bound.into(output, calls.source, calls.filters, [call.bias for call in calls.each])
             return bound
         except Exception as error:
-            for p in plans:
+            for p in plans[:1] if recovery.is_cache(error) else plans:
                 recovery.heed(p.asked, p, error)
             failed = f"{type(error).__name__}: {error}"
 

@@ -31,7 +31,16 @@ from .causal_config import CausalProblem, CausalRole
 from .causal_plan import CausalPlan
 from .execute import _on_device
 from .functional import Ints
-from .ops import _autocast_kernel, _autograd_kernel, _below_autograd, _folded, _SingleLevelFunction, _unfolded
+from .ops import (
+    _autocast_kernel,
+    _autograd_kernel,
+    _below_autograd,
+    _check_device,
+    _folded,
+    _SingleLevelFunction,
+    _unfolded,
+    check_given,
+)
 from .streaming import dense_causal_conv1d
 from .unsupported import check_kind, refuse_script
 
@@ -42,6 +51,7 @@ ACTIVATIONS = (None, "silu", "swish")
 MOST_TAPS = 8
 _DENSE = {"stride": 1, "dilation": 1, "groups": 1, "time_mode": "zeros", "precision": None}
 LONGEST = 2**30  # positions are counted in 32 bits, some of them beyond the end
+MOST_CHANNELS = 2**27  # and so are the taps of all channels
 
 _lib = torch.library.Library("triton_conv", "FRAGMENT")
 _SCHEMAS = {
@@ -192,6 +202,7 @@ def _check_types(name: str, **tensors: Any) -> None:
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, **states: Tensor | None) -> None:
     """Shapes, dtypes and devices; the states are of (B, C, W - 1)."""
+    check_given(_forward_op, x=x, weight=weight)
     sizes = f"x {list(x.shape)}, weight {list(weight.shape)}"
     if x.dim() != 3:
         raise RuntimeError(f"expected x of size (B, C, L), but got {sizes}")
@@ -201,6 +212,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, **states: Tensor | No
     W = weight.shape[1]
     if not 1 <= W <= MOST_TAPS:
         raise RuntimeError(f"expected weight of 1 to {MOST_TAPS} taps, but got {sizes}")
+    if C > MOST_CHANNELS:
+        raise RuntimeError(f"expected at most {MOST_CHANNELS} channels, but got {sizes}")
     if L > LONGEST:
         raise RuntimeError(f"expected a sequence of at most {LONGEST} positions, but got {sizes}")
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != C):
@@ -439,6 +452,8 @@ def _backward(dy, dfinal_state, x, weight, bias, initial_state, silu) -> tuple[T
 
 def _backward_outputs(dy, dfinal_state, x, weight, bias, initial_state, silu) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check(x, weight, bias, initial_state=initial_state, dfinal_state=dfinal_state)
+    check_given(_backward_op, dy=dy)
+    _check_device("x", x, "dy", dy)
     if dy.shape != x.shape or dy.dtype != x.dtype:
         raise RuntimeError(f"expected dy {list(x.shape)} of {x.dtype}, but got {list(dy.shape)} of {dy.dtype}")
     (B, C, _), (_, W) = x.shape, weight.shape
@@ -465,6 +480,7 @@ def _update(x, state, weight, bias, silu) -> Tensor:
 
 
 def _update_output(x, state, weight, bias, silu) -> Tensor:
+    check_given(_update_op, state=state)
     _check(x, weight, bias, state=state)
     if any(stride == 0 and size > 1 for size, stride in zip(state.shape, state.stride(), strict=True)):
         raise RuntimeError(

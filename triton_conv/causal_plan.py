@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from . import causal_cost as cost
 from . import invariance, recovery, stored
 from .causal_config import CausalConfig, CausalProblem, CausalRole
 from .cost import Prediction, Roofline
-from .frozen import PlanOfProblem
+from .frozen import PlanOfProblem, cached_property
 
 if TYPE_CHECKING:
     from .kernels.launch import Launch

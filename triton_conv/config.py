@@ -15,6 +15,7 @@ from .devices import DEVICES as DEVICES
 from .devices import INTERPRETER as INTERPRETER
 from .devices import Device as Device
 from .epilogue import PLAIN, Epilogue
+from .forks import Lock
 from .geometry import ConvGeometry, Role
 from .tiles import ceil_div
 
@@ -228,6 +229,8 @@ LARGEST_TILE = 128 * 64
 
 # For the whole process, not the thread: autograd runs the gradients of CUDA tensors on threads of its own.
 _explicit: dict[Role, KernelConfig] = {}
+_given: tuple[Mapping[Role, KernelConfig], ...] = ()  # of which that is made; threads may end theirs in any order
+_lock = Lock()
 
 
 @contextmanager
@@ -241,12 +244,17 @@ def explicit(configs: Mapping[Role, KernelConfig]) -> Iterator[None]:
     For the process, until the context ends. Raises nothing here: a call raises RuntimeError if the kernel of its config
     cannot compute it.
     """
-    global _explicit
-    before, _explicit = _explicit, {**_explicit, **configs}
+    global _given, _explicit
+    mine = dict(configs)
+    with _lock:
+        _given = (*_given, mine)
+        _explicit = {**_explicit, **mine}
     try:
         yield
     finally:
-        _explicit = before
+        with _lock:
+            _given = tuple(given for given in _given if given is not mine)
+            _explicit = {role: config for given in _given for role, config in given.items()}
 
 
 def chosen(role: Role) -> KernelConfig | None:

@@ -53,6 +53,7 @@ class _Checked(NamedTuple):
 
 def undeformed(input, weight, bias, stride, padding, dilation, precision) -> execute.Call:
     """The ordinary convolution of these tensors, whose groups are as many as its channels say."""
+    ops.check_given(deform_conv, input=input, weight=weight)
     if input.dim() != 4 or weight.dim() != 4:
         raise RuntimeError(
             f"expected input (N, C, H, W) and weight (K, C / groups, R, S), but got input {list(input.shape)}, weight "
@@ -70,6 +71,7 @@ def undeformed(input, weight, bias, stride, padding, dilation, precision) -> exe
 
 def _checked(input, offset, weight, mask, bias, stride, padding, dilation, precision) -> _Checked:
     call = undeformed(input, weight, bias, stride, padding, dilation, precision)
+    ops.check_given(deform_conv, offset=offset)
     (N, C), taps, (_, P, Q) = input.shape[:2], call.geometry.taps, call.geometry.output
     offset_groups = offset.shape[1] // (2 * taps) if offset.dim() == 4 else 0
     if offset_groups == 0 or offset.shape[1] % (2 * taps):
@@ -162,6 +164,7 @@ def _gradients_like(dy, input, offset, weight, mask, *rest) -> tuple[Tensor, Ten
 
 
 def _backward(dy, input, offset, weight, mask, *rest) -> tuple[Tensor, ...]:
+    ops.check_given(deform_conv_backward, grad_output=dy, input=input)
     device = execute.device_of(input.device)
     if device is not None and dy.numel():
         return _launched(device, dy, input, offset, weight, mask, *rest)

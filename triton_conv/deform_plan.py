@@ -7,19 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING
 
-from . import choose, invariance, recovery, stored, ways
+from . import choose, invariance, recovery, stored, tiles, ways
 from . import deform_config as configs
 from . import deform_cost as cost
 from . import key as keys
 from .config import Config, Numerics, most_splits
 from .cost import Prediction, Roofline, absurd, copy_seconds
 from .deform_config import DeformProblem, DeformRole
-from .frozen import PlanOfProblem
-from .plan import ACCUMULATORS, span
+from .frozen import PlanOfProblem, cached_property
+from .geometry import Role
+from .plan import ACCUMULATORS, counted, span
 from .tiles import Tiles
 from .ways import dense_strides
 
@@ -235,6 +236,9 @@ def every(problem: DeformProblem) -> list[DeformPlan]:
         raise NotImplementedError(
             f"cells of images are sorted as 32-bit numbers, which do not count those of {problem}"
         )
+    g = problem.geometry
+    if max(*g.input, *g.output, *map(sum, g.padding)) >= tiles.COUNTED:
+        raise NotImplementedError(f"images are longer than corners are counted in 32 bits: {problem}")
     return [_looked_up(problem)]
 
 
@@ -290,6 +294,7 @@ def _assembled(
     copies: bool = True,
 ) -> DeformPlan:
     packs, left = packed(problem) if copies else ((), problem)
+    counted(Role.FPROP, left.geometry, config)
     bits = 64 if _reach(left, config) >= 2**31 else 32
     numerics = Numerics(bits, ACCUMULATORS[problem.dtype], problem.precision, problem.has_bias)
     return DeformPlan(problem, left, packs, config, numerics, why, measured)

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
-from functools import cache, cached_property
+from functools import cache
 from math import prod
 from typing import Any, get_type_hints
 
@@ -19,6 +19,7 @@ from . import key as keys
 from .config import BandedConfig, DepthwiseConfig, KernelConfig
 from .deform_config import DeformRole
 from .files import shown as shown
+from .frozen import cached_property
 from .geometry import Role
 from .key import CONFIGS, Extents, Key
 

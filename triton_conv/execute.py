@@ -21,6 +21,7 @@ from . import config as configs
 from .backends import default_precision
 from .devices import INTERPRETER, Device
 from .epilogue import PLAIN, Epilogue
+from .forks import Lock, in_child
 from .geometry import ConvGeometry, Role, Strides
 
 # What kernels call the operands of a role, and its output.
@@ -61,7 +62,7 @@ class Call:
         return [g.N, channels, *extents[3 - spatial :]]
 
 
-_listening = threading.Lock()  # held while one of the two below changes
+_listening = Lock()  # held while one of the two below changes
 _recorded: tuple[tuple[list[Call], int | None], ...] | None = None  # calls, and the thread whose they are
 
 
@@ -166,8 +167,7 @@ def computed(problem: plan.Problem, call: Call, outputs: list[Tensor]) -> Tensor
         with _on_device(call.a.device):
             return backends.convolve(call.role, call.geometry, call.a, call.b, call.bias, shape, strides, last)
 
-    explicit = configs.chosen(call.role) is not None
-    return recovery.run(lambda: plan.make(problem), attempt, problem, explicit)
+    return recovery.run(lambda: plan.make(problem), attempt, problem, configs.chosen(call.role))
 
 
 def device_of(device: torch.device) -> Device | None:
@@ -225,6 +225,10 @@ def _cuda_device(index: int) -> Device:
         bandwidth=2 * memory_clock * 1e3 * bus / 8,  # two transfers a clock
         l2_bytes=getattr(properties, "L2_cache_size", 0),
     )
+
+
+# A child of fork cannot use CUDA; asked for the device anew, PyTorch says so, before a launch by the parent's handles.
+in_child(_cuda_device.cache_clear)
 
 
 def problem_of(call: Call, device: Device, output: Tensor | None = None) -> plan.Problem:

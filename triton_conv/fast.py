@@ -25,6 +25,7 @@ from .backends import default_precision
 from .devices import Device
 from .epilogue import PLAIN
 from .execute import Call
+from .forks import Lock
 
 LIMIT = 4096  # remembered calls, and ways to write their parameters
 
@@ -39,7 +40,7 @@ class Remembered(dict):
             self[key] = value
 
 
-_lock = threading.Lock()
+_lock = Lock()
 _bound = Remembered()  # a Bound by key; None where `execute` has to compute it
 _missed = Remembered()  # how often the call of cast tensors was sought in vain, by dtype and key before the cast
 

@@ -106,6 +106,8 @@ def _run(call: Callable[..., Call]) -> Callable:
     """What an operator does."""
 
     def run(x, w, bias, scale, residual, *params):
+        if x is None or w is None:
+            ops.check_given(conv_fused, input=x, weight=w)
         return fast.computed(call, x, w, bias, tuple(map(ops._frozen, params)), scale, residual)
 
     return run

@@ -153,7 +153,7 @@ class ConvGeometry:
         """
         rank = _check_ranks(input_shape, weight_shape, "input")
         stride, padding, dilation, modes = _defaults(rank, stride, padding, dilation, modes)
-        output_padding = tuple(output_padding) or (0,) * rank
+        output_padding = _for_each_axis("output_padding", output_padding, 0, rank)
         _check_parameters(weight_shape, stride, padding, dilation, groups)
         if any(o < 0 for o in output_padding):
             raise RuntimeError(f"negative output_padding is not supported, but got {list(output_padding)}")
@@ -546,12 +546,15 @@ def _by(values: Sequence[int]) -> str:
 
 
 def _defaults(rank, stride, padding, dilation, modes):
-    return (
-        tuple(stride) or (1,) * rank,
-        tuple(padding) or ((0, 0),) * rank,
-        tuple(dilation) or (1,) * rank,
-        tuple(modes) or ("zeros",) * rank,
-    )
+    given = {"stride": (stride, 1), "padding": (padding, (0, 0)), "dilation": (dilation, 1), "modes": (modes, "zeros")}
+    return tuple(_for_each_axis(name, values, default, rank) for name, (values, default) in given.items())
+
+
+def _for_each_axis(name, values, default, rank) -> tuple:
+    values = tuple(values) or (default,) * rank
+    if len(values) != rank:
+        raise RuntimeError(f"expected {name} to have an entry for each of {rank} axes, but got {name}={list(values)}")
+    return values
 
 
 def _check_ranks(shape: Sequence[int], weight_shape: Sequence[int], name: str) -> int:

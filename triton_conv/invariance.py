@@ -6,9 +6,11 @@ from types import TracebackType
 
 import torch
 
-_BATCH = 8  # of which plans are made, unless the user names another
+from .settings import Setting
 
-_chosen: int | None = None
+_DEFAULT = 8  # of which plans are made, unless the user names another
+
+_batch: Setting[int | None] = Setting(None)
 
 
 class batch_invariant:
@@ -42,8 +44,7 @@ class batch_invariant:
     another one, which rounds in other places. The place of a sample in a tile changes who computes it, not what.
     """
 
-    def __init__(self, enabled: bool = True, *, batch: int = _BATCH) -> None:
-        global _chosen
+    def __init__(self, enabled: bool = True, *, batch: int = _DEFAULT) -> None:
         if isinstance(batch, bool) or not isinstance(batch, int):
             raise TypeError(f"batch must be a whole number, but got batch={batch!r}")
         if batch < 1:
@@ -52,15 +53,14 @@ class batch_invariant:
             raise TypeError(f"enabled must be True or False, but got enabled={enabled!r}; a batch is given by name")
         if torch.compiler.is_compiling():  # the graph would run after what is changed here has been put back
             raise RuntimeError("batch_invariant: call it outside of what torch.compile compiles, which obeys it")
-        self._mine, self._before = batch if enabled else None, _chosen
-        _chosen = self._mine
+        self._mine = batch if enabled else None
+        _batch.push(self, self._mine)
 
     def __enter__(self) -> None:
-        pass
+        _batch.enter(self, self._mine)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        global _chosen
-        _chosen = self._before
+        _batch.end(self)
 
     def __repr__(self) -> str:
         return "batch_invariant(False)" if self._mine is None else f"batch_invariant(batch={self._mine})"
@@ -68,4 +68,4 @@ class batch_invariant:
 
 def batch() -> int | None:
     """The number of samples that plans are made for, whatever a call's own; None for the call's own."""
-    return _chosen
+    return _batch.value

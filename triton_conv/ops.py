@@ -150,6 +150,8 @@ def _frozen(value: Any) -> Any:
 
 
 def _pairs(padding: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    if len(padding) % 2:
+        raise RuntimeError(f"expected padding to hold (lower, upper) of each axis, but got padding={list(padding)}")
     return tuple(zip(padding[::2], padding[1::2], strict=True))
 
 
@@ -244,7 +246,7 @@ def _conv_wgrad_call(
         _modes(padding_mode, weight_size),
     )
     _check_operands(None, geometry.K, precision, grad_output=grad_output, input=input)
-    if not _dense(weight_size, weight_stride):
+    if len(weight_stride) != len(weight_size) or not _dense(weight_size, weight_stride):
         raise RuntimeError(
             f"weight_stride must leave no gaps and no overlaps, but got {list(weight_stride)} for {list(weight_size)}"
         )
@@ -257,6 +259,7 @@ def _conv_scaled_call(
     if out_dtype not in OUT_DTYPES:
         raise RuntimeError(f"expected out_dtype to be one of {OUT_DTYPES}, but got {out_dtype}")
     scales = (scale_a, scale_b)
+    check_given(conv_scaled, scale_a=scale_a, scale_b=scale_b)
     for name, scale in zip(("scale_a", "scale_b"), scales, strict=True):
         if scale.dtype != torch.float32 or scale.numel() != 1:
             raise RuntimeError(f"expected {name} to be one float32, but got {scale.dtype} {list(scale.shape)}")
@@ -312,6 +315,13 @@ def _check_operands(bias: Tensor | None, channels: int, precision: str | None, *
                 f"({first_name} {list(first.shape)}, {name} {list(t.shape)})"
             )
         _check_device(first_name, first, name, t)
+
+
+def check_given(op: Any, **tensors: Tensor | None) -> None:
+    """Raises for a tensor that is not there: PyTorch takes None for any, and leaves it to the operator."""
+    for name, t in tensors.items():
+        if t is None:
+            raise TypeError(f"{op._schema.name}(): argument '{name}' must be Tensor, not NoneType")
 
 
 def _check_bias(bias: Tensor | None, channels: int, weight: Tensor) -> None:
@@ -720,7 +730,11 @@ def _register(op, call: Callable[..., Call], function, vmap_rule, autocast: bool
     name = op._schema.name.split("::")[1]
     _CALLS[op] = call
 
+    first, second = (argument.name for argument in op._schema.arguments[:2])
+
     def run(a, b, third, *params):
+        if a is None or b is None:
+            check_given(op, **{first: a, second: b})
         if op is conv_scaled:  # its parameters hold tensors
             return execute(call(a, b, third, *params))
         return fast.computed(call, a, b, _frozen(third), tuple(map(_frozen, params)))

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING
 
 from . import backends, choose, cost, invariance, recovery, stored, tiles, ways
 from . import config as configs
 from . import key as keys
-from .config import ITEM_BYTES, BandedConfig, BoxConfig, Device, KernelConfig, Numerics
+from .config import ITEM_BYTES, BandedConfig, BoxConfig, DepthwiseConfig, Device, KernelConfig, Numerics
 from .cost import Prediction, Roofline
 from .epilogue import PLAIN, Epilogue
-from .frozen import Planned
+from .frozen import Planned, cached_property
 from .geometry import ConvGeometry, Role, Strides
 from .ways import Layout, Problem, Way, dense_strides
 
@@ -349,6 +349,29 @@ def every(problem: Problem, explicit: KernelConfig | None = None) -> list[Plan]:
     return [_assembled(problem, original, strides, way) for way in found]
 
 
+def counted(role: Role, g: ConvGeometry, config: KernelConfig) -> None:
+    """Raises NotImplementedError for what kernels would lose count of in 32 bits, whatever the width of offsets."""
+    sizes = {
+        "channels": max(g.C, g.K),
+        "products of a sum": max(g.C, g.K) // g.groups * g.taps,
+        "tiles": 0,
+        "positions from a residue class of the stride to its first tap": 0,
+    }
+    if isinstance(config, BoxConfig):
+        runs = prod(tiles.blocks((g.N, *g.output), config.box))
+        sizes["tiles"] = runs if role is Role.WGRAD else tiles.box(role, g, config).total
+    for axis in g.axes(role):
+        if axis.phases > 1:
+            reach = axis.phases + axis.offset
+            found = max(reach // axis.common * axis.inverse, reach - axis.tap_step * axis.src_tap_step * axis.common)
+            sizes["positions from a residue class of the stride to its first tap"] = found
+            if found >= tiles.COUNTED:
+                break
+    for what, size in sizes.items():
+        if size >= tiles.COUNTED:
+            raise NotImplementedError(f"{size} {what} are more than kernels count in 32 bits: {g}")
+
+
 def _bias_on_c(problem: Problem, original: ConvGeometry) -> bool:
     """Whether the kernel adds a bias, or has a scale, that is indexed by C."""
     indexed = problem.has_bias or problem.epilogue.scale
@@ -390,6 +413,7 @@ def _assembled(problem: Problem, original: ConvGeometry, strides: Strides, way: 
     role, geometry, accumulator = problem.role, problem.geometry, ACCUMULATORS[problem.dtype]
     kernel, (packs, channels_last, bundle, inner, inner_strides, steps), config, why, measured, rival, name = way
     folds = original is not geometry
+    counted(role, inner, config)
     bits = 64 if _reach(inner, inner_strides, role, config) >= 2**31 else 32
     rest = (False, problem.has_scale) if folds else (problem.has_bias, problem.has_scale, problem.epilogue)
     numerics = Numerics(bits, accumulator, problem.precision, *rest)
@@ -460,7 +484,9 @@ def _fused(epilogue: Epilogue, has_bias: bool) -> str:
 def _reach(g: ConvGeometry, strides: Strides, role: Role, config: KernelConfig) -> int:
     """The largest offset or index that a launch computes; tails of tiles and of residue classes included."""
     phases = [axis.phases for axis in g.axes(role)]
+    padded = [i + p + sum(pads) for i, p, pads in zip(g.input, phases, g.padding, strict=True)]
     spans = [
+        max(padded),
         span((g.N, g.C, *(i + p for i, p in zip(g.input, phases, strict=True))), strides.x),
         span((g.N, g.K, *g.output), strides.y),
         span((g.K, g.C // g.groups, *g.filter), strides.w) * config.splits,
@@ -468,6 +494,10 @@ def _reach(g: ConvGeometry, strides: Strides, role: Role, config: KernelConfig) 
     if isinstance(config, BandedConfig):
         spans.append(prod(tiles.shifted_shape(g, 1)))  # of bytes; of wider elements there are fewer
     positions = g.N * prod(i + p for i, p in zip(g.input if role is Role.DGRAD else g.output, phases, strict=True))
+    if isinstance(config, DepthwiseConfig):
+        lanes, rows = tiles.depthwise_counts(role, g, config)
+        positions = max(positions, lanes)
+        spans.append(max(padded) + rows)
     return max(*spans, positions + config.BLOCK_M * config.splits)
 
 

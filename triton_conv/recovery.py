@@ -1,16 +1,20 @@
 """What happens when a plan cannot run: the next one does, from then on, and a warning says so once.
 
-Two faults have a remedy. A config may not compile, or may ask for more of a device than it has: then the problem's
-other configs are tried, and its other kernels. And there may be no memory for a plan's workspace: then plans with less
-of it are tried. What was found out holds for the process, for every call and thread, and `stored.renew` lets plans be
-made anew; those that fail again raise what the first one raised. Under CUDA graph capture nothing is tried: what was
-captured until then would stay in the graph. Every other error is the caller's, above all those of a device that has
-failed.
+Three faults have a remedy. A config may not compile, or may ask for more of a device than it has: then the problem's
+other configs are tried, and its other kernels. There may be no memory for a plan's workspace: then plans with less of
+it are tried, which may add up in another order, so that "the same bits on every run" is said of runs with the same
+memory. And Triton's cache may take no files: then they go to a temporary directory.
+
+What was found out holds for the process, for every call and thread, until `forget`. Where nothing helps, the first
+error is raised. Under CUDA graph capture nothing is tried: what was captured until then would stay in the graph. Every
+other error is the caller's, above all those of a device that has failed.
 """
 
 from __future__ import annotations
 
-import threading
+import errno
+import os
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -20,6 +24,7 @@ import torch
 
 from . import stored
 from .devices import Device
+from .forks import Lock
 
 
 class Plan(Protocol):
@@ -47,8 +52,10 @@ class Plan(Protocol):
 P = TypeVar("P", bound=Plan)
 T = TypeVar("T")
 
-_lock = threading.Lock()
-_failed: set[Hashable] = set()  # configs, by kernel, device and what they were compiled for
+LIMIT = 4096  # configs and problems that are remembered
+
+_lock = Lock()
+_failed: dict[Hashable, None] = {}  # configs, by kernel, device and what they were compiled for
 _room: dict[Hashable, int] = {}  # bytes of workspace that could not be had, by problem
 
 # What drivers and compilers say, in a RuntimeError, of a kernel that is too much for the device, or that no pass could
@@ -60,6 +67,9 @@ _TOO_MUCH = (
     "CUDNN_STATUS_NOT_SUPPORTED",
     "unable to find an engine",
 )
+
+
+_moved: dict[str, str] = {}  # where Triton's cache was, and where it is instead
 
 
 def is_memory(error: BaseException) -> bool:
@@ -81,21 +91,36 @@ def is_config(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _TOO_MUCH)
 
 
+def is_cache(error: BaseException) -> bool:
+    """Whether Triton's cache of compiled kernels took no file: its directory is read-only or full, or no directory."""
+    if not isinstance(error, OSError):
+        return False
+    if error.filename is None:  # of a write to an open file
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) and not _moved
+    from triton import knobs
+
+    place, cache = (os.path.abspath(path) for path in (error.filename, next(iter(_moved), knobs.cache.dir)))
+    return os.path.commonpath((place, cache)) in (place, cache)
+
+
 def check(error: Exception) -> None:
     """Raises an error again that another plan would not help against; of others, frees the tensors that they hold."""
-    if not (is_memory(error) or is_config(error)) or _capturing():
+    if not (is_memory(error) or is_config(error) or is_cache(error)) or _capturing():
         raise error
     traceback.clear_frames(error.__traceback__)
 
 
-def heed(problem: Hashable, p: Plan, error: Exception, explicit: bool = False) -> None:
+def heed(problem: Hashable, p: Plan, error: Exception, explicit: Any = None) -> None:
     """Remembers what an error says of a plan, and warns; raises where another plan would not help.
 
-    A config that was given explicitly is not replaced: RuntimeError says what is wrong with it.
+    A config that was given explicitly, `explicit`, is not replaced: RuntimeError says what is wrong with it.
     """
     check(error)
     memory = is_memory(error)
-    if explicit:
+    if isinstance(error, OSError):
+        _move_cache(error)
+        return
+    if explicit is not None and p.config == explicit:
         if memory:
             raise error
         why = f"{type(error).__name__}: {error}"
@@ -103,13 +128,42 @@ def heed(problem: Hashable, p: Plan, error: Exception, explicit: bool = False) -
     with _lock:
         news = not known_against(problem, p)
         if memory and not getattr(p, "rival_runs", False):
-            _room[problem] = min(p.workspace_bytes, _room.get(problem, p.workspace_bytes))
+            _remember(_room, problem, min(p.workspace_bytes, _room.get(problem, p.workspace_bytes)))
         else:
-            _failed.add(_code(p))
+            _remember(_failed, _code(p), None)
     if news:
         stored.renew()
         message = _out_of_memory(p) if memory else f"{_failure(p)}: {type(error).__name__}: {_first_line(error)}"
         warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+def _move_cache(error: OSError) -> None:
+    """Lets Triton keep compiled kernels in a temporary directory, for this process; raises where there is none."""
+    from triton import knobs
+
+    with _lock:
+        if _moved:
+            return
+        before = knobs.cache.dir
+        try:
+            place = tempfile.mkdtemp(prefix="triton_conv-")
+        except OSError:
+            raise error from None
+        knobs.cache.dir = place
+        _moved[before] = place
+    warnings.warn(
+        f"triton_conv: Triton's cache {before} takes no files ({error.strerror}): kernels are kept in {place} for "
+        "this process; TRITON_CACHE_DIR names another place",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+def _remember(known: dict[Hashable, Any], what: Hashable, value: Any) -> None:
+    """Forgets the oldest for it when there are LIMIT of them: it may fail again, and is then known again."""
+    while len(known) >= LIMIT:
+        del known[next(iter(known))]
+    known[what] = value
 
 
 def known_against(problem: Hashable, p: Plan) -> bool:
@@ -130,7 +184,7 @@ def first(problem: Hashable, plans: Iterable[P]) -> P:
     return best
 
 
-def run(make: Callable[[], P], attempt: Callable[[P], T], problem: Hashable | None = None, explicit: bool = False) -> T:
+def run(make: Callable[[], P], attempt: Callable[[P], T], problem: Hashable | None = None, explicit: Any = None) -> T:
     """What `attempt` makes of the first plan that can run; `make` asks `first` for it each time.
 
     `problem` is what `first` is given, by default what the plan calls `asked`.

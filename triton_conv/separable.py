@@ -157,6 +157,7 @@ def _first_call(
     input, depthwise, pointwise, depthwise_bias, bias, stride, padding, dilation, padding_mode, precision
 ) -> execute.Call:
     """The depthwise call; everything about the other one is checked but how its channels fit."""
+    ops.check_given(_op, input=input, depthwise=depthwise, pointwise=pointwise)
     sizes = f"depthwise {list(depthwise.shape)}, pointwise {list(pointwise.shape)} (input {list(input.shape)})"
     if not input.dim() == depthwise.dim() == pointwise.dim() > 2:
         raise RuntimeError(f"expected input, depthwise and pointwise with as many dimensions, but got {sizes}")

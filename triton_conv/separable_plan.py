@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,7 +12,7 @@ from . import choose, config, cost, invariance, plan, recovery, stored
 from .config import ITEM_BYTES, Config, Numerics
 from .cost import Prediction, Roofline
 from .devices import Device
-from .frozen import PlanOfProblem
+from .frozen import PlanOfProblem, cached_property
 from .geometry import ConvGeometry, Role, Strides
 
 if TYPE_CHECKING:
@@ -211,7 +211,9 @@ def _make(problem: Problem, _generation: Hashable) -> SeparablePlan:
 
 
 def _assembled(p: Problem, g: ConvGeometry, made: Config) -> SeparablePlan:
+    plan.counted(Role.FPROP, g, made)
     spans = [
+        max(i + sum(pads) for i, pads in zip(g.input, g.padding, strict=True)),
         plan.span(g.shape("x"), p.x),
         plan.span((g.N, p.K, *g.output), p.y),
         plan.span(g.shape("w"), p.filters),

@@ -35,7 +35,11 @@ MOST_BYTES = 32 * 2**20  # of a file: some thousands of problems, each with all 
 
 
 class UnreadableError(MalformedError):
-    """A file cannot be read at all."""
+    """A file cannot be read at all, for a reason that others of its directory share, more often than not."""
+
+    def __init__(self, path: Path, reason: str):
+        super().__init__(f"{path}: {reason}")
+        self.reason = reason
 
 
 class Found(NamedTuple):
@@ -90,7 +94,7 @@ def load(path: Path) -> tuple[str, str, list[Entry]]:
     except NotADirectoryError as error:
         raise FileNotFoundError(*error.args) from error
     except OSError as error:
-        raise UnreadableError(f"{path}: {error.strerror or error}") from error
+        raise UnreadableError(path, error.strerror or str(error)) from error
     return loads(content, str(path))
 
 
@@ -120,6 +124,7 @@ _Index = dict[Key, dict[Extents, _Chosen]]
 _indices: dict[tuple[str, str, str], _Index] = {}  # of the user's files or the shipped ones, by device and kernel
 _installed: dict[tuple[str, str], dict[tuple[Key, Extents], Entry]] = {}  # by device and kernel
 _held: dict[tuple[Path | None, str, str], tuple[Entry, ...]] = {}  # by directory, device and kernel
+_told: set[tuple[Path | None, str]] = set()  # why files of a directory cannot be read: said of one of them
 _hidden: ContextVar[frozenset[str]] = ContextVar("hidden", default=frozenset())
 _generations = count()
 _generation = next(_generations)
@@ -244,6 +249,10 @@ def _entries(place: str, device: Device, kernel: str) -> Iterator[Entry]:
         try:
             if directory is not None:
                 yield from read(path_of(directory, name, kernel), kernel, names)
+        except UnreadableError as error:
+            if (directory, error.reason) not in _told:
+                _told.add((directory, error.reason))
+                warnings.warn(f"configs are ignored: {error}", stacklevel=2)
         except MalformedError as error:
             warnings.warn(f"configs are ignored: {error}", stacklevel=2)
     if users:

@@ -66,6 +66,7 @@ def _conv_params(
 
 def call_of(x, weight, bias, context, *params) -> Call:
     """The convolution of all frames in a row, whose input is x alone; raises for what does not fit."""
+    ops.check_given(causal_conv, x=x, weight=weight)
     if x.dim() != 5 or weight.dim() != 5:
         raise RuntimeError(
             f"expected x and weight with five dimensions, but got x {list(x.shape)}, weight {list(weight.shape)}"
@@ -79,6 +80,9 @@ def call_of(x, weight, bias, context, *params) -> Call:
         ops._check_device("x", x, "context", context)
     if x.shape[2] < 1:
         raise RuntimeError(f"expected x to have a frame, but got x of size {list(x.shape)}")
+    for name, values, length in (("stride", params[0], 3), ("padding", params[1], 4), ("dilation", params[2], 3)):
+        if len(values) != length:
+            raise RuntimeError(f"expected {length} numbers of {name}, but got {name}={list(values)}")
     stride, padding, dilation, groups, modes, precision = _conv_params(weight, context, *params)
     frames = x.shape[2] + (0 if context is None else context.shape[2])
     geometry = ops._geometry(
@@ -133,8 +137,7 @@ def _computed(call: Call, context: Tensor | None) -> Tensor:
     def launched(p: streaming_plan.StreamingPlan) -> Tensor:
         return _launched(p, call, context, output)
 
-    explicit = configs.chosen(call.role) is not None
-    return recovery.run(lambda: streaming_plan.make(problem), launched, problem, explicit)
+    return recovery.run(lambda: streaming_plan.make(problem), launched, problem, configs.chosen(call.role))
 
 
 def _launched(p: streaming_plan.StreamingPlan, call: Call, context: Tensor | None, output: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,7 +20,7 @@ from .config import ITEM_BYTES, BoxConfig, Config, KernelConfig, Numerics
 from .cost import Prediction, Roofline
 from .devices import Device
 from .epilogue import PLAIN, Epilogue
-from .frozen import PlanOfProblem
+from .frozen import PlanOfProblem, cached_property
 from .geometry import Context, ConvGeometry, Role, Strides
 from .tiles import ceil_div
 from .ways import Layout, Way, dense_strides
@@ -242,6 +242,7 @@ def _assembled(p: Problem, way: Way) -> StreamingPlan:
     fits = _fits_a_box if way.kernel == "box" else _in_rows if way.layout.packs else _as_it_lies
     packs = tuple(name for name in read if not fits(p, name))
     numerics = Numerics(32, plan.ACCUMULATORS[p.dtype], p.precision, p.has_bias, epilogue=p.epilogue)
+    plan.counted(Role.FPROP, g, way.config)
     made = StreamingPlan(p, way.kernel, way.config, numerics, packs, way.reason)
     reach = max(
         plan._reach(g, made.strides, Role.FPROP, way.config),

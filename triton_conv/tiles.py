@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 from .epilogue import PLAIN, Epilogue
 from .geometry import Axis, ConvGeometry, Role
 
+# What kernels count in 32 bits stays below it: with a tail of a tile or of padding it is no such number beyond.
+COUNTED = 2**31 - 2**17
+
 
 class Tiles(NamedTuple):
     """tiles_m x tiles_n tiles in each of `parts`: groups, residue classes of the stride, slabs.
@@ -97,6 +100,17 @@ def depthwise(role: Role, geometry: ConvGeometry, config: Any) -> Tiles:
     steps = ceil_div(tiles_m, config.splits) * walk
     tiles = Tiles(chunks, tiles_n, config.splits, 0, steps)
     return tiles._replace(steps=tiles.total * steps)
+
+
+def depthwise_counts(role: Role, geometry: ConvGeometry, config: Any) -> tuple[int, int]:
+    """Bounds of (lanes of a launch of `kernels.depthwise`, rows that the last of them count past the image's end).
+
+    Rows are those of source or destination. They lie as far apart as the dilation says, and are so many at least.
+    """
+    images, depths, rows, columns = positions(Role.FPROP if role is Role.WGRAD else role, geometry)
+    spread = geometry.dilation[1]
+    walks, walk = walks_of(ceil_div(rows, spread * config.rows), config.walk)
+    return images * depths * walks * spread * columns, spread * config.rows * walk * geometry.stride[1]
 
 
 def walks_of(lanes: int, most: int) -> tuple[int, int]:

@@ -346,6 +346,10 @@ def _banded_obstacle(problem: Problem, g: ConvGeometry, folds: bool) -> str | No
         return "its filter is dilated"
     if max(g.input[0], g.output[0], g.filter[0]) > 1:
         return "it has three spatial axes"
+    if max(g.N, *g.input, *g.output, *map(sum, g.padding)) >= tiles.COUNTED:
+        return "an axis is longer than it counts"
+    if 16 * g.taps + 256 * max(g.filter) >= tiles.COUNTED:  # of the shifted copies of one filter
+        return "a filter is longer than it counts"
     return "the border of its gradient is folded" if folds else None
 
 
@@ -445,8 +449,13 @@ def _box_obstacle(problem: Problem, layout: Layout) -> str | None:
         return "a tensor does not start at a multiple of 16 bytes"
     if max(map(sum, g.padding)) + max(d * f for d, f in zip(g.dilation, g.filter, strict=True)) >= 2**16:
         return "filters reach too far"
-    if max(g.N, *g.input, *g.output) >= 2**31 - 2**17:  # beyond it, a tail of a box or of padding is no 32-bit number
+    longest = max(g.N, *g.input, *g.output, max(g.C, g.K) * g.stride[2]) + 256 * max(g.stride)
+    if longest >= tiles.COUNTED:
         return "an axis is longer than coordinates reach"
+    if max(g.stride) >= 2**14:  # positions are moved by 2^16 steps before they are divided
+        return "its stride is longer than coordinates reach"
+    if _furthest(g, strides) * max(g.stride) * ITEM_BYTES[problem.dtype] >= 2**40:
+        return "strides are longer than a descriptor holds"
     if role is Role.WGRAD:
         return _run_obstacle(g, strides)
     src, dst, _ = _sides(role, g)
@@ -468,6 +477,12 @@ def _box_obstacle(problem: Problem, layout: Layout) -> str | None:
     if g.axes(role)[2].src_step > 1 and src // g.groups % least:
         return f"the stride of W folds into channels, which are no multiple of {least}"
     return None
+
+
+def _furthest(g: ConvGeometry, strides: Strides) -> int:
+    """The longest stride between two elements that are there."""
+    pairs = zip((g.shape("x"), g.shape("w"), g.shape("y")), strides, strict=True)
+    return max((s for shape, of in pairs for n, s in zip(shape, of, strict=True) if n > 1), default=1)
 
 
 def _run_obstacle(g: ConvGeometry, strides: Strides) -> str | None:

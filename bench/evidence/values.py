@@ -24,7 +24,7 @@ from triton_conv.tuning.layers import LAYERS
 from triton_conv.ways import Layout, Problem
 
 from ..jobs import Job, small
-from . import checking, compound, record, single_numbers
+from . import checking, compound, fuzzed, record, single_numbers
 from .checking import Compiler
 from .record import Facts
 from .units import Context, Unit
@@ -65,6 +65,7 @@ def units(context: Context) -> Iterator[Unit]:
     if not context.simulate:
         yield from _units_of_small_ones(context, compiler)
     yield from _units_of_cases(drawn, context, compiler)
+    yield from fuzzed.units(context)
 
 
 def _named(what: str, found: list[tuple[str, Entry]]) -> Iterator[tuple[str, str, Entry]]:

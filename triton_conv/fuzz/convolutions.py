@@ -81,6 +81,10 @@ class Convolution(Drawn):
     def precision(self) -> str | None:
         return self.precision_
 
+    @property
+    def coarse(self) -> float:
+        return 2.0**-13 if self.dtype == FLOAT8 else 0.0
+
     def cost(self) -> tuple[int, int]:
         if self.activation not in ("", *ACTIVATIONS) or self.residual not in ("", "before", "after"):
             raise ValueError("no such epilogue")
@@ -152,7 +156,7 @@ class Convolution(Drawn):
     def depth(self, name: str) -> tuple[int, float]:
         case, eps = self.case, 0.0
         if self.out_dtype:
-            return (1 + _SCALES[0] * _SCALES[1]) ** 2 * case.depth("y"), 0.0  # type: ignore[return-value]
+            return 3 * case.depth("y"), 0.0
         if not self.fused:
             return case.depth({"dbias": "db"}.get(name, name)), eps
         if name == "y":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from math import inf, prod
 from typing import Any, ClassVar
@@ -13,10 +14,12 @@ import torch
 from torch import Tensor
 
 from ..check import DTYPES, INTEGERS, Result, compared, poisoned
+from ..invariance import batch_invariant
 from .placing import PLACES, placed
 from .steering import DEVICE_NAMES, OWN, steered
 
 Tensors = dict[str, Tensor | None]
+_OF_SAMPLES = ("x", "residual", "offset", "mask", "state", "context")
 _DTYPES = {str(dtype).removeprefix("torch.") for dtype in (*DTYPES, torch.float8_e4m3fn)}
 
 
@@ -26,8 +29,9 @@ class Drawn(ABC):
 
     `seed` is that of the operands, `device` the GPU that interpreted kernels are planned for and `candidate` the
     way and config that plans are made to take (see `steered`). Operands in `frozen` ask for no gradient. With `again`
-    the call is made twice, with other values first, so that the second may go the short way. `places` says how operands
-    lie in memory, by name (see `placing`).
+    the call is made twice, with other values first, so that the second may go the short way. With a `batch` it is
+    `batch_invariant` for that many samples, and the last sample alone is to have the same bits. `places` says how
+    operands lie in memory, by name (see `placing`).
     """
 
     seed: int = 0
@@ -35,6 +39,7 @@ class Drawn(ABC):
     candidate: int = 0
     frozen: tuple[str, ...] = ()
     again: bool = False
+    batch: int = 0
     places: tuple[tuple[str, str], ...] = ()
 
     LARGEST: ClassVar[int] = 1_500_000  # products of the forward pass
@@ -65,6 +70,11 @@ class Drawn(ABC):
         """Of float32."""
         return None
 
+    @property
+    def coarse(self) -> float:
+        """To how much matrix units round what they add up, where that is less than float32 has."""
+        return 0.0
+
     def dtype_of(self, name: str) -> torch.dtype:
         """Of a result: the gradient of an operand has the operand's."""
         shapes = self.shapes()
@@ -93,21 +103,40 @@ class Drawn(ABC):
             shapes = self.shapes()
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, ZeroDivisionError):
             return False
-        known = self.device in DEVICE_NAMES and min(self.candidate, self.seed) >= 0 and set(self.frozen) <= set(shapes)
+        known = (
+            self.device in DEVICE_NAMES
+            and min(self.candidate, self.seed, self.batch) >= 0
+            and set(self.frozen) <= set(shapes)
+        )
         known = known and {how for _, how in self.places} <= set(PLACES) and {d for _, d in shapes.values()} <= _DTYPES
         sizes = [prod(shape) for shape, _ in shapes.values()]
         return known and products <= self.LARGEST and outputs <= self.MOST and max(sizes) <= 100_000
 
     def check(self, where: torch.device | str = "cpu") -> list[Result]:
         """A result for each output and gradient."""
-        with steered(self.device, self.candidate), poisoned():
+        alone = []
+        invariant = batch_invariant(batch=self.batch) if self.batch else nullcontext()
+        with steered(self.device, self.candidate), poisoned(), invariant:
             if self.again:
                 self._differentiated(self.compute, self.operands(self.seed + 1, where))
             t = self.operands(self.seed, where)
             got = self._differentiated(self.compute, t)
+            if self.batch and len(got["y"]):
+                alone = [self._alone(t)]
         wide = {name: None if o is None else self._wide(o) for name, o in t.items()}
         want = self._differentiated(self.plain, wide)
-        return [self.compare(name, found, want[name]) for name, found in got.items()]
+        return [*(self.compare(name, found, want[name]) for name, found in got.items()), *alone]
+
+    def _alone(self, t: Tensors) -> Result:
+        """Whether the last sample has the bits that it has in the batch, without gradients."""
+        with torch.no_grad():
+            both = (
+                self.compute(t),
+                self.compute({n: o if n not in _OF_SAMPLES or o is None else o[-1:] for n, o in t.items()}),
+            )
+        whole, single = (y if isinstance(y, Tensor) else y[0] for y in both)
+        same = torch.equal(whole[-1:], single)
+        return Result("alone", 0.0 if same else 1.0, 0.0, "" if same else "other bits than in the batch")
 
     def compare(self, name: str, got: Tensor, want: Tensor) -> Result:
         dtype = self.dtype_of(name)
@@ -116,7 +145,7 @@ class Drawn(ABC):
         if dtype in INTEGERS:  # sums wrap
             want = want.to(torch.int64).to(dtype)
         depth, rounded = self.depth(name)
-        return compared(name, got, want, depth, self.precision, rounded)
+        return compared(name, got, want, depth, self.precision, max(rounded, self.coarse if got.is_cuda else 0.0))
 
     def _wide(self, t: Tensor) -> Tensor:
         return t.detach().to("cpu", torch.complex128 if t.is_complex() else torch.float64)
@@ -167,6 +196,7 @@ def steering(rng: random.Random) -> dict[str, Any]:
         "device": rng.choice((OWN, OWN, *DEVICE_NAMES)),
         "candidate": rng.choice((0, 0, rng.randrange(1, 5000))),
         "again": rng.random() < 0.15,
+        "batch": rng.choice((0, 0, 0, 0, 0, 0, 0, 0, 1, 8)),
     }
 
 

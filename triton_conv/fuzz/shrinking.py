@@ -44,7 +44,7 @@ def _simpler(case: Drawn) -> Iterator[Drawn]:
     for name, value in values.items():
         if value != usual[name] and not isinstance(value, int | tuple):
             yield _with(case, {name: usual[name]})
-    for name in ("candidate", "device", "places", "frozen", "again", "seed"):
+    for name in ("batch", "candidate", "device", "places", "frozen", "again", "seed"):
         if values[name] != usual[name]:
             yield _with(case, {name: usual[name]})
     yield from _without_an_axis(case, values)

@@ -164,7 +164,7 @@ def banded_kernel(
     # where the tile's blocks start
     m = tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
     n = first_n + m // (BLOCKS_P * BLOCKS_Q)
-    row_h = (first_p + m // BLOCKS_Q % BLOCKS_P) * HEIGHT
+    row_h = ((first_p + m // BLOCKS_Q % BLOCKS_P) * HEIGHT).to(INDEX)
     row_w = (first_q + m % BLOCKS_Q) * COLUMNS
     image_valid = n < N
     n = tl.where(image_valid, n, 0).to(INDEX)
@@ -190,7 +190,7 @@ def banded_kernel(
         reach_w = y_w + taps_w - 1 - lower_w
         i, valid_w = in_columns(row_w + (column + lane)[None, :], lane[None, :], x_w, reach_w, MODE_W, X_VEC)
         pixels = tl.load(
-            x + (n * x_sn + h * x_sh) * X_VEC + i * x_sw, mask=valid_h & valid_w, other=0.0
+            x + (n * x_sn + h * x_sh) * X_VEC + i.to(INDEX) * x_sw, mask=valid_h & valid_w, other=0.0
         )  # [ROWS, CHUNK]
 
         r = row + lower_h
@@ -203,7 +203,7 @@ def banded_kernel(
 
     oh = row_h + p  # [ROWS, HEIGHT * COLUMNS]
     ow, valid_w = in_columns(row_w + q, q, y_w, y_w, ZEROS, Y_VEC)
-    at = channel * y_sc * Y_VEC + (n * y_sn + oh * y_sh) * Y_VEC + ow * y_sw
+    at = channel * y_sc * Y_VEC + (n * y_sn + oh * y_sh) * Y_VEC + ow.to(INDEX) * y_sw
     valid = image_valid & (oh < y_h) & valid_w
     one = channel + tl.arange(0, 1)
     acc = scaled(acc, scale_a, scale_b, scale, bias, one, one < C, HAS_SCALE, SCALED, HAS_BIAS)

@@ -106,18 +106,20 @@ def banded_wgrad_kernel(
             tile = first_tile + step
             first_q = tile % tiles_q * (BLOCKS_Q * COLUMNS)
             n = tile // tiles_q // tl.maximum(tiles_p, 1) * BLOCKS_N + row_n
-            p = begin_p + tile // tiles_q % tl.maximum(tiles_p, 1) * BLOCKS_P + row_p
+            p = (begin_p + tile // tiles_q % tl.maximum(tiles_p, 1) * BLOCKS_P + row_p).to(INDEX)
             valid = (n < N) & (p < end_p)
             n = tl.where(valid, n, 0).to(INDEX)
             ow, valid_q = in_columns(first_q + row_w + q, q, y_w, y_w, ZEROS, Y_VEC)
             grads = tl.load(
-                dy + (n * y_sn + tl.where(valid, p, 0) * y_sh) * Y_VEC + ow * y_sw, mask=valid & valid_q, other=0.0
+                dy + (n * y_sn + tl.where(valid, p, 0) * y_sh) * Y_VEC + ow.to(INDEX) * y_sw,
+                mask=valid & valid_q,
+                other=0.0,
             )  # [ROWS, COLUMNS]
             h, valid_h = read_position(p + r - lower_h, x_h, valid & (r < taps_h), MODE_H)
             reach_w = y_w + taps_w - 1 - lower_w
             i, valid_w = in_columns(first_q + row_w + column + lane, lane, x_w, reach_w, MODE_W, X_VEC)
             pixels = tl.load(
-                x + (n * x_sn + h * x_sh) * X_VEC + i * x_sw, mask=valid_h & valid_w, other=0.0
+                x + (n * x_sn + h * x_sh) * X_VEC + i.to(INDEX) * x_sw, mask=valid_h & valid_w, other=0.0
             )  # [ROWS, HEIGHT * CHUNK]
             acc = matrix_product(pixels.trans(), grads, acc, PRECISION)
 
@@ -127,7 +129,7 @@ def banded_wgrad_kernel(
         terms = tl.gather(acc, tl.where(met_here, tap // TAPS * CHUNK + met, 0), axis=0)
         sums += tl.sum(tl.where(met_here, terms, 0.0), axis=1)
 
-    tap = tl.arange(0, HEIGHT * TAPS)
+    tap = tl.arange(0, HEIGHT * TAPS).to(INDEX)
     r_out = r0 + tap // TAPS
     s_out = s0 + tap % TAPS
     dw += slab.to(INDEX) * slab_stride + channel * w_sc

@@ -139,6 +139,7 @@ def update_kernel(
     x_at = x + sample * x_sb + channel * x_sc
     y_at = y + sample * y_sb + channel * y_sc
     state_at = state + sample * state_sb + channel * state_sc
+    state_sl = state_sl.to(tl.int64)
     before = ()
     for i in tl.static_range(W - 1):
         before += (tl.load(state_at + i * state_sl, mask=valid, other=0).to(ACC),)

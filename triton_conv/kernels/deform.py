@@ -101,7 +101,7 @@ def deform_kernel(
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     for step in range(taps * group_segments):
-        tap, part = step // group_segments, step % group_segments
+        tap, part = step // group_segments, (step % group_segments).to(INDEX)
         segment = group * group_segments + part
         index = segment // offset_segments * taps + tap
         at_h, at_w = tap_position(offset, o_sc, index, tap, p, q, pixel_valid, H, W, window, ACC)
@@ -110,7 +110,9 @@ def deform_kernel(
         weights = corner_weights(past_h, past_w, modulation)
         source = x + segment * (L // C_VEC * C_VEC) * x_sc
         tap_filters = (
-            filters_of + (tap // columns * sr + tap % columns * ss) * FLT_VEC + part * (L // C_VEC * C_VEC) * sc
+            filters_of
+            + ((tap // columns).to(INDEX) * sr + (tap % columns).to(INDEX) * ss) * FLT_VEC
+            + part * (L // C_VEC * C_VEC) * sc
         )
         for block in range(tl.cdiv(L, BLOCK_K)):
             c, c_valid = channel_block(block * BLOCK_K, L, BLOCK_K, C_VEC)

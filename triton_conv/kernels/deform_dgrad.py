@@ -153,7 +153,7 @@ def deform_dgrad_kernel(
         longest = tl.max(count, axis=0)
         index = segment // offset_segments * taps + tap
         entries = order + (lists + tap) * (P * Q).to(INDEX)
-        tap_filters = filters_of + (tap // columns * sr + tap % columns * ss) * FLT_VEC
+        tap_filters = filters_of + ((tap // columns).to(INDEX) * sr + (tap % columns).to(INDEX) * ss) * FLT_VEC
         for block in range(tl.cdiv(K, BLOCK_K)):
             sums = (tl.zeros((PART_K, BLOCK_M), ACC),) * (BLOCK_K // PART_K)
             for j in range(longest):

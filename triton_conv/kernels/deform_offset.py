@@ -97,7 +97,7 @@ def deform_offset_kernel(
 
     sg, sk, sc, _, sr, ss = flt_strides
     columns = window[0]
-    filters_of = w + (tap // columns * sr + tap % columns * ss) * FLT_VEC
+    filters_of = w + ((tap // columns).to(INDEX) * sr + (tap % columns).to(INDEX) * ss) * FLT_VEC
     sum_a = tl.zeros((BLOCK_N, BLOCK_M), ACC)
     sum_b = tl.zeros((BLOCK_N, BLOCK_M), ACC)
     sum_c = tl.zeros((BLOCK_N, BLOCK_M), ACC)

@@ -121,6 +121,7 @@ def deform_wgrad_kernel(
 
     sg, sk, sc, _, sr, ss = flt_strides
     columns = window[0]
+    tap = tap.to(INDEX)
     dw += (slab.to(INDEX) * slab_stride + group * sg + tap // columns * sr + tap % columns * ss) * FLT_VEC
     at = k * sk * FLT_VEC + ((part * (L // C_VEC * C_VEC) + c) * sc).trans()
     tl.store(dw + at, acc.to(dw.dtype.element_ty), mask=k_valid & c_valid.trans())

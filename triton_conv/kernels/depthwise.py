@@ -141,6 +141,10 @@ def depthwise_kernel(
     sk, st, sr, ss = flt_strides
     one = tl.full([], 1, INDEX)  # strides times it are as wide as offsets
     st, sr, ss = st * one, sr * one, ss * one
+    row_stride = src_sh * one * SRC_VEC
+    column_stride = 1
+    if COLUMNS == 1:
+        column_stride = src_sw * one * SRC_VEC
     flt += first_tap + first_d * st + first_h * sr + first_w * ss
     st *= axis_d.tap_step
     sr *= axis_h.tap_step
@@ -183,10 +187,8 @@ def depthwise_kernel(
             filters = flt + k * sk
             if COLUMNS == 1:
                 sample = src + source_channel * src_sc + n * src_sn * SRC_VEC
-                column_stride = src_sw * SRC_VEC
             else:
                 sample = src + (source_channel * src_sc + n * src_sn) * SRC_VEC
-                column_stride = 1
             for jd in range(taps_d):
                 d, valid_d = read_at(base_d + jd * axis_d.src_tap_step, src_d, MODE_D)
                 image = sample + d * src_sd * SRC_VEC
@@ -212,7 +214,7 @@ def depthwise_kernel(
                                 step_w,
                                 src_h,
                                 src_w,
-                                src_sh * SRC_VEC,
+                                row_stride,
                                 column_stride,
                                 TAPS_R,
                                 UNROLL_S,

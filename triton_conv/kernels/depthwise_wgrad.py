@@ -92,7 +92,7 @@ def depthwise_wgrad_kernel(
     s0 = rest % chunks_s * UNROLL_S
     r0 = rest // chunks_s % chunks_r * UNROLL_R
     jd = rest // (chunks_s * chunks_r) % axis_d.filter
-    slab = rest // (chunks_s * chunks_r) // axis_d.filter
+    slab = (rest // (chunks_s * chunks_r) // axis_d.filter).to(INDEX)
 
     channel, channel_valid = channel_block(block_c * CHANNELS, K, CHANNELS, DST_C_VEC)
     channel = channel.to(INDEX)[:, None]  # [CHANNELS, 1]
@@ -117,7 +117,7 @@ def depthwise_wgrad_kernel(
         if COLUMNS == 1:
             image = src + source_channel * src_sc + (n * src_sn + d * src_sd) * SRC_VEC
             grads = dst + channel * dst_sc + (n * dst_sn + z * dst_sd + q * dst_sw) * DST_VEC
-            column_stride = src_sw * SRC_VEC
+            column_stride = tl.full([], SRC_VEC, INDEX) * src_sw  # as wide as offsets
         else:
             image = src + (source_channel * src_sc + n * src_sn + d * src_sd) * SRC_VEC
             grads = dst + (channel * dst_sc + n * dst_sn + z * dst_sd) * DST_VEC + q
@@ -182,7 +182,7 @@ def depthwise_wgrad_kernel(
     tap = tl.arange(0, COUNT).to(INDEX)[None, :]
     r = r0 + tap // UNROLL_S
     s = s0 + tap % UNROLL_S
-    dw += slab.to(INDEX) * slab_stride
+    dw += slab * slab_stride
     valid = channel_valid & (tap < UNROLL_R * UNROLL_S) & (r < TAPS_H) & (s < TAPS_W)
     tl.store(dw + channel * sk + jd.to(INDEX) * st + r * sr + s * ss, sums.to(dw.dtype.element_ty), mask=valid)
 

@@ -54,7 +54,7 @@ def shown_at(position, copy, extent, lower, upper, MODE: tl.constexpr):
     at = position
     valid = copy == 0
     if MODE == REFLECT:
-        at = tl.where(copy == 1, -position, tl.where(copy == 2, 2 * (extent - 1) - position, position))
+        at = tl.where(copy == 1, -position, tl.where(copy == 2, extent - 1 - position + (extent - 1), position))
         valid = (copy == 0) | (at != position)
     elif MODE == CIRCULAR:
         at = tl.where(copy == 1, position - extent, tl.where(copy == 2, position + extent, position))

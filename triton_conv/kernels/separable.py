@@ -106,6 +106,8 @@ def separable_kernel(
     channel, channel_valid = channel_block(tile_n * BLOCK_N, K, BLOCK_N, K_VEC)  # [BLOCK_N]
     filters_k = channel.to(INDEX)[None, :] * pointwise_k
     se, st, sr, ss = tap_strides
+    one = tl.full([], 1, INDEX)  # strides times it are as wide as offsets
+    st, sr, ss = st * one, sr * one, ss * one
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     for start in range(0, E, BLOCK_K):
@@ -134,7 +136,7 @@ def separable_kernel(
 
     out = finish(acc.trans(), y, y, bias, channel, channel_valid, False, HAS_BIAS, y.dtype.element_ty)
     row = (n * y_sn + z * y_sd + p * y_sh + q * y_sw) * Y_VEC
-    at = row[None, :] + (channel * y_sc)[:, None]
+    at = row[None, :] + (channel.to(INDEX) * y_sc)[:, None]
     tl.store(y + at, out, mask=channel_valid[:, None] & pixel_valid_row)
 
 

@@ -28,8 +28,9 @@ from ..deform_plan import DeformPlan
 from ..explain import AnyPlan
 from ..plan import Plan
 from ..separable_plan import SeparablePlan
-from .code import TARGETS, TENSOR_MEMORY, Code, compiled_kernels, compiling_for, read, stub
+from .code import TARGETS, TENSOR_MEMORY, Code, compiled_kernels, compiling_for, stub
 from .layers import LAYERS
+from .remembered import read_once
 
 # By what is multiplied: 16-bit floats and TF32, 8-bit floats, 8-bit integers, float64. Those left out have none; of
 # two, older Tritons give the first.
@@ -239,7 +240,7 @@ def compiled(task: Compilation) -> list[Row]:
             found = list(compiled_kernels(task.subject.plan, task.kernels))
             for _, kernel in found if task.stubs else ():
                 stub(kernel)
-            return [replace(_row(task, launch), code=read(kernel, task.arch)) for launch, kernel in found]
+            return [replace(_row(task, launch), code=read_once(kernel, task.arch)) for launch, kernel in found]
     except Exception as error:  # whatever a compiler raises is a finding
         return [_failed(task, words(error))]
 

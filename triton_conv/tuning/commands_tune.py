@@ -179,6 +179,9 @@ def _measured(arguments: argparse.Namespace, tasks: Sequence[Task], device: Devi
         except torch.AcceleratorError as error:
             code, ended = 1, f"error: the GPU answers no more: {str(error).splitlines()[0]}"
     stored.forget()
+    if arguments.export is None and directory is not None and store.all_unsaved:
+        code = code or 1
+        _rescue(store)
     if not speaks:
         return code
     _summary(done, device, "made-up times: " if arguments.simulate else "")
@@ -196,6 +199,19 @@ def _measured(arguments: argparse.Namespace, tasks: Sequence[Task], device: Devi
     if ended:
         print(f"triton-conv: {ended}; what was measured is kept, and not measured again", file=sys.stderr)
     return code
+
+
+def _rescue(store: Store) -> None:
+    """Says what the store could not take, and where it is instead: in a temporary directory, at worst on the screen."""
+    unsaved = store.all_unsaved
+    count = sum(map(len, unsaved.values()))
+    lost = f"triton-conv: error: {store.directory} did not take {count} of the results"
+    try:
+        print(f"{lost}: they are in {store.rescue()}, and `triton-conv configs merge` takes them", file=sys.stderr)
+    except OSError as error:
+        print(f"{lost}, nor do temporary files ({error.strerror or error}): they follow", file=sys.stderr)
+        for (device, kernel), entries in unsaved.items():
+            print(stored.dumps(device, kernel, entries))
 
 
 def _check_store(store: Store, device: Device, arguments: argparse.Namespace) -> None:

@@ -84,6 +84,21 @@ class Store:
         """How many entries are in memory only."""
         return len(stored.held(self.directory, device, kernel))
 
+    @property
+    def all_unsaved(self) -> dict[tuple[str, str], tuple[Entry, ...]]:
+        """Those of every device and kernel that has any."""
+        held = list(stored._held.items())
+        return {what[1:]: entries for what, entries in held if what[0] == self.directory and entries}
+
+    def rescue(self) -> Path:
+        """Writes what is in memory only to a new directory for temporary files, and returns it. Raises OSError."""
+        directory = Path(tempfile.mkdtemp(prefix="triton_conv-"))
+        for (device, kernel), entries in self.all_unsaved.items():
+            path = stored.path_of(directory, device, kernel)
+            _make(path.parent)
+            files.write_whole(path, stored.dumps(device, kernel, _united(entries, kernel)))
+        return directory
+
     def _write(self, directory: Path, device: str, kernel: str, entries: list[Entry]) -> None:
         path = stored.path_of(directory, device, kernel)
         _make(path.parent)
