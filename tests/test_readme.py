@@ -65,7 +65,7 @@ def commands() -> list[str]:
         text = (ROOT / page).read_text(encoding="utf-8") if (ROOT / page).exists() else ""
         lines = "\n".join(blocks(text, "sh")).splitlines()
         found += [line.partition(" #")[0].strip() for line in lines if not line.startswith("#")]
-        inline = re.findall(r"`((?:triton-conv|python -m) [^`]* [^`]*)`", text)
+        inline = re.findall(r"`((?:triton-conv|python -m) [^`]*\s[^`]*)`", text)
         found += [" ".join(command.split()) for command in inline if "DIR" not in command]
     return sorted({command for command in found if command})
 
