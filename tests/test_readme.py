@@ -33,8 +33,9 @@ HOW = {
     "triton-conv bench": (PARSED, "minutes long, run by CI: tests/test_bench_command.py has small ones"),
     "triton-conv check": ("triton-conv check --only 3", "one of the same cases"),
     "triton-conv configs": (None, ""),
+    "triton-conv configs verify": (PARSED, "tests/test_configs.py verifies what ships"),
     "triton-conv configs seed": (PARSED, "tests/test_configs.py has a small one"),
-    "triton-conv demo": (PARSED, "both run in tests/test_demo.py"),
+    "triton-conv demo --interpret": (PARSED, "tests/test_demo.py runs it"),
     "triton-conv explain": (None, ""),
     "triton-conv fuzz": (PARSED, "its own tests run it"),
     "triton-conv report": (PARSED, "seconds long at this size: its own tests run small ones"),
@@ -64,7 +65,7 @@ def commands() -> list[str]:
         text = (ROOT / page).read_text(encoding="utf-8") if (ROOT / page).exists() else ""
         lines = "\n".join(blocks(text, "sh")).splitlines()
         found += [line.partition(" #")[0].strip() for line in lines if not line.startswith("#")]
-        inline = re.findall(r"`((?:triton-conv|python -m) [^`]* [^`]*)`", text)
+        inline = re.findall(r"`((?:triton-conv|python -m) [^`]*\s[^`]*)`", text)
         found += [" ".join(command.split()) for command in inline if "DIR" not in command]
     return sorted({command for command in found if command})
 

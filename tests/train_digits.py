@@ -1,7 +1,4 @@
-"""A classifier of handwritten digits, trained in plain PyTorch: the script of the README, before its one line.
-
-    python tests/train_digits.py
-"""
+"""A classifier of handwritten digits, trained in plain PyTorch: the script of the README, before its one line."""
 
 import torch
 from sklearn.datasets import load_digits

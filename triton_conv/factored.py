@@ -151,8 +151,8 @@ class DepthwiseSeparableConv2d(_DepthwiseSeparable):
     `nn.Sequential(OrderedDict(depthwise=..., pointwise=...))` fits. `bias` is pointwise's; one of depthwise adds
     nothing to what can be learned, and is there with `depthwise_bias=True` for models that have it.
 
-    `fused` is that of `triton_conv.separable_conv2d`; see `triton_conv.separable_conv2d` for dtypes too. A part with hooks, or put in place of one
-    of ours, is called as it is.
+    `fused` is that of `triton_conv.separable_conv2d`. A part with hooks, or put in place of one of ours, is called as
+    it is. See `triton_conv.separable_conv2d` for dtypes.
 
     Shapes: (N, C, H, W) or (C, H, W) to (N, K, P, Q) or (K, P, Q). Raises ValueError, in the constructor, for a
     `depth_multiplier` below 1 and for what `Conv2d` raises it for.
