@@ -42,8 +42,10 @@ def laid_out(t: Tensor, last: bool) -> Tensor:
 
 
 def spread(mask: Tensor, how: str) -> Tensor:
+    if how == ALL:  # also where a tap connects it to nothing
+        return torch.ones_like(mask)
     axes = range(mask.dim())
-    found = {CHANNEL: [a for a in axes if a != 1], FILTER: axes[min(2, mask.dim() - 1) :], ALL: axes, "": ()}[how]
+    found = {CHANNEL: [a for a in axes if a != 1], FILTER: axes[min(2, mask.dim() - 1) :], "": ()}[how]
     return mask.any(tuple(found), keepdim=True).expand_as(mask) if found else mask
 
 
