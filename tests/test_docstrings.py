@@ -104,7 +104,10 @@ def settings_as_before():
 
 
 SKIPPED = {"triton_conv.tuning.subject", "triton_conv.tuning.sweep", "triton_conv.tuning.training"}
-SKIPPED |= {"triton_conv.tuning.space"}  # their examples want a GPU, or a problem of the reader's
+SKIPPED |= {
+    "triton_conv.tuning.space",
+    "triton_conv.fuzz.shrinking",
+}  # their examples want a GPU, or a problem of the reader's
 
 
 @pytest.mark.parametrize("name", WITH_EXAMPLES)

@@ -73,18 +73,18 @@ class Entry:
 
     @cached_property
     def winner(self) -> Candidate | None:
-        """The candidate to run: of those as quick as the quickest, but for their spread, the simplest.
-
-        >>> from triton_conv.config import Config
-        >>> a, b = Candidate(Config(64, 64, 32), 1.00e-3), Candidate(Config(32, 64, 32), 1.01e-3)
-        >>> winner_of([a, b]) is b
-        True
-        """
+        """The candidate to run: of those as quick as the quickest, but for their spread, the simplest."""
         return winner_of(self.candidates)
 
 
 def winner_of(candidates: Iterable[Candidate]) -> Candidate | None:
-    """`Entry.winner` of any candidates; None if there is none that is right."""
+    """`Entry.winner` of any candidates; None if there is none that is right.
+
+    >>> from triton_conv.config import Config
+    >>> a, b = Candidate(Config(64, 64, 32), 1.00e-3), Candidate(Config(32, 64, 32), 1.01e-3)
+    >>> winner_of([a, b]) is b
+    True
+    """
     right = [c for c in candidates if c.status == "ok"]
     timed = [c for c in right if c.seconds is not None]
     if not timed:
