@@ -50,7 +50,9 @@ def test_without_results_there_are_predictions_called_so():
 def evidence(directory, found, **others):
     directory.mkdir()
     records.write(found, directory / "bench.json")
-    (directory / "evidence.json").write_text(json.dumps({"format": 1, "stages": {}, **others}))
+    (directory / "evidence.json").write_text(
+        json.dumps({"format": 1, "commit": "12ab", "simulated": False, "stages": {}, **others})
+    )
     return directory
 
 
@@ -111,6 +113,6 @@ def test_only_what_was_measured_is_published(tmp_path, capsys):
 def test_broken_evidence_is_not_published(tmp_path):
     out = evidence(tmp_path / "out", run(row("a", 1, 2)))
     (out / "evidence.json").write_text("{")
-    with pytest.raises(ValueError, match=r"evidence\.json: is no JSON"):
+    with pytest.raises(ValueError, match=r"evidence\.json: is no evidence run: is no JSON"):
         publish.publish(out, tmp_path / "results")
     assert not (tmp_path / "results").exists()

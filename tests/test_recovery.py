@@ -225,8 +225,9 @@ class Memory:
 
 def slabs(device, splits):
     """The gradient of W in so many slabs, and what it should be."""
-    x, w = X.to(device), W.to(device).requires_grad_()
-    dy = torch.randn(2, 16, 4, 8, generator=torch.Generator().manual_seed(1)).to(device)
+    generator = torch.Generator().manual_seed(1)
+    x, dy = (torch.randn(32, 16, 4, 8, generator=generator).to(device) for _ in "xy")  # enough steps for the slabs
+    w = W.to(device).requires_grad_()
     call = ops._conv_wgrad_call(dy, x, list(W.shape), list(W.stride()), [1, 1], [0, 0, 1, 1], [1, 1], 1, "zeros", None)
     problem = install(call, Config(16, 16, 16, splits=splits))
     expected = torch.autograd.grad(torch.conv2d(x.double(), w.double(), padding=(0, 1)), w, dy.double())[0]

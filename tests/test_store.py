@@ -282,15 +282,15 @@ def test_a_directory_that_cannot_be_read_is_said_once_and_calls_go_on(error, dir
     stored.forget()
     monkeypatch.setattr(stored, "_told", set())
     monkeypatch.setattr(stored, "user_directory", lambda: directory)
-    real = stored.load
+    real, reading = stored.load, stored.files.read_bytes
 
     def load(path):
         if directory in path.parents:
-            monkeypatch.setattr(stored, "open", refuse, raising=False)
+            monkeypatch.setattr(stored.files, "read_bytes", refuse)
         try:
             return real(path)
         finally:
-            monkeypatch.setattr(stored, "open", open, raising=False)
+            monkeypatch.setattr(stored.files, "read_bytes", reading)
 
     monkeypatch.setattr(stored, "load", load)
 

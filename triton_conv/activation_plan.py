@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from .config import ITEM_BYTES
 from .cost import LAUNCH, MEMORY_SHARE, Prediction, Roofline
 from .devices import Device
-from .frozen import PlanOfProblem, cached_property
+from .forks import cached_property
+from .frozen import PlanOfProblem
 from .tiles import ceil_div
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from . import branches_cost, branches_ways, choose, cost, invariance, plan, reco
 from .branches_problem import Problem, Term
 from .config import ITEM_BYTES, BoxConfig, Config, KernelConfig, Numerics
 from .cost import Prediction, Roofline, absurd
-from .frozen import PlanOfProblem, cached_property
+from .forks import cached_property
+from .frozen import PlanOfProblem
 from .geometry import ConvGeometry, Role, Strides
 
 if TYPE_CHECKING:

@@ -176,7 +176,9 @@ def causal_conv1d_update(
         return handle_torch_function(causal_conv1d_update, tensors, *tensors, activation)
     silu = _silu("causal_conv1d_update", activation)
     _check_types("causal_conv1d_update", x=x, state=state, weight=weight, bias=bias)
-    if state.is_neg():  # the dispatcher's way with such a view is not for operators that write
+    if (
+        not torch.compiler.is_compiling() and state.is_neg()
+    ):  # the dispatcher's way with such a view is not for operators that write
         following = state.resolve_neg()
         y = causal_conv1d_update(x, following, weight, bias, activation)
         state.copy_(following)

@@ -16,7 +16,8 @@ from . import causal_cost as cost
 from . import invariance, recovery, stored
 from .causal_config import CausalConfig, CausalProblem, CausalRole
 from .cost import Prediction, Roofline
-from .frozen import PlanOfProblem, cached_property
+from .forks import cached_property
+from .frozen import PlanOfProblem
 
 if TYPE_CHECKING:
     from .kernels.launch import Launch

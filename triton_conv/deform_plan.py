@@ -18,7 +18,8 @@ from . import key as keys
 from .config import Config, Numerics, most_splits
 from .cost import Prediction, Roofline, absurd, copy_seconds
 from .deform_config import DeformProblem, DeformRole
-from .frozen import PlanOfProblem, cached_property
+from .forks import cached_property
+from .frozen import PlanOfProblem
 from .geometry import Role
 from .plan import ACCUMULATORS, counted, span
 from .tiles import Tiles

@@ -19,7 +19,7 @@ from . import key as keys
 from .config import BandedConfig, DepthwiseConfig, KernelConfig
 from .deform_config import DeformRole
 from .files import shown as shown
-from .frozen import cached_property
+from .forks import cached_property
 from .geometry import Role
 from .key import CONFIGS, Extents, Key
 

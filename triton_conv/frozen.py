@@ -2,39 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any
 
 from .devices import Device
+from .forks import cached_property
 
 if TYPE_CHECKING:
     from .kernels.direct import Direct
     from .kernels.launch import Launch
-
-T = TypeVar("T")
-
-
-class cached_property(Generic[T]):
-    """As that of functools, without the lock that all instances share there before Python 3.12.
-
-    Threads would wait for each other's plans, and a child of fork for ever for one of its parent's.
-    """
-
-    def __init__(self, work_out: Callable[[Any], T]):
-        self._work_out, self.__doc__ = work_out, work_out.__doc__
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    @overload
-    def __get__(self, instance: None, owner: type) -> cached_property[T]: ...
-    @overload
-    def __get__(self, instance: object, owner: type) -> T: ...
-    def __get__(self, instance: object | None, owner: type) -> cached_property[T] | T:
-        if instance is None:
-            return self
-        return instance.__dict__.setdefault(self._name, self._work_out(instance))
 
 
 class Frozen:

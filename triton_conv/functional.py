@@ -606,7 +606,7 @@ def _check_tensors(
     return input.dim() == rank + 2
 
 
-def _index(name: str, argument: str, value: Any) -> Any:
+def _index(name: str, argument: str, value: Any, too_large: type[Exception] = ValueError) -> Any:
     if isinstance(value, torch.SymInt):
         return value
     try:
@@ -616,7 +616,7 @@ def _index(name: str, argument: str, value: Any) -> Any:
     except (TypeError, RuntimeError):  # the latter of a tensor without memory
         raise TypeError(f"{name}(): argument '{argument}' must be int, not {type(value).__name__}") from None
     if not -(2**63) <= value < 2**63:
-        raise ValueError(f"{name}(): argument '{argument}' does not fit into 64 bits, but got {value}")
+        raise too_large(f"{name}(): argument '{argument}' does not fit into 64 bits, but got {value}")
     return value
 
 
@@ -643,12 +643,10 @@ def _per_axis(name: str, argument: str, value: Any, rank: int) -> list[Any]:
 
 def _indices(name: str, argument: str, values: Sequence[Any]) -> list[Any]:
     """Whole numbers of a sequence, with PyTorch's exceptions, of which only the first must be no bool."""
-    try:
-        return [
-            int(v) if place and isinstance(v, bool) else _index(name, argument, v) for place, v in enumerate(values)
-        ]
-    except ValueError as error:
-        raise TypeError(*error.args) from None
+    return [
+        int(v) if place and isinstance(v, bool) else _index(name, argument, v, TypeError)
+        for place, v in enumerate(values)
+    ]
 
 
 def _ints(name: str, argument: str, value: Any, rank: int) -> list[int]:

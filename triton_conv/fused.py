@@ -62,7 +62,9 @@ class Fusion(NamedTuple):
 def asked(name: str, activation: Any, negative_slope: Any, residual: Any, after: Any, scale: Any) -> Fusion | None:
     """None where nothing is."""
     if activation is None and residual is None and scale is None:
-        if type(negative_slope) is not float or type(after) is not bool:
+        # Dynamo makes a number of a float that is looked at, and begins anew
+        ordinary = type(after) is bool and (torch.compiler.is_compiling() or type(negative_slope) is float)
+        if not ordinary:
             check(name, None, negative_slope, after)
         return None
     return Fusion(activation, negative_slope, residual, after, scale)

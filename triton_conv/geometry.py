@@ -9,6 +9,7 @@ output is the caller's input, so no other module needs the word.
 from __future__ import annotations
 
 import enum
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import gcd
@@ -588,7 +589,9 @@ def _check_parameters(weight_shape, stride, padding, dilation, groups) -> None:
 
 
 def _check_64_bits(shape, extents, stride, padding, dilation=()) -> None:
-    """Of the output; what is symbolic is taken to be within them."""
+    """Of the output; extents may be symbolic, and are looked at only where a parameter is out of proportion."""
+    if max((*stride, *itertools.chain(*padding), *dilation), default=0) < 2**31:
+        return
     if any(isinstance(e, int) and e >= 2**63 for e in extents):
         parameters = f"stride {list(stride)}, padding {list(padding)}"
         parameters += f", dilation {list(dilation)}" if dilation else ""

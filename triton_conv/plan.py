@@ -17,7 +17,8 @@ from . import key as keys
 from .config import ITEM_BYTES, BandedConfig, BoxConfig, DepthwiseConfig, Device, KernelConfig, Numerics
 from .cost import Prediction, Roofline
 from .epilogue import PLAIN, Epilogue
-from .frozen import Planned, cached_property
+from .forks import cached_property
+from .frozen import Planned
 from .geometry import ConvGeometry, Role, Strides
 from .ways import Layout, Problem, Way, dense_strides
 

@@ -20,7 +20,8 @@ from .config import ITEM_BYTES, BoxConfig, Config, KernelConfig, Numerics
 from .cost import Prediction, Roofline
 from .devices import Device
 from .epilogue import PLAIN, Epilogue
-from .frozen import PlanOfProblem, cached_property
+from .forks import cached_property
+from .frozen import PlanOfProblem
 from .geometry import Context, ConvGeometry, Role, Strides
 from .tiles import ceil_div
 from .ways import Layout, Way, dense_strides
