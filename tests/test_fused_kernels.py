@@ -34,7 +34,9 @@ def launched(monkeypatch):
 def test_gradients_of_activations(activation, dtype, kernels, poisoned, launched):
     z = torch.linspace(-8, 8, 1100, dtype=torch.float64).to(dtype).to(kernels)
     z[:4] = torch.tensor([0.0, 6.0, 200.0, -200.0])
-    dy = torch.randn(1100).to(dtype).to(kernels)
+    dy = torch.randn(1100, generator=torch.Generator().manual_seed(3)).to(dtype).to(kernels)
+    # 1 - tanh^2 cancels, and what is left is multiplied by up to 40
+    depth = 100 if (activation, dtype) == ("gelu_tanh", torch.float64) else 10
     for of_output in {False, tells_gradient(activation, 0.2)}:
         saved = reference.activated(z, activation, 0.2) if of_output else z
         leaf = z.to(torch.float64, copy=True).requires_grad_()
@@ -42,7 +44,7 @@ def test_gradients_of_activations(activation, dtype, kernels, poisoned, launched
         (wanted,) = torch.autograd.grad(reference.activated(leaf, activation, 0.2), leaf, dy.double())
         wanted = wanted if wide is None else dy.double() * wide * (1 - wide)  # of what was rounded
         smooth = (z != 0) & (z != 6) & (z.abs() != 3)
-        assert_close(backward(dy, saved, activation, 0.2, of_output)[smooth], wanted[smooth], 10)
+        assert_close(backward(dy, saved, activation, 0.2, of_output)[smooth], wanted[smooth], depth)
     assert set(launched) == {"activation_backward"}
 
 
