@@ -55,9 +55,7 @@ def holdings() -> Holdings:
         len(list(_HANDLES.iterdir())) if _HANDLES.is_dir() else 0,
         len(os.listdir("/proc/self/task")) if _STATUS.exists() else threading.active_count(),
         len(gc.get_objects()),
-        sum(
-            len(getattr(module, "__dict__", {}).get("__warningregistry__", ())) for module in list(sys.modules.values())
-        ),
+        sum(_warned()),
         torch.cuda.memory_allocated() if cuda else 0,
         torch.cuda.memory_reserved() if cuda else 0,
         sum(_kernels()),
@@ -118,5 +116,7 @@ def _kernels() -> Iterator[int]:
 
 
 def _warned() -> Iterator[int]:
-    for module in list(sys.modules.values()):
-        yield len(getattr(module, "__dict__", {}).get("__warningregistry__", ()))
+    """Of each module, but of Triton's interpreter, where NumPy warns of values, once for a line."""
+    for title, module in list(sys.modules.items()):
+        if title != "triton.runtime.interpreter":
+            yield len(getattr(module, "__dict__", {}).get("__warningregistry__", ()))
