@@ -29,6 +29,7 @@ from .entry import NewerError as NewerError
 from .entry import dumps as dumps
 from .entry import loads, shown
 from .entry import winner_of as winner_of
+from .forks import Lock
 from .key import Extents, Key
 
 MOST_BYTES = 32 * 2**20  # of a file: some thousands of problems, each with all that was tried
@@ -123,6 +124,7 @@ PLACES = ("installed", "user store", "shipped")  # in the order in which they ar
 _Index = dict[Key, dict[Extents, _Chosen]]
 _indices: dict[tuple[str, str, str], _Index] = {}  # of the user's files or the shipped ones, by device and kernel
 _installed: dict[tuple[str, str], dict[tuple[Key, Extents], Entry]] = {}  # by device and kernel
+_installing = Lock()
 _held: dict[tuple[Path | None, str, str], tuple[Entry, ...]] = {}  # by directory, device and kernel
 _told: set[tuple[Path | None, str]] = set()  # why files of a directory cannot be read: said of one of them
 _hidden: ContextVar[frozenset[str]] = ContextVar("hidden", default=frozenset())
@@ -149,7 +151,9 @@ def renew() -> None:
 
 def install(device: str, kernel: str, entries: Iterable[Entry]) -> None:
     """Lets this process look in `entries` before any file; they replace those installed for the same extents."""
-    _installed.setdefault((device, kernel), {}).update({(entry.key, entry.extents): entry for entry in entries})
+    news = {(entry.key, entry.extents): entry for entry in entries}
+    with _installing:  # replaced, not changed: other threads may be going through it
+        _installed[device, kernel] = _installed.get((device, kernel), {}) | news
     renew()
     _indices.pop(("installed", device, kernel), None)
 
