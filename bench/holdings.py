@@ -116,7 +116,5 @@ def _kernels() -> Iterator[int]:
 
 
 def _warned() -> Iterator[int]:
-    """Of each module, but of Triton's interpreter, where NumPy warns of values, once for a line."""
-    for title, module in list(sys.modules.items()):
-        if title != "triton.runtime.interpreter":
-            yield len(getattr(module, "__dict__", {}).get("__warningregistry__", ()))
+    for module in list(sys.modules.values()):
+        yield len(getattr(module, "__dict__", {}).get("__warningregistry__", ()))
