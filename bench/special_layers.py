@@ -131,6 +131,7 @@ RUNS = {**PADDED, ("x", "dw"): FILTER}
 BUNDLED = dict.fromkeys((("x", "y"), ("w", "y"), ("dy", "dx"), ("w", "dx"), ("x", "dw"), ("dy", "dw")), ALL)
 TILES = dict.fromkeys((("x", "y"), ("w", "y"), ("dy", "dx"), ("w", "dx")), CHANNEL)
 TILES |= {("x", "dw"): FILTER, ("dy", "dw"): FILTER}
+CHUNKS = weights("w") | {("w", "dx"): ALL, ("w", "dcontext"): ALL}
 BANDED = BandedConfig((4, 2, 2), 2, 16, 16, num_stages=2)
 
 LAYERS: dict[str, Layer] = {
@@ -232,5 +233,5 @@ LAYERS: dict[str, Layer] = {
         },
         fixed=("offset",),
     ),
-    "chunks": Layer(*in_chunks(), ("gather", "box", "wgrad"), weights("w") | {("w", "dcontext"): ALL}, HALF, True),
+    "chunks": Layer(*in_chunks(), ("gather", "box", "wgrad"), CHUNKS, HALF, True),
 }
