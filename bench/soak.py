@@ -8,15 +8,14 @@ While a round runs no cache may be larger than its bound, and those without one 
 from __future__ import annotations
 
 import argparse
-import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import islice, pairwise
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,19 +23,20 @@ import torch
 from triton_conv import execute
 
 from .holdings import Holdings, caches, forget, holdings
-from .soak_calls import random_calls
+from .soak_calls import KINDS, random_calls
 
 CALLS = 120  # of a round
 INTERPRETED = 6  # where kernels are interpreted, which takes seconds
 COMPILED = 24  # on a GPU, where most of them are compiled at first
-WARM = 3  # rounds at least in which imports, libraries and allocators may grow
+WARM = 3  # rounds at least in which imports, libraries and allocators may grow; until each kind was called, too
+STEADY = 3  # rounds at least after them
 
 # How much more the last rounds may hold than the first after warming up.
 MARGINS = Holdings(
     resident=24 * 2**20,  # pages that the allocator keeps; a leak of 100 bytes a call is more within an hour
     handles=0,
     threads=0,
-    objects=4000,  # of modules that a kind of call loads when it is first drawn, late where rounds are short
+    objects=1000,  # of modules that a kind of call loads where it takes a way that it did not take before
     warnings=0,
     allocated=0,
     reserved=64 * 2**20,
@@ -49,6 +49,7 @@ PER_KERNEL = {"resident": 2**20, "objects": 3000}  # that a compiled kernel may 
 class Soak:
     """What a soak saw: holdings after each round, the largest sizes of caches, and what failed."""
 
+    warm: int = WARM  # of the rounds
     calls: int = 0
     seconds: float = 0.0
     kinds: Counter[str] = field(default_factory=Counter)
@@ -61,7 +62,7 @@ class Soak:
     def faults(self) -> list[str]:
         """What is not flat, and what failed, in words."""
         found = [*self.failures, *self.over]
-        steady = self.rounds[_warm(len(self.rounds)) :]
+        steady = self.rounds[self._warm(len(self.rounds)) :]
         if len(steady) < 2:
             return [*found, "too few rounds to say whether anything grows: give it more seconds"]
         part = max(len(steady) // 3, 1)
@@ -71,14 +72,13 @@ class Soak:
             if after - before > most + compiled * PER_KERNEL.get(name, 0):
                 found.append(f"{name} grew from {before:,.0f} to {after:,.0f}")
         for name, sizes in self.grown.items():
-            late = sizes[_warm(len(sizes)) :]
+            late = sizes[self._warm(len(sizes)) :]
             if len(late) >= 3 and all(b > a for a, b in pairwise(late)):
                 found.append(f"{name} grew each round, from {late[0]} to {late[-1]}, and has no bound")
         return found
 
-
-def _warm(rounds: int) -> int:
-    return min(max(WARM, rounds // 4), max(rounds - 2, 0))
+    def _warm(self, rounds: int) -> int:
+        return min(max(self.warm, rounds // 4), max(rounds - 2, 0))
 
 
 def soak(
@@ -86,29 +86,38 @@ def soak(
     device: torch.device,
     seed: int = 0,
     calls: int | None = None,
+    rounds: int = 0,
     heard: Callable[[int, Holdings], None] | None = None,
     each: Callable[[], Any] | None = None,
 ) -> Soak:
-    """Runs rounds for so many seconds, six of them at least unless these take four times as long.
+    """Runs rounds for so many seconds, and `rounds` at least however long they take.
 
-    `heard` is told of each round, `each` is called after each call.
+    Where the seconds are too few to say anything, it goes on for up to four times as long. `heard` is told of each
+    round, `each` is called after each call.
     """
-    found, start, number = Soak(), time.monotonic(), 0
+    start, number = time.monotonic(), 0
     interpreted = device.type == "cpu" and execute.interpreting()
-    count = calls or (INTERPRETED if interpreted else COMPILED if device.type == "cuda" else CALLS)
-    while (number < WARM + 3 and time.monotonic() - start < 4 * seconds) or time.monotonic() - start < seconds:
-        for name, call in _calls(seed, number, device, count):
-            try:
-                # oneDNN keeps code for each new shape, up to 1,024; NumPy warns of values, once for each line
-                with torch.backends.mkldnn.flags(enabled=False), np.errstate(all="ignore"):
-                    call()
-            except Exception as error:
-                words = f"{name}, seed {seed}, round {number}: {type(error).__name__}: {str(error)[:300]}"
-                found.failures += [words] if len(found.failures) < 10 else []
-            found.kinds[name] += 1
-            found.calls += 1
-            if each is not None:
-                each()
+    made = (calls or (INTERPRETED if interpreted else COMPILED if device.type == "cuda" else CALLS)) // 2 or 1
+    found = Soak(warm=max(WARM, -(-len(KINDS) // made)))
+    coming = random_calls(seed, device)
+    # oneDNN keeps code for each new shape, up to 1,024; NumPy, which interprets, warns of values once for each line
+    heed: Literal["ignore"] | None = "ignore" if interpreted else None
+    while True:
+        spent = time.monotonic() - start
+        if number >= rounds and spent >= seconds * (1 if number >= found.warm + STEADY else 4):
+            break
+        for name, call in islice(coming, made):
+            for _ in range(2):  # the second time as one that was made before
+                try:
+                    with torch.backends.mkldnn.flags(enabled=False), np.errstate(all=heed):
+                        call()
+                except Exception as error:
+                    words = f"{name}, seed {seed}, round {number}: {type(error).__name__}: {str(error)[:300]}"
+                    found.failures += [words] if len(found.failures) < 10 else []
+                found.kinds[name] += 1
+                found.calls += 1
+                if each is not None:
+                    each()
         _sizes(found)
         forget()
         if device.type == "cuda":
@@ -120,14 +129,6 @@ def soak(
         number += 1
     found.seconds = time.monotonic() - start
     return found
-
-
-def _calls(seed: int, number: int, device: torch.device, count: int) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Of a round: each call twice, the second time as one that was made before."""
-    made = random_calls(random.Random(f"{seed} {number}").randrange(2**31), device, max(count // 2, 1))
-    for name, call in made:
-        yield name, call
-        yield name, call
 
 
 def _sizes(found: Soak) -> None:
@@ -155,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def heard(number: int, now: Holdings) -> None:
         print(f"round {number}: {words(now)}", flush=True)
 
-    found = soak(arguments.seconds, device, arguments.seed, arguments.calls, heard)
+    found = soak(arguments.seconds, device, arguments.seed, arguments.calls, heard=heard)
     print(
         f"{found.calls} calls in {found.seconds:.0f} s: {', '.join(f'{n} {k}' for k, n in sorted(found.kinds.items()))}"
     )

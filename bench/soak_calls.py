@@ -1,6 +1,6 @@
 """Calls of every kind with random shapes, dtypes and settings, forward and backward: what a soak runs.
 
->>> name, call = random_call(random.Random(0), torch.device("cpu"))
+>>> name, call = next(random_calls(0, torch.device("cpu")))
 >>> call()
 """
 
@@ -11,7 +11,6 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
@@ -26,19 +25,15 @@ _LEAST, _MOST = 3, 9  # pixels along an axis
 Call = Callable[[], None]
 
 
-def random_call(rng: random.Random, device: torch.device) -> tuple[str, Call]:
-    """The name of its kind and a call without arguments, which keeps nothing."""
-    name, make = rng.choice(KINDS)
-    seed = rng.randrange(2**31)
-    return name, partial(_run, make, seed, device)
+def random_calls(seed: int, device: torch.device) -> Iterator[tuple[str, Call]]:
+    """Names of kinds and calls without arguments, which keep nothing; the same for the same seed, without an end.
 
-
-def random_calls(seed: int, device: torch.device, count: int) -> list[tuple[str, Call]]:
-    """So many, the same for the same seed; of each kind at least one if there are enough."""
+    Kinds come like cards of a deck that is shuffled again when it has been dealt.
+    """
     rng = random.Random(seed)
-    kinds = rng.sample(KINDS, len(KINDS))
-    first = ((name, partial(_run, make, rng.randrange(2**31), device)) for name, make in kinds)
-    return [*islice(first, count), *(random_call(rng, device) for _ in range(count - len(KINDS)))]
+    while True:
+        for name, make in rng.sample(KINDS, len(KINDS)):
+            yield name, partial(_run, make, rng.randrange(2**31), device)
 
 
 def _run(make: Callable[..., Any], seed: int, device: torch.device) -> None:

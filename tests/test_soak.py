@@ -5,6 +5,7 @@ import os
 import pkgutil
 import subprocess
 import sys
+from itertools import repeat
 from pathlib import Path
 
 import pytest
@@ -95,11 +96,11 @@ LEAKS = {
 
 @pytest.mark.parametrize("name", LEAKS)
 def test_a_planted_leak_is_found(name, monkeypatch):
-    monkeypatch.setattr(soak, "random_calls", lambda seed, device, count: [("nothing", lambda: None)] * count)
+    monkeypatch.setattr(soak, "random_calls", lambda seed, device: repeat(("nothing", lambda: None)))
     monkeypatch.setattr(triton_conv.plan, "_dangling", {}, raising=False)
     count = iter(range(10**9))
     try:
-        found = soak.soak(1.0, torch.device("cpu"), calls=12, each=lambda: LEAKS[name](next(count)))
+        found = soak.soak(0.0, torch.device("cpu"), calls=12, rounds=6, each=lambda: LEAKS[name](next(count)))
         assert any(fault.startswith(f"{name} grew") for fault in found.faults), found.faults
     finally:
         for one in kept:
@@ -127,9 +128,9 @@ def test_a_call_that_fails_and_a_cache_beyond_its_bound_are_faults(monkeypatch):
     def broken():
         raise ZeroDivisionError("nothing")
 
-    monkeypatch.setattr(soak, "random_calls", lambda *_: [("broken", broken)])
+    monkeypatch.setattr(soak, "random_calls", lambda *_: repeat(("broken", broken)))
     monkeypatch.setattr(soak, "caches", lambda: {"plan._make": holdings.Cache(5, 4)})
-    faults = soak.soak(0.01, torch.device("cpu"), calls=2).faults
+    faults = soak.soak(0.0, torch.device("cpu"), calls=2, rounds=3).faults
     assert any("broken, seed 0, round 0: ZeroDivisionError: nothing" in fault for fault in faults)
     assert "plan._make has 5, and may have 4" in faults
 
