@@ -23,7 +23,7 @@ from triton_conv.causal_config import CausalConfig
 from triton_conv.config import BoxConfig, Config, DepthwiseConfig
 from triton_conv.deform_config import DeformRole
 from triton_conv.geometry import Role
-from triton_conv.tuning import audit, code
+from triton_conv.tuning import audit
 from triton_conv.tuning.audit import Row, Subject, Wanted, faults
 from triton_conv.tuning.code import TARGETS, Code, resident_blocks
 from triton_conv.tuning.layers import LAYERS
@@ -50,10 +50,6 @@ WANTED = Wanted(
     "HGMMA", "HMMA", pipelined=True, shared_operands=True, whole_vectors=True, tma_loads=True, tma_stores=True
 )
 ROW = Row(90, "3x3", 32, "fprop", "box", "bfloat16", BoxConfig((1, 1, 8, 16), 128, 64), WANTED, GOOD)
-
-
-def spilled(size: int, accesses: int, looped: int) -> str:
-    return f"spills {size} bytes in {accesses} accesses, {looped} of them loads in a loop"
 
 
 class Deadly:
@@ -130,8 +126,7 @@ def test_a_spilling_config_is_caught(rows):
     assert row.code.registers == 255
     assert row.code.spill_bytes > 100
     assert row.code.spills > row.code.spill_bytes // 16
-    assert row.code.spills > row.code.looped > 0
-    assert faults(row) == [spilled(row.code.spill_bytes, row.code.spills, row.code.looped)]
+    assert faults(row) == [f"spills {row.code.spill_bytes} bytes in {row.code.spills} accesses"]
 
 
 def test_a_config_over_the_shared_memory_is_caught(rows):
@@ -173,9 +168,8 @@ def test_dots_of_few_rows_get_the_older_instruction(rows):
     ("change", "words"),
     [
         ({}, []),
-        ({"spill_bytes": 8, "spills": 7}, []),
-        ({"spill_bytes": 12, "spills": 7}, [spilled(12, 7, 0)]),
-        ({"spill_bytes": 4, "spills": 7, "looped": 1}, [spilled(4, 7, 1)]),
+        ({"spill_bytes": 48, "spills": 7}, ["spills 48 bytes in 7 accesses"]),
+        ({"spills": 7}, ["spills 0 bytes in 7 accesses"]),
         ({"shared": 232448}, []),
         ({"shared": 232449}, ["needs 232449 bytes of shared memory, 232448 are there"]),
         ({"tensor_memory": 1024}, ["needs 1024 columns of tensor memory, 512 are there"]),
@@ -200,39 +194,6 @@ def test_dots_of_few_rows_get_the_older_instruction(rows):
 )
 def test_every_fault_is_named(change, words):
     assert faults(replace(ROW, code=replace(GOOD, **change))) == words
-
-
-LOOPED = """
-        /*0000*/                   STL [R1], R20 ;
-        /*0010*/                   MOV R4, R5 ;
-        /*0020*/                   LDL R4, [R1] ;
-        /*0030*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24, gsb0 ;
-        /*0040*/               @P0 LDL.64 R8, [R1] ;
-        /*0050*/              @!P0 EXIT ;
-        /*0060*/               @P1 BRA 0x20 ;
-        /*0070*/                   LDL R4, [R1] ;
-        /*0080*/                   STG.E [R2.64], R4 ;
-        /*0090*/               @P2 BRA 0x0 ;
-        /*00a0*/                   EXIT ;
-        /*00b0*/                   LDL R4, [R1] ;
-        /*00c0*/               @P3 BRA 0xb0 ;
-        /*00d0*/                   BRA 0x30 ;
-"""
-
-
-@pytest.mark.parametrize(
-    ("change", "loads"),
-    [
-        ((), 2),
-        (("HGMMA.64x128x16.F32.BF16", "FFMA"), 3),  # then the waiting block's loop is as good as the other
-        (("@P1 BRA 0x20", "@P1 BRA 0x90"), 3),  # what is left is the loop around it
-        (("@!P0 EXIT", "EXIT"), 1),  # then only the waiting block is a loop
-        (("LDL", "LDG"), 0),
-    ],
-    ids=str,
-)
-def test_spills_in_loops_are_those_of_innermost_loops_that_multiply(change, loads):
-    assert code.looped_spills(LOOPED.replace(*change) if change else LOOPED) == loads
 
 
 ATOMICS = """

@@ -28,8 +28,8 @@ def add(sub: Any) -> None:
         "shows what became of them: registers of a thread, bytes that it spills, bytes of shared memory of a block, "
         "the matrix instruction and where it reads its operands, bulk tensor copies (TMA), asynchronous copies of 16 "
         "bytes a thread and of fewer, steps of the main loop that loads run ahead of their use, blocks that a "
-        "multiprocessor has room for. Exit code 1 if a config spills in its main loop or more than two registers, "
-        "exceeds shared memory, or loses its matrix instruction or its pipelining.",
+        "multiprocessor has room for. Exit code 1 if a config spills, exceeds shared memory, or loses its matrix "
+        "instruction or its pipelining.",
     )
     add_compiling(parser)
     parser.add_argument("--layer", type=values.layer, action="append", help="only this layer; may be repeated")

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .epilogue import GELU_CUBIC, GELU_LINEAR
 from .indexing import channel_block, launchable, power_of_two_in
-from .launch import Launch
+from .launch import Launch, all_registers
 
 SQRT_HALF: tl.constexpr = tl.constexpr(sqrt(0.5))
 DENSITY: tl.constexpr = tl.constexpr(1 / sqrt(2 * pi))  # of the standard normal distribution at 0
@@ -37,8 +37,10 @@ def gradient(g, s, SLOPE: tl.constexpr, ACTIVATION: tl.constexpr, OF_OUTPUT: tl.
     elif ACTIVATION == "gelu":
         return g * (0.5 + 0.5 * tl.erf(s * SQRT_HALF) + s * (tl.exp(-0.5 * (s * s)) * DENSITY))
     elif ACTIVATION == "gelu_tanh":  # of s * sigmoid(u(s)), u(s) = GELU_LINEAR * s + GELU_CUBIC * s^3
-        y = 1 / (1 + tl.exp(-s * (GELU_LINEAR + GELU_CUBIC * (s * s))))
-        return g * (y + s * (y * (1 - y)) * (GELU_LINEAR + 3 * GELU_CUBIC * (s * s)))
+        u = s * (GELU_LINEAR + GELU_CUBIC * (s * s))
+        y = 1 / (1 + tl.exp(-u))
+        rest = 1 / (1 + tl.exp(u))  # 1 - y would cancel, and what is left is multiplied by up to 40
+        return g * (y + s * (y * rest) * (GELU_LINEAR + 3 * GELU_CUBIC * (s * s)))
     else:
         tl.static_assert(ACTIVATION == "hardswish")
         return tl.where(s <= -3, 0, tl.where(s >= 3, g, g * (s / 3 + 0.5)))
@@ -78,5 +80,7 @@ def launch(problem, config, accumulator: str) -> Launch:
         "BLOCK": config.block,
         "num_warps": config.num_warps,
     }
+    if accumulator == "float64":
+        arguments["maxnreg"] = all_registers(config.num_warps)
     programs = launchable(triton.cdiv(p.total, config.block), p)
     return Launch("activation_backward", activation_backward_kernel, programs, ("dy", "saved", "dz"), arguments)

@@ -28,7 +28,7 @@ from ..tiles import shifted_shape
 from .epilogue import constants as epilogue_constants
 from .epilogue import scaled, store
 from .indexing import MODE_CODES, launchable, matrix_product, power_of_two_in, read_position
-from .launch import Launch
+from .launch import Launch, all_registers
 
 ZEROS: tl.constexpr = tl.constexpr(MODE_CODES["zeros"])
 ALIGN: tl.constexpr = tl.constexpr(8)  # columns are read from multiples of it
@@ -298,5 +298,5 @@ def constants(g: ConvGeometry, config, numerics) -> dict:
         "CHUNK": config.chunk,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
-        "maxnreg": 255,  # unless told so, the assembler spills a few registers to make room for another program
+        "maxnreg": all_registers(config.num_warps),
     }

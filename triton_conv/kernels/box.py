@@ -30,7 +30,7 @@ from ..geometry import Context, ConvGeometry, Role, Strides, describable, tap_st
 from .epilogue import activate, scaled
 from .epilogue import constants as epilogue_constants
 from .indexing import matrix_product, residue_class, tap_of
-from .launch import Box, Launch
+from .launch import Box, Launch, all_registers
 
 # What changes with the image must not be specialised, or every image size would be compiled anew.
 IMAGE_SIZED = ["N", "dst_d", "dst_h", "dst_w", "dst_sn", "dst_sd", "dst_sh", "tiles_n", "tiles_m", "tiles"]
@@ -342,7 +342,7 @@ def launch(
     }
     src, dst = ("x", into or "y") if forward else ("y", into or "x")
     if numerics.epilogue != PLAIN:
-        arguments["maxnreg"] = 255  # told the limit, the assembler does not aim at fewer registers and then spill
+        arguments["maxnreg"] = all_registers(config.num_warps)
     source, filters, stored = _boxes(role, g, strides, config, part, src, dst, vector)
     before = None
     if context:

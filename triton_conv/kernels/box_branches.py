@@ -18,7 +18,7 @@ from .box import in_steps, stepped
 from .epilogue import finish
 from .gather_branches import described, first_terms, first_tile, meeting_taps, of, operands, terms_before
 from .indexing import matrix_product
-from .launch import Box, Launch
+from .launch import Box, Launch, all_registers
 
 # What changes with the image must not be specialised, or every image size would be compiled anew.
 IMAGE_SIZED = ["src_h", "src_w", "dst_h", "dst_w", "tiles_m"]
@@ -186,7 +186,7 @@ def launch(role: Role, terms, strides, config, numerics, programs: int) -> Launc
         GROUP=8,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        maxnreg=255,  # as in `gather_branches`
+        maxnreg=all_registers(config.num_warps),
     )
     every = tuple(named(name, place) for place, name in enumerate(operands(role, terms)))
     return Launch("box_branches", box_branches_kernel, programs, every, arguments)

@@ -25,7 +25,7 @@ from .. import tiles
 from ..geometry import ConvGeometry, Role, Strides
 from .box import in_steps, stepped
 from .indexing import channel_block, filter_vectors, launchable, matrix_product, power_of_two_in, tap_of
-from .launch import Box, Launch
+from .launch import Box, Launch, all_registers
 from .wgrad import sum_launch
 
 # What changes with the image must not be specialised, or every image size would be compiled anew.
@@ -176,6 +176,7 @@ def launches(geometry: ConvGeometry, strides: Strides, config, numerics) -> list
         "BLOCK_N": config.BLOCK_N,
         "BLOCK_K": config.BLOCK_K,
         "num_warps": config.num_warps,
+        "maxnreg": all_registers(config.num_warps),
         "num_stages": config.num_stages,
     }
     programs = launchable(counted.total, g)

@@ -29,7 +29,7 @@ from .causal_window import (
     with_state,
 )
 from .indexing import launchable
-from .launch import Launch
+from .launch import Launch, all_registers
 from .wgrad import SUM_BLOCK, sum_slabs
 
 
@@ -172,7 +172,7 @@ def launches(p: CausalProblem, config: CausalConfig) -> tuple[Launch, Launch]:
     found = arguments(p, config, x=p.x, y=p.y, dx=p.dx)
     many = 4 if p.dtype == "float32" else 5  # taps
     if not p.rows and many <= p.W:
-        found["maxnreg"] = 255  # told the limit, the assembler does not aim at fewer registers and then spill
+        found["maxnreg"] = all_registers(config.num_warps)
     count, terms, channels = slabs(p, config)
     numel = terms * channels
     adding = {"count": numel, "slabs": count, "INDEX": tl.int64, "BLOCK": SUM_BLOCK}

@@ -28,7 +28,7 @@ from .deform_sampling import (
     tile_pixels,
 )
 from .indexing import channel_block, launchable, multiply
-from .launch import Launch
+from .launch import Launch, all_registers
 
 CELLS_BLOCK = 256
 
@@ -205,6 +205,8 @@ def launches(problem: DeformProblem, config, numerics, tiles) -> list[Launch]:
     cells = Launch("deform_cells", deform_cells, programs, ("offset", "cells"), {**known, "BLOCK": CELLS_BLOCK})
     known = {**arguments(deform_dgrad_kernel, problem, config.BLOCK_N, config.BLOCK_K), **options(config, numerics)}
     part = max(64 // problem.item_bytes, 16) if config.dot else config.BLOCK_K
+    if config.dot and problem.item_bytes == 2 and config.BLOCK_N >= 64:
+        known["maxnreg"] = all_registers(config.num_warps)
     known["PART_K"] = min(part, config.BLOCK_K)
     operands = ("offset", "mask" if problem.has_mask else None, "w", "y", "order", "first", "x")
     return [cells, Launch("deform_dgrad", deform_dgrad_kernel, launchable(tiles.total, g), operands, known)]

@@ -23,7 +23,7 @@ from .epilogue import constants as epilogue_constants
 from .epilogue import store
 from .indexing import channel_block, launchable, power_of_two_in, residue_class
 from .lanes import CHANNEL_STRIDES, IMAGE_SIZED, divided, lanes_of, tiling
-from .launch import Launch
+from .launch import Launch, all_registers
 from .window import add_taps, read_at, taps_of, together
 
 
@@ -285,7 +285,7 @@ def launch(role: Role, geometry: ConvGeometry, strides: Strides, config, numeric
         **shared,
     )
     if dense and (unroll_r, unroll_s) != g.filter[1:]:
-        arguments["maxnreg"] = 255  # told the limit, the assembler does not aim at fewer registers and then spill
+        arguments["maxnreg"] = all_registers(config.num_warps)
     classes = axes[0].phases * axes[1].phases * axes[2].phases
     programs = launchable(-(-dst_c // config.channels) * shared["tiles"] * classes, g)
     src, dst = ("x", into or "y") if forward else ("y", into or "x")

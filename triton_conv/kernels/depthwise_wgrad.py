@@ -18,7 +18,7 @@ import triton.language as tl
 from ..geometry import ConvGeometry, Role, Strides
 from .indexing import channel_block, launchable, power_of_two_in
 from .lanes import CHANNEL_STRIDES, IMAGE_SIZED, divided, lanes_of, tiling
-from .launch import Launch
+from .launch import Launch, all_registers
 from .wgrad import sum_launch
 from .window import apart, multiply_add, read_at, together, widen, window_of
 
@@ -211,7 +211,7 @@ def launches(geometry: ConvGeometry, strides: Strides, config, numerics) -> list
         **shared,
     )
     if arguments["COLUMNS"] > 1 or (unroll_r, unroll_s) != (R, S):
-        arguments["maxnreg"] = 255  # told the limit, the assembler does not aim at fewer registers and then spill
+        arguments["maxnreg"] = all_registers(config.num_warps)
     chunks = T * -(-R // unroll_r) * -(-S // unroll_s)
     programs = launchable(config.splits * chunks * -(-g.K // config.channels), g)
     if config.splits == 1:

@@ -32,7 +32,7 @@ from .indexing import (
     read_position,
     residue_class,
 )
-from .launch import Launch
+from .launch import Launch, all_registers
 
 # What changes with the image must not be specialised, or every image size would be compiled anew.
 IMAGE_SIZED = ["N", "src_h", "src_w", "dst_h", "dst_w", "src_sn", "src_sh", "dst_sn", "dst_sh", "tiles_m"]
@@ -289,7 +289,7 @@ def launch(role: Role, terms, strides, config, numerics, programs: int) -> Launc
         BLOCK_M=config.BLOCK_M,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        maxnreg=255,  # all there are: for more programs at a time the assembler would rather spill a few
+        maxnreg=all_registers(config.num_warps),
     )
     return Launch("gather_branches", gather_branches_kernel, programs, operands(role, terms), arguments)
 

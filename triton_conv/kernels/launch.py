@@ -20,6 +20,15 @@ class Box(NamedTuple):
     block: tuple[int, ...]
 
 
+def all_registers(num_warps: int) -> int:
+    """What a thread can have at most, as a limit of a kernel: `maxnreg`.
+
+    Told a limit, the assembler takes what it needs up to there. Left alone, it aims at fewer, for room for one more
+    block on a multiprocessor, and then spills.
+    """
+    return min(255, 2**16 // (32 * num_warps))
+
+
 class Launch(NamedTuple):
     """A kernel, its number of programs, its tensors by name and every other argument by keyword.
 

@@ -27,7 +27,7 @@ from .indexing import (
     read_position,
     tap_of,
 )
-from .launch import Launch
+from .launch import Launch, all_registers
 
 # What changes with the image must not be specialised, or every image size would be compiled anew.
 IMAGE_SIZED = [
@@ -210,7 +210,7 @@ def launches(geometry: ConvGeometry, strides: Strides, config, numerics) -> list
         **constants(g, config, numerics),
     )
     if g.taps == g.filter[0] > 1:
-        arguments["maxnreg"] = 255  # told the limit, the assembler does not aim at fewer registers and then spill
+        arguments["maxnreg"] = all_registers(config.num_warps)
     programs = launchable(counted.total, g)
     if config.splits == 1:
         return [Launch("wgrad", wgrad_kernel, programs, ("x", "y", "w"), arguments)]

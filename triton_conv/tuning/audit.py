@@ -1,8 +1,7 @@
 """Compiles what ships, for any NVIDIA target and without a GPU, and says what is wrong with it.
 
-A config that spills in its main loop or more than two registers, exceeds shared memory, or loses its matrix instruction
-or its pipelining is slow or does not run, whatever a model or a rule says of it. `code` reads what a plan became; here
-stands what it should have become.
+A config that spills, exceeds shared memory, or loses its matrix instruction or its pipelining is slow or does not run,
+whatever a model or a rule says of it. `code` reads what a plan became; here stands what it should have become.
 """
 
 from __future__ import annotations
@@ -44,7 +43,6 @@ _FROM_SHARED_MEMORY = {"HGMMA", "QGMMA", "IGMMA", "UTCHMMA", "UTCQMMA"}  # the o
 # What dots of fewer than 64 rows get where the instruction above takes 64 at least.
 _OF_FEW_ROWS = {"half": "HMMA", "float8": "QMMA", "int8": "IMMA", "double": "DMMA"}
 _LEAST_ROWS = 64
-_FEW_BYTES = 8  # of a thread
 _KINDS = {"float16": "half", "bfloat16": "half", "float32": "half", "float64": "double"}
 _KINDS |= {"float8_e4m3fn": "float8", "int8": "int8", "uint8": "int8"}
 DIED = "the compiler died"  # an error of rows: it would take whoever compiles with it
@@ -144,15 +142,10 @@ def faults(row: Row) -> list[str]:
 
 
 def excesses(code: Code, device: Device) -> list[str]:
-    """What a kernel takes more of than there is, in words.
-
-    For room for one more block at a time, assemblers spill a register or two of what the main loop does not use.
-    """
+    """What a kernel takes more of than there is, in words."""
     found = []
-    if code.spill_bytes > _FEW_BYTES or code.looped:
-        found.append(
-            f"spills {code.spill_bytes} bytes in {code.spills} accesses, {code.looped} of them loads in a loop"
-        )
+    if code.spill_bytes or code.spills:
+        found.append(f"spills {code.spill_bytes} bytes in {code.spills} accesses")
     if code.shared > device.shared_per_block:
         found.append(f"needs {code.shared} bytes of shared memory, {device.shared_per_block} are there")
     if code.tensor_memory > TENSOR_MEMORY:

@@ -46,7 +46,6 @@ class Code:
     registers      of a thread
     spill_bytes    of a thread: its stack frame and its local memory, which nothing else here uses
     spills         loads and stores of them in the code
-    looped         loads of them in innermost loops, of those with a matrix instruction where there is one
     shared         bytes of shared memory of a block
     tensor_memory  columns of tensor memory of a block (sm_100)
     warps          of a block
@@ -80,7 +79,6 @@ class Code:
     ahead: int
     wide_stores: int = 0
     atomics: int = 0
-    looped: int = 0
 
 
 class _NoDevice:
@@ -167,34 +165,7 @@ def read(kernel: Any, arch: int) -> Code:
         ahead=min(steps_ahead(ir), default=0),
         wide_stores=len(re.findall(r"\bSTG\.\S*\.128\b", text)),
         atomics=sum(counts[name] for name in ATOMIC) + len(re.findall(r"\btt\.atomic_|\bdescriptor_reduce", ir)),
-        looped=looped_spills(text),
     )
-
-
-_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);")
-_BRANCH = re.compile(r"\bBRA\b.*?\b0x([0-9a-f]+)")
-_EXIT = re.compile(r"EXIT\b")  # one on a condition begins with that
-
-
-def looped_spills(sass: str) -> int:
-    """Loads from local memory in innermost loops, of those with a matrix instruction where there is one.
-
-    A loop is what lies between a branch and the earlier address that it goes to. Where a program ends in between, the
-    branch only returns from a block that was set aside, such as a wait that is rarely long.
-    """
-    code = [(int(address, 16), what) for address, what in _INSTRUCTION.findall(sass)]
-    loops = set()
-    for address, what in code:
-        target = _BRANCH.search(what)
-        if target and (start := int(target[1], 16)) <= address:
-            body = [inner for where, inner in code if start <= where <= address]
-            if not any(map(_EXIT.match, body)):
-                loops.add((start, address, any(name in inner for inner in body for name in MATRIX)))
-    if any(multiplies for *_, multiplies in loops):
-        loops = {loop for loop in loops if loop[2]}
-    inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-    loads = [address for address, what in code if re.search(r"\bLDL\b", what)]
-    return sum(any(start <= address <= end for start, end, _ in inner) for address in loads)
 
 
 def resident_blocks(registers: int, warps: int, shared: int, tensor_memory: int, arch: int) -> int:
