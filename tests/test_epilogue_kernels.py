@@ -157,8 +157,10 @@ WAYS = {
     "box-planes": (FORWARD, PLANES, BF16, CONTIGUOUS, "box", BoxConfig((1, 1, 2, 8), 16, 16)),
     "halves": (FORWARD, BOX, BF16, LAST, "box", HALVES),
     "halves-images": (FORWARD, BOX, BF16, LAST, "box", replace(HALVES, box=(2, 1, 8, 8))),
-    "halves-rows": (BACKWARD, STRIDED, FP16, LAST, "box", HALVES),
-    "halves-pointers": (BACKWARD, ODD, BF16, LAST, "box", replace(HALVES, box=(1, 1, 16, 8))),
+    "quarters-rows": (BACKWARD, STRIDED, FP16, LAST, "box", HALVES),
+    "quarters-images": (BACKWARD, STRIDED, BF16, LAST, "box", replace(HALVES, box=(2, 1, 4, 16))),
+    "quarters-columns": (BACKWARD, STRIDED, BF16, LAST, "box", replace(HALVES, box=(1, 1, 2, 64))),
+    "quarters-pointers": (BACKWARD, ODD, BF16, LAST, "box", replace(HALVES, box=(1, 1, 16, 8))),
     "halves-planes": (FORWARD, PLANES, BF16, CONTIGUOUS, "box", HALVES),
     "depthwise": (FORWARD, DEPTHWISE, FP32, CONTIGUOUS, "depthwise", None),
     "depthwise-last": (FORWARD, DEPTHWISE, FP16, LAST, "depthwise", None),
@@ -234,10 +236,15 @@ def test_every_activation_in_every_kernel(name, kernels):
             assert_right(call)
 
 
-def test_halves_are_taken():
-    assert tiles.box_part(HALVES, Epilogue("relu")) == (1, 1, 4, 16)
-    assert tiles.box_part(HALVES, PLAIN) == HALVES.box
-    assert tiles.box_part(replace(HALVES, num_warps=8), Epilogue("relu")) == HALVES.box
+def test_halves_and_quarters_are_taken():
+    relu, added = Epilogue("relu"), Epilogue("relu", residual="after")
+    assert tiles.box_part(HALVES, relu, FORWARD, BOX) == (1, 1, 4, 16)
+    assert tiles.box_part(HALVES, PLAIN, BACKWARD, STRIDED) == HALVES.box
+    assert tiles.box_part(replace(HALVES, num_warps=8), added, BACKWARD, STRIDED) == HALVES.box
+    assert tiles.box_part(HALVES, relu, BACKWARD, STRIDED) == (1, 1, 4, 16)
+    assert tiles.box_part(HALVES, added, BACKWARD, STRIDED) == (1, 1, 2, 16)
+    assert tiles.box_part(replace(HALVES, box=(2, 1, 8, 8)), added, BACKWARD, STRIDED) == (1, 1, 4, 8)
+    assert tiles.box_part(HALVES, added, FORWARD, BOX) == (1, 1, 4, 16)
 
 
 def test_activations_are_as_precise_as_their_type(kernels):

@@ -418,7 +418,8 @@ def _step(
     loads = 0 if boxed else elements * item // 16 if whole_vectors else elements
     # what is kept leaves through the same memory as the output, a residual comes in beside it
     beside = 1 + bool(epilogue.residual)
-    stored = prod(counting.box_part(config, epilogue)) * config.BLOCK_N * out_item * beside if persistent else 0
+    part = prod(counting.box_part(config, epilogue, role, g)) if persistent else 0
+    stored = part * config.BLOCK_N * out_item * beside
     shared = stages * elements * item + stored if dot else 0
     programs = config.programs if persistent else 32
     joined = persistent and all(axis.phases == 1 for axis in g.axes(role))

@@ -52,16 +52,19 @@ def box(role: Role, geometry: ConvGeometry, config: Any) -> Tiles:
     return _activations(role, geometry, config, prod(blocks(positions(role, geometry), config.box)), False)
 
 
-def box_part(config: Any, epilogue: Epilogue) -> tuple[int, ...]:
+def box_part(config: Any, epilogue: Epilogue, role: Role, geometry: ConvGeometry) -> tuple[int, ...]:
     """The sides of the box of pixels that `kernels.box` finishes and stores at a time.
 
-    That is half a tile where its sums fill half of the registers, so that what an epilogue adds to them is not spilled.
+    That is half a tile where its sums fill half of the registers, so that what an epilogue adds to them is not spilled;
+    a quarter where a residual is added to residue classes, whose places take registers, too.
     """
-    full = prod(config.box) * config.BLOCK_N // (32 * config.num_warps) >= 128
-    if epilogue == PLAIN or not full:
-        return config.box
-    axis = next(axis for axis, side in enumerate(config.box) if side > 1)
-    return tuple(side // 2 if i == axis else side for i, side in enumerate(config.box))
+    sides = list(config.box)
+    if epilogue != PLAIN and prod(sides) * config.BLOCK_N // (32 * config.num_warps) >= 128:
+        classes = prod(axis.phases for axis in geometry.axes(role))
+        for _ in range(2 if epilogue.residual and classes > 1 else 1):
+            axis = next(axis for axis, side in enumerate(sides) if side > 1)
+            sides[axis] //= 2
+    return tuple(sides)
 
 
 def wgrad(geometry: ConvGeometry, config: Any) -> Tiles:

@@ -76,6 +76,12 @@ def write_tile(tensor, at, valid, values, BN, BZ, BP, BQ, STORE_BOX: tl.constexp
         tl.store(tensor + at, values, mask=valid)
 
 
+@triton.jit
+def halves(tile):
+    """Of the pixels of [channels, pixels]: the first and the second."""
+    return tile.reshape(tile.shape[0], 2, tile.shape[1] // 2).permute(0, 2, 1).split()
+
+
 @triton.jit(do_not_specialize=IMAGE_SIZED, do_not_specialize_on_alignment=["scale_a", "scale_b", "dst_sc"])
 def box_kernel(
     src,  # (N, D, H, W, channels), or (N, H / s, s, W / s, s * channels)
@@ -213,7 +219,12 @@ def box_kernel(
         dtype: tl.constexpr = dst_pointer.dtype.element_ty
         parts: tl.tuple = (acc,)
         if PARTS == 2:
-            parts = acc.reshape(BLOCK_N, 2, PIXELS // 2).permute(0, 2, 1).split()
+            parts = halves(acc)
+        elif PARTS == 4:
+            upper, lower = halves(acc)
+            upper = halves(upper)
+            lower = halves(lower)
+            parts = (upper[0], upper[1], lower[0], lower[1])
         for part in tl.static_range(PARTS):
             sums = scaled(
                 parts[part],
@@ -228,10 +239,10 @@ def box_kernel(
                 HAS_BIAS,
             )
             # the part's first pixel
-            n1 = n0 + part * (BN - PART_N)
-            z1 = z0 + part * (BZ - PART_Z)
-            p1 = p0 + part * (BP - PART_P)
-            q1 = q0 + part * (BQ - PART_Q)
+            n1 = n0 + part * (PIXELS // PARTS) // (BQ * BP * BZ)
+            z1 = z0 + part * (PIXELS // PARTS) // (BQ * BP) % BZ
+            p1 = p0 + part * (PIXELS // PARTS) // BQ % BP
+            q1 = q0 + part * (PIXELS // PARTS) % BQ
             at: tl.tuple = ()
             valid = None
             if STORE_BOX:
@@ -293,7 +304,7 @@ def launch(
     axes = g.axes(role)
     counted = tiles.box(role, g, config)
     bn, bz, bp, bq = config.box
-    part = tiles.box_part(config, numerics.epilogue)
+    part = tiles.box_part(config, numerics.epilogue, role, g)
     arguments = {
         "N": g.N,
         "SRC_C": src_c // g.groups,
