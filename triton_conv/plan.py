@@ -179,11 +179,6 @@ class Plan(Planned):
         what = (self.geometry, self.role, self.kernel, self.config, self.dtype, self.numerics.precision, self.device)
         return cost.predict(*what, channels_last, self.out_dtype, self.numerics.epilogue)
 
-    @cached_property
-    def seconds(self) -> float:
-        """The predicted time of everything: copies, kernel and fold."""
-        return self.prediction.seconds + self._around
-
     @property
     def measured_seconds(self) -> float | None:
         """The time of everything where the kernel's was measured; an epilogue and what is around it are predicted."""
@@ -194,10 +189,9 @@ class Plan(Planned):
 
     @property
     def _around(self) -> float:
-        copying = sum(cost.copy_seconds(size, self.device) for size in self._copies.values())
-        return copying + (
-            cost.fold_seconds(self.fold.geometry, self.dtype, self.device, self.epilogue) if self.fold else 0.0
-        )
+        if self.fold is None:
+            return super()._around
+        return super()._around + cost.fold_seconds(self.fold.geometry, self.dtype, self.device, self.epilogue)
 
     def __str__(self) -> str:
         numerics = self.numerics

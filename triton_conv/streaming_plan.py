@@ -168,16 +168,6 @@ class StreamingPlan(PlanOfProblem):
         return cost.predict(*what, rows, self.dtype, self.numerics.epilogue)
 
     @property
-    def limit(self) -> str:
-        """What the predicted time is spent on."""
-        return self.prediction.limit
-
-    @cached_property
-    def seconds(self) -> float:
-        """The predicted time of everything: copies and kernel."""
-        return self.prediction.seconds + sum(cost.copy_seconds(size, self.device) for size in self._copies.values())
-
-    @property
     def steps(self) -> tuple[str, ...]:
         """What happens beside the kernel, here and in the backward pass."""
         copies = tuple(f"copy {_WORDS[name]} to channels-last" for name in self.packs)
