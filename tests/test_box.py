@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from halves import half_of
+from picked import kernels_of
 
 from triton_conv import config, execute, explain, plan
 from triton_conv.check import Case, check_case
@@ -91,15 +92,6 @@ RUNS = [
     (_of((2, 34), 3, C=48, K=48, groups=2, padding=1, stride=(1, 2), dtype=torch.float16), IN_W),
     (_of((2, 18), 4, K=32, padding=1, stride=2, transposed=True), IN_W),
 ]
-
-
-def kernels_of(case: Case, device: str) -> tuple[str, ...]:
-    """What the plans of y, dx and dw run; the case is checked on the way."""
-    with execute.recording() as calls:
-        wrong = [r for r in check_case(case, 0, device) if not r.ok]
-    assert not wrong, f"{case}: {wrong}"
-    found = execute.device_of(torch.device(device))
-    return tuple(plan.make(execute.problem_of(c, found)).kernel for c in calls)
 
 
 @pytest.mark.parametrize(("case", "expected"), CASES, ids=lambda v: v.id if isinstance(v, Case) else "-".join(v))

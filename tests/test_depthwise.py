@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 from halves import half_of
+from picked import kernels_of
 from torch.autograd import gradcheck
 
 import triton_conv
 from triton_conv import choose, config, execute, explain, plan
-from triton_conv.check import Case, check_case
+from triton_conv.check import Case
 from triton_conv.config import Config, DepthwiseConfig
 from triton_conv.geometry import Role
 
@@ -55,15 +56,6 @@ CASES = [
     _of((4, 5), 3, padding=1, dtype=torch.int8),
     _of((4, 5), 3, padding=1, C=1, K=1, groups=1),
 ]
-
-
-def kernels_of(case: Case, device: str) -> tuple[str, ...]:
-    """What the plans of the case run; it is checked on the way."""
-    with execute.recording() as calls:
-        wrong = [r for r in check_case(case, 0, device) if not r.ok]
-    assert not wrong, f"{case}: {wrong}"
-    found = execute.device_of(torch.device(device))
-    return tuple(plan.make(execute.problem_of(c, found)).kernel for c in calls)
 
 
 @pytest.fixture
