@@ -175,8 +175,7 @@ def test_the_reference_is_right_too(layout):
         check(2, 5, 17, 4, layout=layout, dtype=dtype)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "rows"])
-@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize(("silu", "layout"), half_of([True, False], ["contiguous", "rows"]))
 def test_gradcheck_through_the_kernels(silu, layout, kernels):
     torch.manual_seed(0)
     x = arranged(draw(2, 3, 6, device=kernels), layout).requires_grad_()
