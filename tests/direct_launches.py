@@ -12,7 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import triton_conv
 from bench.host import stubbed
-from triton_conv import activation_plan, causal, execute, fast, ops, plan, separable
+from triton_conv import activation_plan, causal, conv_calls, execute, fast, plan, separable
 from triton_conv.devices import H200
 from triton_conv.kernels.direct import Direct
 from triton_conv.kernels.launch import Box
@@ -66,7 +66,7 @@ def others():
     yield "separable", separable.plan_of(first, second, pointwise, None, separable._empty(x, second), H200)
     x, w = (torch.empty(s).to(torch.float8_e4m3fn) for s in ((2, 64, 9, 9), (64, 64, 3, 3)))
     one = torch.ones(())
-    scaled = ops._conv_scaled_call(x, w, None, [1, 1], [0] * 4, [1, 1], 1, "zeros", one, one, torch.bfloat16)
+    scaled = conv_calls.conv_scaled_call(x, w, None, [1, 1], [0] * 4, [1, 1], 1, "zeros", one, one, torch.bfloat16)
     yield "scaled", plan.make(execute.problem_of(scaled, H200))
     problem = activation_plan.ActivationProblem(2 * 64 * 9 * 9, "bfloat16", "silu", 0.0, False, H200)
     yield "activation", activation_plan.make(problem)

@@ -32,6 +32,8 @@ LAYERS = [
     {"separable_plan", "deform_plan", "branches_plan", "streaming_plan"},
     {"execute"},
     {"fast", "deform_run"},
+    {"conv_calls", "schemas"},
+    {"derivatives", "batching"},
     {"ops"},
     {"activation"},
     {"fused_ops"},

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import branches_ops, branches_run, config, execute, fast, functional, plan
+from . import branches_ops, branches_run, config, conv_calls, execute, fast, functional, plan
 from .branches_ops import COMBINE, Params
 from .branches_plan import BranchesPlan, worth_it
 from .branches_plan import make as _make
@@ -197,7 +197,7 @@ def plans(
         slices = params.written(weights)
         for i, w in enumerate(weights):
             operands = (branches_ops._slice(y, slices[i]), branches_ops._slice(x, params.read(i)))
-            call = branches_ops.ops._conv_wgrad_call(*operands, w.shape, w.stride(), *params.of(i))
+            call = conv_calls.conv_wgrad_call(*operands, w.shape, w.stride(), *params.of(i))
             found[f"weight gradient of branch {i}"] = plan.make(execute.problem_of(call, device))
     return found
 

@@ -27,20 +27,14 @@ from torch.nn import functional
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import causal_plan, execute, invariance, recovery
+from .batching import fold_batch, unfold_batch
 from .causal_config import CausalProblem, CausalRole
 from .causal_plan import CausalPlan
+from .conv_calls import check_device, check_given
+from .derivatives import SingleLevelFunction, autograd_kernel, below_autograd
 from .execute import _on_device
 from .functional import Ints
-from .ops import (
-    _autocast_kernel,
-    _autograd_kernel,
-    _below_autograd,
-    _check_device,
-    _folded,
-    _SingleLevelFunction,
-    _unfolded,
-    check_given,
-)
+from .ops import _autocast_kernel
 from .streaming import dense_causal_conv1d
 from .unsupported import check_kind, refuse_script
 
@@ -460,7 +454,7 @@ def _backward(dy, dfinal_state, x, weight, bias, initial_state, silu) -> tuple[T
 def _backward_outputs(dy, dfinal_state, x, weight, bias, initial_state, silu) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check(x, weight, bias, initial_state=initial_state, dfinal_state=dfinal_state)
     check_given(_backward_op, dy=dy)
-    _check_device("x", x, "dy", dy)
+    check_device("x", x, "dy", dy)
     if dy.shape != x.shape or dy.dtype != x.dtype:
         raise RuntimeError(f"expected dy {list(x.shape)} of {x.dtype}, but got {list(dy.shape)} of {dy.dtype}")
     (B, C, _), (_, W) = x.shape, weight.shape
@@ -503,10 +497,10 @@ def _update_output(x, state, weight, bias, silu) -> Tensor:
 # Autograd
 
 
-class _Forward(_SingleLevelFunction):
+class _Forward(SingleLevelFunction):
     @staticmethod
     def forward(op, *args):
-        return _below_autograd(op, *args)
+        return below_autograd(op, *args)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -527,10 +521,10 @@ class _Forward(_SingleLevelFunction):
         return None, *wanted, None, None
 
 
-class _Backward(_SingleLevelFunction):
+class _Backward(SingleLevelFunction):
     @staticmethod
     def forward(op, *args):
-        return _below_autograd(op, *args)
+        return below_autograd(op, *args)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -561,7 +555,7 @@ def _update_autograd(*args):
         raise RuntimeError(
             "causal_conv1d_update has no gradient: call it under torch.no_grad() or detach its arguments"
         )
-    return _below_autograd(_update_op, *args)
+    return below_autograd(_update_op, *args)
 
 
 def _update_in_place(keys, *args):
@@ -577,9 +571,9 @@ def _channels_vmap(op, inputs: tuple[int, ...], outputs: tuple[int, ...]):
     def rule(info, in_dims, *args):
         size, count = info.batch_size, len(inputs)
         tensors = zip(args[:count], in_dims[:count], inputs, strict=True)
-        folded = [None if t is None else _folded(t, dim, size, axis) for t, dim, axis in tensors]
+        folded = [None if t is None else fold_batch(t, dim, size, axis) for t, dim, axis in tensors]
         found = op(*folded, *args[count:])
-        return tuple(_unfolded(t, size, axis) for t, axis in zip(found, outputs, strict=True)), (0,) * len(outputs)
+        return tuple(unfold_batch(t, size, axis) for t, axis in zip(found, outputs, strict=True)), (0,) * len(outputs)
 
     return rule
 
@@ -588,8 +582,8 @@ def _channels_vmap(op, inputs: tuple[int, ...], outputs: tuple[int, ...]):
 # Registration
 
 for _op, _run, _fake, _autograd in (
-    (_forward_op, _forward, _forward_outputs, _autograd_kernel(_forward_op, _Forward)),
-    (_backward_op, _backward, _backward_outputs, _autograd_kernel(_backward_op, _Backward)),
+    (_forward_op, _forward, _forward_outputs, autograd_kernel(_forward_op, _Forward)),
+    (_backward_op, _backward, _backward_outputs, autograd_kernel(_backward_op, _Backward)),
     (_update_op, _update, _update_output, _update_autograd),
 ):
     _name = _op._schema.name.split("::")[1]

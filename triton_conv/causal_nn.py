@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from . import functional, ops, streaming
+from . import conv_calls, functional, streaming
 from .causal import causal_conv1d
 from .functional import Ints, Modes, Padding
 from .streaming import causal_conv3d
@@ -22,7 +22,7 @@ class _CausalConv:
     time_mode: str
 
     def _construct(self, time_mode: str, precision: str | None, *arguments: Any) -> None:
-        ops.check_precision(precision)
+        conv_calls.check_precision(precision)
         name = type(self).__name__
         streaming.check_time_mode(name, time_mode)
         in_channels, out_channels, kernel_size, stride, dilation, groups, bias, device, dtype = arguments

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter, init
 from torch.nn.modules.utils import _pair
 
-from . import functional, ops
+from . import conv_calls, functional
 from .deform import deform_conv2d
 from .functional import Ints, Padding
 from .unsupported import not_scripted
@@ -63,7 +63,7 @@ class DeformConv2d(Module):
         precision: str | None = None,
     ) -> None:
         super().__init__()
-        ops.check_precision(precision)
+        conv_calls.check_precision(precision)
         per_axis = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}
         sizes = {"in_channels": in_channels, "out_channels": out_channels, "groups": groups}
         functional.check_sizes(type(self).__name__, 2, per_axis, **sizes)

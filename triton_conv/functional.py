@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import fast, fused, ops
+from . import fast, fused, ops, schemas
 from .geometry import PADDING_MODES, same_padding
 from .unsupported import check_kind, refuse_script
 
@@ -448,7 +448,7 @@ def _conv(rank, input, weight, bias, stride, padding, dilation, groups, padding_
         y = fused.convolved(name, fused.CONV, input, weight, bias, params, fusion, batched)
         _remember(spelled, params)
         return y
-    y = ops.fprop(input if batched else input.unsqueeze(0), weight, bias, params)
+    y = schemas.fprop(input if batched else input.unsqueeze(0), weight, bias, params)
     _remember(spelled, params)
     return y if batched else y.squeeze(0)
 
@@ -466,7 +466,7 @@ def _scaled_conv(
         raise TypeError(f"{name}(): argument 'out_dtype' must be torch.dtype, not {type(out_dtype).__name__}")
     params = _parameters(name, rank, weight, stride, padding, dilation, groups, padding_mode)
     x = input if batched else input.unsqueeze(0)
-    y = ops.recordable(ops.conv_scaled)(x, weight, bias, *params, scale_a, scale_b, out_dtype)
+    y = schemas.recordable(ops.conv_scaled)(x, weight, bias, *params, scale_a, scale_b, out_dtype)
     return y if batched else y.squeeze(0)
 
 
@@ -477,7 +477,7 @@ def _int_conv(rank, input, weight, bias, stride, padding, dilation, groups, padd
         return _hand_over(name, args[:3], args, padding_mode=padding_mode)
     batched = _check_tensors(name, rank, None, input=input, weight=weight, bias=bias)
     params = _parameters(name, rank, weight, stride, padding, dilation, groups, padding_mode)
-    y = ops.recordable(ops.conv_int)(input if batched else input.unsqueeze(0), weight, bias, *params)
+    y = schemas.recordable(ops.conv_int)(input if batched else input.unsqueeze(0), weight, bias, *params)
     return y if batched else y.squeeze(0)
 
 
@@ -525,7 +525,7 @@ def _conv_transpose(
         y = fused.convolved(name, fused.CONV_TRANSPOSE, input, weight, bias, params, fusion, batched)
         _remember(spelled, params)
         return y
-    y = ops.recordable(ops.conv_transpose)(input if batched else input.unsqueeze(0), weight, bias, *params)
+    y = schemas.recordable(ops.conv_transpose)(input if batched else input.unsqueeze(0), weight, bias, *params)
     _remember(spelled, params)
     return y if batched else y.squeeze(0)
 

@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from . import functional, ops
+from . import conv_calls, functional
 from .branch_modules import ASPP, InceptionBranches, SelectiveKernel
 from .causal_nn import CausalConv1d, CausalConv3d
 from .deform_nn import DeformConv2d, ModulatedDeformConv2d
@@ -149,7 +149,7 @@ class _Ours(Fusing):
         self, padding: Any, precision: str | None, fusion: tuple[str | None, float, bool, bool], **arguments: Any
     ) -> None:
         """torch's constructor, then what it does not know: pairs, precision and `fusion`, as `_set_fusion` takes it."""
-        ops.check_precision(precision)
+        conv_calls.check_precision(precision)
         self._check_fusion(*fusion)
         pairs = _is_sequence(padding) and any(_is_sequence(p) for p in padding)
         super().__init__(padding=0 if pairs else padding, **arguments)  # type: ignore[call-arg]
@@ -427,7 +427,7 @@ class _LazyConv(Fusing):
         residual_after_activation: bool = False,
         scale: bool = False,
     ) -> None:
-        ops.check_precision(precision)
+        conv_calls.check_precision(precision)
         arguments = (out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype)
         self._check_fusion(activation, negative_slope, residual_after_activation, scale)
         super().__init__(*arguments)  # type: ignore[call-arg]
@@ -457,7 +457,7 @@ class _LazyConvTranspose(Fusing):
         residual_after_activation: bool = False,
         scale: bool = False,
     ) -> None:
-        ops.check_precision(precision)
+        conv_calls.check_precision(precision)
         self._check_fusion(activation, negative_slope, residual_after_activation, scale)
         rest = (output_padding, groups, bias, dilation, padding_mode, device, dtype)
         super().__init__(out_channels, kernel_size, stride, padding, *rest)  # type: ignore[call-arg]

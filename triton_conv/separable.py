@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import execute, functional, ops, recovery
+from . import batching, conv_calls, derivatives, execute, functional, ops, recovery, schemas
 from .devices import Device
 from .functional import Ints, Modes, Padding
 from .separable_plan import Problem, SeparablePlan, make, obstacle
@@ -157,7 +157,7 @@ def _first_call(
     input, depthwise, pointwise, depthwise_bias, bias, stride, padding, dilation, padding_mode, precision
 ) -> execute.Call:
     """The depthwise call; everything about the other one is checked but how its channels fit."""
-    ops.check_given(_op, input=input, depthwise=depthwise, pointwise=pointwise)
+    conv_calls.check_given(_op, input=input, depthwise=depthwise, pointwise=pointwise)
     sizes = f"depthwise {list(depthwise.shape)}, pointwise {list(pointwise.shape)} (input {list(input.shape)})"
     if not input.dim() == depthwise.dim() == pointwise.dim() > 2:
         raise RuntimeError(f"expected input, depthwise and pointwise with as many dimensions, but got {sizes}")
@@ -168,8 +168,10 @@ def _first_call(
         raise RuntimeError(
             f"expected depthwise of size (E, 1, ...) and pointwise of size (K, E, 1, ...), but got {sizes}"
         )
-    first = ops._conv_call(input, depthwise, depthwise_bias, stride, padding, dilation, C, padding_mode, precision)
-    ops._check_operands(bias, pointwise.shape[0], precision, input=input, pointwise=pointwise)
+    first = conv_calls.conv_call(
+        input, depthwise, depthwise_bias, stride, padding, dilation, C, padding_mode, precision
+    )
+    conv_calls.check_operands(bias, pointwise.shape[0], precision, input=input, pointwise=pointwise)
     return first
 
 
@@ -182,7 +184,9 @@ def _calls(input, depthwise, pointwise, *rest) -> tuple[execute.Call, execute.Ca
     """The depthwise call, and one of the 1x1 convolution whose input is only a shape."""
     first = _first_call(input, depthwise, pointwise, *rest)
     between = execute._empty_like_output(replace(first, a=input.to("meta"), b=depthwise.to("meta")))
-    return first, ops._conv_call(between, pointwise.to("meta"), None, *_second_params(input.dim() - 2, first.precision))
+    return first, conv_calls.conv_call(
+        between, pointwise.to("meta"), None, *_second_params(input.dim() - 2, first.precision)
+    )
 
 
 def _empty(input: Tensor, second: execute.Call) -> Tensor:
@@ -257,15 +261,15 @@ def _composed(*args) -> Tensor:
     first = _first_call(*args)
     input, depthwise, pointwise, depthwise_bias, bias, stride, padding, dilation, padding_mode, precision = args
     params = (stride, padding, dilation, input.shape[1], padding_mode, precision)
-    between = ops.fprop(input, depthwise, depthwise_bias, params)
-    return ops.fprop(between, pointwise, bias, _second_params(input.dim() - 2, first.precision))
+    between = schemas.fprop(input, depthwise, depthwise_bias, params)
+    return schemas.fprop(between, pointwise, bias, _second_params(input.dim() - 2, first.precision))
 
 
 def _autograd(*args) -> Tensor:
     asked = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
     if asked or torch.autograd.forward_ad._current_level >= 0:
         return _composed(*args[:-1])
-    return ops._below_autograd(_op, *args)
+    return derivatives.below_autograd(_op, *args)
 
 
 def _vmap(info, in_dims, input, depthwise, pointwise, depthwise_bias, bias, *params):
@@ -276,10 +280,10 @@ def _vmap(info, in_dims, input, depthwise, pointwise, depthwise_bias, bias, *par
     how = (stride, padding, dilation, C, padding_mode, precision)
     op = ops.conv_dilated if any(d > 1 for d in dilation) else ops.conv
     if any(dim is not None for dim in dims):
-        between, dim = ops._activation_vmap(op, 0)(info, dims, *first, *how)
+        between, dim = batching.activation_vmap(op, 0)(info, dims, *first, *how)
     else:
         between, dim = op(*first, *how), None
-    rule = ops._activation_vmap(ops.conv, 0)
+    rule = batching.activation_vmap(ops.conv, 0)
     return rule(info, (dim, *in_dims[2:5:2]), between, pointwise, bias, *_second_params(len(stride), precision))
 
 

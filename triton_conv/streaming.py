@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import config, execute, functional, fused, ops, plan, streaming_ops, streaming_plan
+from . import config, derivatives, execute, functional, fused, plan, streaming_ops, streaming_plan
 from .config import Device
 from .epilogue import PLAIN, Epilogue
 from .execute import Call
@@ -309,7 +309,7 @@ def plans(
     call, before = _of_shapes(tensors, params, fusion), tensors[3]
     y, plain = execute._empty_like_output(call), replace(call, epilogue=PLAIN, scale=None, residual=None)
     both = call.a if before is None else torch.cat((before, call.a), dim=2)
-    weight_stride = tuple(ops._gradient_strides(call.b))
+    weight_stride = tuple(derivatives.gradient_strides(call.b))
     gradients = {
         "input gradient": replace(plain, role=Role.DGRAD, a=y, bias=None),
         "weight gradient": replace(plain, role=Role.WGRAD, a=y, b=both, bias=None, weight_stride=weight_stride),
