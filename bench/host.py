@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 import triton_conv
-from triton_conv import conv_calls, derivatives, execute, fast, functional, ops, plan
+from triton_conv import arguments, conv_calls, derivatives, execute, fast, functional, ops, plan
 from triton_conv.devices import H200, Device
 
 _numbers = count(10_000)  # kernels are kept by device: none that exists, and not that of an earlier time
@@ -274,8 +274,8 @@ def layers(x: Tensor, w: Tensor, **how: int) -> list[Cost]:
         ("short: output, tensors and launch", lambda: bound(x, w, None)),
         ("short: launch alone", lambda: launched(bound.launches)),
         ("operator, from Python", lambda: ops.conv(*args)),
-        ("long: checks of arguments", lambda: functional._check_tensors("", 2, None, input=x, weight=w)),
-        ("long: parameters", lambda: functional._parameters("", 2, w, 1, 0, 1, 1, "zeros")),
+        ("long: checks of arguments", lambda: arguments.check_tensors("", 2, None, input=x, weight=w)),
+        ("long: parameters", lambda: arguments.forward_parameters("", 2, w, 1, 0, 1, 1, "zeros")),
         ("long: call and geometry", lambda: conv_calls.conv_call(*args)),
         ("long: output", lambda: execute.empty_output(call)),
         ("long: problem", lambda: execute.problem_of(call, device, output)),

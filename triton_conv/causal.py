@@ -27,13 +27,13 @@ from torch.nn import functional
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import causal_plan, execute, invariance, recovery
+from .arguments import Ints
 from .batching import fold_batch, unfold_batch
 from .causal_config import CausalProblem, CausalRole
 from .causal_plan import CausalPlan
 from .conv_calls import check_device, check_given
 from .derivatives import SingleLevelFunction, autograd_kernel, below_autograd
 from .execute import _on_device
-from .functional import Ints
 from .ops import _autocast_kernel
 from .streaming import dense_causal_conv1d
 from .unsupported import check_kind, refuse_script

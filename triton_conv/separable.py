@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import batching, conv_calls, derivatives, execute, functional, ops, recovery, schemas
+from . import arguments, batching, conv_calls, derivatives, execute, ops, recovery, schemas
+from .arguments import Ints, Modes, Padding
 from .devices import Device
-from .functional import Ints, Modes, Padding
 from .separable_plan import Problem, SeparablePlan, make, obstacle
 from .unsupported import refuse_script
 
@@ -135,15 +135,15 @@ def _separable(rank, input, filters, biases, stride, padding, dilation, padding_
     if fused is not None and not isinstance(fused, bool):
         raise TypeError(f"{name}(): argument 'fused' must be bool or None, not {type(fused).__name__}")
     (depthwise, pointwise), (depthwise_bias, bias) = filters, biases
-    batched = functional._check_tensors(
-        name, rank, functional._DTYPES, input, depthwise, weight_name="depthwise", depthwise_bias=depthwise_bias
+    batched = arguments.check_tensors(
+        name, rank, arguments.DTYPES, input, depthwise, weight_name="depthwise", depthwise_bias=depthwise_bias
     )
-    functional._check_tensors(name, rank, functional._DTYPES, input, pointwise, weight_name="pointwise", bias=bias)
-    stride, padding, dilation, _, modes = functional._parameters(
+    arguments.check_tensors(name, rank, arguments.DTYPES, input, pointwise, weight_name="pointwise", bias=bias)
+    stride, padding, dilation, _, modes = arguments.forward_parameters(
         name, rank, depthwise, stride, padding, dilation, 1, padding_mode
     )
     x = input if batched else input.unsqueeze(0)
-    params = (stride, padding, dilation, modes, functional._precision(name, precision))
+    params = (stride, padding, dilation, modes, arguments.precision_of(name, precision))
     op: Any = torch.ops.triton_conv.conv_separable.traced if torch.jit.is_tracing() else _op
     y = op(x, depthwise, pointwise, depthwise_bias, bias, *params, fused)
     return y if batched else y.squeeze(0)
