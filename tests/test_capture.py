@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from triton_conv import causal, conv_calls, execute, plan, separable, stored
+from triton_conv import causal_ops, conv_calls, execute, plan, separable, stored
 
 # Allocations of PyTorch's own allocator, copies and fills on the device, and views.
 CAPTURABLE = {
@@ -90,9 +90,9 @@ def cases():
         "box wgrad": lambda: execute.execute(conv_calls.conv_wgrad_call(y, x, w.shape, w.stride(), *walk())),
         "depthwise": lambda: execute.execute(conv_calls.conv_call(a, v[:, :1], None, *walk(32))),
         "banded": lambda: execute.execute(conv_calls.conv_call(deep, long, None, *walk(4, 6))),
-        "causal": lambda: causal._forward(s, w1, b1, state, True, True),
-        "causal backward": lambda: causal._backward(s, state, s, w1, b1, state, True),
-        "causal step": lambda: causal._update(s, state, w1, b1, True),
+        "causal": lambda: causal_ops._forward(s, w1, b1, state, True, True),
+        "causal backward": lambda: causal_ops._backward(s, state, s, w1, b1, state, True),
+        "causal step": lambda: causal_ops._update(s, state, w1, b1, True),
         "separable": lambda: separable._run(i, d, p, None, None, [1, 1], [0] * 4, [1, 1], "zeros", None, True),
     }
 

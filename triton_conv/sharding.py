@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import causal as causal  # its operators are to be defined
+from . import causal_ops as causal_ops  # its operators are to be defined
 from . import conv_calls, later, schemas
 from . import fused_ops as fused_ops
 from . import separable as separable
