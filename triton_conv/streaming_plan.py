@@ -17,6 +17,7 @@ from . import choose, cost, invariance, plan, recovery, stored, ways
 from . import config as configs
 from . import key as keys
 from .config import ITEM_BYTES, BoxConfig, Config, KernelConfig, Numerics
+from .conv_plan import fused_words
 from .cost import Prediction, Roofline
 from .devices import Device
 from .epilogue import PLAIN, Epilogue
@@ -181,7 +182,7 @@ class StreamingPlan(PlanOfProblem):
         copies = ", ".join(f"a copy of {name}" for name in self._copies)
         dot = self.dtype == "float32" and getattr(self.config, "dot", True)
         products = f"float32 products as {numerics.precision}" if dot else f"{self.dtype} products"
-        fused = plan._fused(numerics.epilogue, numerics.has_bias)
+        fused = fused_words(numerics.epilogue, numerics.has_bias)
         lines = [
             f"kernel     {self.kernel} ({self.role.value} of context and x, not concatenated)",
             f"geometry   {self.problem}",
