@@ -88,17 +88,7 @@ def fprop_gradients(
     return dx, dw
 
 
-class Transpose(SingleLevelFunction):
-    @staticmethod
-    def forward(op, x, w, bias, *params):
-        return below_autograd(op, x, w, bias, *params)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, x, w, _, *ctx.params = inputs
-        ctx.output_shape = output.shape
-        save(ctx, x, w)
-
+class Transpose(Fprop):
     @staticmethod
     def backward(ctx, dy):
         if dy is None:
