@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 import triton_conv
-from triton_conv import execute, fast, functional, ops, plan
+from triton_conv import arguments, conv_calls, derivatives, execute, fast, functional, ops, plan
 from triton_conv.devices import H200, Device
 
 _numbers = count(10_000)  # kernels are kept by device: none that exists, and not that of an earlier time
@@ -204,7 +204,7 @@ def dispatch(x: Tensor, w: Tensor, **how: int) -> list[Cost]:
     class Dispatched(torch.autograd.function._SingleLevelFunction):
         @staticmethod
         def forward(op, *given):
-            return ops._below_autograd(op, *given)
+            return derivatives.below_autograd(op, *given)
 
         @staticmethod
         def setup_context(ctx, inputs, output):
@@ -234,7 +234,7 @@ def dispatch(x: Tensor, w: Tensor, **how: int) -> list[Cost]:
         plain = torch.ops.triton_conv_bench.plain.default
         for key in ("CPU", "CUDA"):
             library.impl("plain", allocated, key)
-        library.impl("plain", ops._autograd_kernel(plain, Dispatched), "Autograd")
+        library.impl("plain", derivatives.autograd_kernel(plain, Dispatched), "Autograd")
         ways: dict[str, Callable[..., Tensor]] = {
             "custom_op": lambda x, w: custom(x, w, *args),
             "Library.define and impl": lambda x, w: plain(x, w, *args),
@@ -248,12 +248,12 @@ def dispatch(x: Tensor, w: Tensor, **how: int) -> list[Cost]:
 def layers(x: Tensor, w: Tensor, **how: int) -> list[Cost]:
     """The parts of a call of ours: those of the short way, then those of the long way that a new call takes."""
     args: tuple[Any, ...] = (x, w, None, *PARAMETERS)
-    frozen = tuple(map(ops._frozen, PARAMETERS))
+    frozen = tuple(map(conv_calls.hashable, PARAMETERS))
     triton_conv.conv2d(x, w)
-    bound = fast.found(ops._conv_call, x, w, None, frozen)
+    bound = fast.found(conv_calls.conv_call, x, w, None, frozen)
     if bound is None:
         raise RuntimeError("no call was remembered")
-    call = ops._conv_call(*args)
+    call = conv_calls.conv_call(*args)
     device, output = execute.device_of(x.device), execute.empty_output(call)
     if device is None:
         raise RuntimeError("plain PyTorch would compute this")
@@ -269,14 +269,14 @@ def layers(x: Tensor, w: Tensor, **how: int) -> list[Cost]:
     parts: list[tuple[str, Callable[[], Any]]] = [
         ("short: how parameters are spelled", lambda: functional._spelled(2, w, 0, spelling)),
         ("short: who else has a say", lambda: fast.alone(x, w)),
-        ("short: what decides a call", lambda: fast._key(ops._conv_call, x, w, None, frozen)),
-        ("short: look-up, with that", lambda: fast.found(ops._conv_call, x, w, None, frozen)),
+        ("short: what decides a call", lambda: fast._key(conv_calls.conv_call, x, w, None, frozen)),
+        ("short: look-up, with that", lambda: fast.found(conv_calls.conv_call, x, w, None, frozen)),
         ("short: output, tensors and launch", lambda: bound(x, w, None)),
         ("short: launch alone", lambda: launched(bound.launches)),
         ("operator, from Python", lambda: ops.conv(*args)),
-        ("long: checks of arguments", lambda: functional._check_tensors("", 2, None, input=x, weight=w)),
-        ("long: parameters", lambda: functional._parameters("", 2, w, 1, 0, 1, 1, "zeros")),
-        ("long: call and geometry", lambda: ops._conv_call(*args)),
+        ("long: checks of arguments", lambda: arguments.check_tensors("", 2, None, input=x, weight=w)),
+        ("long: parameters", lambda: arguments.forward_parameters("", 2, w, 1, 0, 1, 1, "zeros")),
+        ("long: call and geometry", lambda: conv_calls.conv_call(*args)),
         ("long: output", lambda: execute.empty_output(call)),
         ("long: problem", lambda: execute.problem_of(call, device, output)),
         ("long: plan look-up", lambda: plan.make(problem)),

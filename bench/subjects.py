@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import triton_conv
-from triton_conv import explain, ops
+from triton_conv import explain, ops, schemas
 from triton_conv.geometry import ConvGeometry, Role
 
 from .jobs import Job
@@ -188,7 +188,7 @@ def _ours(job: Job, conv: Convolution, t: Operands) -> Work:
         pair = (t.x, t.dy) if conv.transposed else (t.dy, t.x)
         return lambda: (ops.conv_wgrad(*pair, t.w.shape, t.w.stride(), *params),)
     if conv.transposed:
-        return lambda: (ops.fprop(t.dy, t.w, None, params),)
+        return lambda: (schemas.fprop(t.dy, t.w, None, params),)
     return lambda: (ops.conv_dgrad(t.dy, t.w, t.x.shape, *params),)
 
 

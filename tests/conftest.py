@@ -33,6 +33,16 @@ def kernels(monkeypatch) -> str:
 
 
 @pytest.fixture
+def launched(monkeypatch) -> list[str]:
+    """The names of what is launched."""
+    from triton_conv.kernels.launch import Launch
+
+    names, run = [], Launch.run
+    monkeypatch.setattr(Launch, "run", lambda self, tensors: (names.append(self.name), run(self, tensors))[1])
+    return names
+
+
+@pytest.fixture
 def poisoned():
     """torch.empty is filled with NaN (integers: their largest value), so that what nobody wrote shows."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()

@@ -12,7 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import triton_conv
 from bench.host import stubbed
-from triton_conv import activation_plan, causal, execute, fast, ops, plan, separable
+from triton_conv import activation_plan, causal_ops, conv_calls, execute, fast, plan, separable
 from triton_conv.devices import H200
 from triton_conv.kernels.direct import Direct
 from triton_conv.kernels.launch import Box
@@ -56,17 +56,17 @@ def others():
     """Plans of what is not remembered as a `fast.Bound`, each with words for it."""
     x, w, b, before = torch.empty(2, 8, 64), torch.empty(8, 4), torch.empty(8), torch.empty(2, 8, 3)
     for state in (None, before):
-        yield "causal", causal.forward_plan(x, w, b, state, True, H200, torch.empty_like(x))
+        yield "causal", causal_ops.forward_plan(x, w, b, state, True, H200, torch.empty_like(x))
         dy, dx = torch.empty_like(x), torch.empty_like(x)
-        yield "causal backward", causal.backward_plan(dy, x, w, b, state, True, H200, dx)
+        yield "causal backward", causal_ops.backward_plan(dy, x, w, b, state, True, H200, dx)
     one = torch.empty(2, 8, 1)
-    yield "causal update", causal.update_plan(one, before, w, b, True, H200, torch.empty_like(one))
+    yield "causal update", causal_ops.update_plan(one, before, w, b, True, H200, torch.empty_like(one))
     x, depthwise, pointwise = torch.empty(2, 8, 9, 9), torch.empty(8, 1, 3, 3), torch.empty(16, 8, 1, 1)
     first, second = separable._calls(x, depthwise, pointwise, None, None, [1, 1], [0] * 4, [1, 1], "zeros", None)
     yield "separable", separable.plan_of(first, second, pointwise, None, separable._empty(x, second), H200)
     x, w = (torch.empty(s).to(torch.float8_e4m3fn) for s in ((2, 64, 9, 9), (64, 64, 3, 3)))
     one = torch.ones(())
-    scaled = ops._conv_scaled_call(x, w, None, [1, 1], [0] * 4, [1, 1], 1, "zeros", one, one, torch.bfloat16)
+    scaled = conv_calls.conv_scaled_call(x, w, None, [1, 1], [0] * 4, [1, 1], 1, "zeros", one, one, torch.bfloat16)
     yield "scaled", plan.make(execute.problem_of(scaled, H200))
     problem = activation_plan.ActivationProblem(2 * 64 * 9 * 9, "bfloat16", "silu", 0.0, False, H200)
     yield "activation", activation_plan.make(problem)

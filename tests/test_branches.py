@@ -11,19 +11,10 @@ import triton_conv
 from triton_conv import Branch, branches, branches_cost, branches_plan, config, multi_conv2d
 from triton_conv.branches_ops import multi_conv, multi_conv_dgrad
 from triton_conv.check import tolerance
-from triton_conv.kernels.launch import Launch
 from triton_conv.tuning import audit
 from triton_conv.tuning.code import TARGETS
 
 H200 = config.DEVICES["H200"]
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    """The names of what is launched."""
-    names, run = [], Launch.run
-    monkeypatch.setattr(Launch, "run", lambda self, tensors: (names.append(self.name), run(self, tensors))[1])
-    return names
 
 
 # Weight shapes and arguments of branches, and the input. All with bias but every third.

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from triton_conv import causal, execute, ops, plan, separable, stored
+from triton_conv import causal_ops, conv_calls, execute, plan, separable, stored
 
 # Allocations of PyTorch's own allocator, copies and fills on the device, and views.
 CAPTURABLE = {
@@ -82,17 +82,17 @@ def cases():
     s, w1, b1, state = tensors((2, 8, 20), (8, 4), (8,), (2, 8, 3))
     i, d, p = tensors((2, 8, 9, 9), (8, 1, 3, 3), (16, 8, 1, 1))
     return {
-        "box": lambda: execute.execute(ops._conv_call(x, w, None, *walk())),
-        "contiguous": lambda: execute.execute(ops._conv_call(a, v, None, *walk())),
-        "folded": lambda: execute.execute(ops._conv_dgrad_call(dy, v, a.shape, *walk(mode="circular"))),
-        "narrow groups": lambda: execute.execute(ops._conv_call(x, narrow, None, *walk(8))),
-        "wgrad": lambda: execute.execute(ops._conv_wgrad_call(dy, a, v.shape, v.stride(), *walk())),
-        "box wgrad": lambda: execute.execute(ops._conv_wgrad_call(y, x, w.shape, w.stride(), *walk())),
-        "depthwise": lambda: execute.execute(ops._conv_call(a, v[:, :1], None, *walk(32))),
-        "banded": lambda: execute.execute(ops._conv_call(deep, long, None, *walk(4, 6))),
-        "causal": lambda: causal._forward(s, w1, b1, state, True, True),
-        "causal backward": lambda: causal._backward(s, state, s, w1, b1, state, True),
-        "causal step": lambda: causal._update(s, state, w1, b1, True),
+        "box": lambda: execute.execute(conv_calls.conv_call(x, w, None, *walk())),
+        "contiguous": lambda: execute.execute(conv_calls.conv_call(a, v, None, *walk())),
+        "folded": lambda: execute.execute(conv_calls.conv_dgrad_call(dy, v, a.shape, *walk(mode="circular"))),
+        "narrow groups": lambda: execute.execute(conv_calls.conv_call(x, narrow, None, *walk(8))),
+        "wgrad": lambda: execute.execute(conv_calls.conv_wgrad_call(dy, a, v.shape, v.stride(), *walk())),
+        "box wgrad": lambda: execute.execute(conv_calls.conv_wgrad_call(y, x, w.shape, w.stride(), *walk())),
+        "depthwise": lambda: execute.execute(conv_calls.conv_call(a, v[:, :1], None, *walk(32))),
+        "banded": lambda: execute.execute(conv_calls.conv_call(deep, long, None, *walk(4, 6))),
+        "causal": lambda: causal_ops._forward(s, w1, b1, state, True, True),
+        "causal backward": lambda: causal_ops._backward(s, state, s, w1, b1, state, True),
+        "causal step": lambda: causal_ops._update(s, state, w1, b1, True),
         "separable": lambda: separable._run(i, d, p, None, None, [1, 1], [0] * 4, [1, 1], "zeros", None, True),
     }
 

@@ -5,7 +5,7 @@ import torch
 from test_compile import compiled
 from torch.nn import functional
 
-from triton_conv import causal, causal_conv1d, causal_plan, cli, explain
+from triton_conv import causal_conv1d, causal_ops, causal_plan, cli, explain
 from triton_conv.causal_config import CausalConfig, CausalRole
 from triton_conv.devices import DEVICES, H200
 
@@ -46,12 +46,12 @@ def test_a_roofline_counts_every_tensor_and_every_product(role, state):
     once = [x, x, weight] if before is None else [x, x, weight, before]
     what = (weight, None, before)
     if role is CausalRole.FORWARD:
-        p, moved, passes = causal.forward_plan(x, *what, False, H200, x), once, 1
+        p, moved, passes = causal_ops.forward_plan(x, *what, False, H200, x), once, 1
     elif role is CausalRole.BACKWARD:
-        p, moved, passes = causal.backward_plan(x, x, *what, False, H200, x), [*once, *once[1:]], 2
-        assert causal.backward_plan(x, x, *what, True, H200, x).roofline.flops == 3 * 2 * products
+        p, moved, passes = causal_ops.backward_plan(x, x, *what, False, H200, x), [*once, *once[1:]], 2
+        assert causal_ops.backward_plan(x, x, *what, True, H200, x).roofline.flops == 3 * 2 * products
     else:
-        p, moved, passes = causal.update_plan(x, before, weight, None, False, H200, x), [*once, before], 1
+        p, moved, passes = causal_ops.update_plan(x, before, weight, None, False, H200, x), [*once, before], 1
     assert p.roofline.bytes == sum(t.nbytes for t in moved)
     assert p.roofline.flops == passes * 2 * products
 
@@ -105,7 +105,7 @@ def test_a_grid_that_is_too_large_is_refused():
     x = torch.empty(1, 128, 2, device="meta").expand(2**31, 128, 2)
     weight = torch.empty(128, 4, device="meta")
     with pytest.raises(RuntimeError, match="more than a grid holds"):
-        _ = causal.forward_plan(x, weight, None, None, False, H200, x).launches
+        _ = causal_ops.forward_plan(x, weight, None, None, False, H200, x).launches
 
 
 def test_configs_that_no_kernel_can_run():

@@ -1,20 +1,32 @@
-"""Deformable convolution: values against loops over their definition, gradients, what operators and modules must do."""
+"""Deformable convolution: values against loops over their definition and against torchvision, gradients."""
 
-import copy
-import doctest
 import itertools
 import math
-from typing import NamedTuple
 
 import pytest
 import torch
+from deform_cases import (
+    CASES,
+    DTYPES,
+    HALF,
+    LAYOUTS,
+    SMALL,
+    Case,
+    Operands,
+    convolve,
+    draw,
+    leaves,
+    lists,
+    operands,
+    watched,
+)
 from halves import half_of
 from tolerance import assert_close
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional
 
 import triton_conv
-from triton_conv import deform, deform_conv2d, deform_nn, deform_ops, deform_plan, deform_reference, deform_run, nn
+from triton_conv import deform_conv2d, deform_ops, deform_plan, deform_reference, nn
 
 try:
     import torchvision
@@ -25,91 +37,6 @@ else:
 needs_torchvision = pytest.mark.skipif(torchvision is None, reason=why)
 
 ops = torch.ops.triton_conv
-HALF = (torch.bfloat16, torch.float16)
-DTYPES = (torch.float64, torch.float32, *HALF)
-
-
-class Case(NamedTuple):
-    """N C H W, then K R S, then what is not usual."""
-
-    x: tuple = (2, 4, 4, 5)
-    w: tuple = (4, 3, 2)
-    stride: tuple = (1, 1)
-    padding: tuple = ((1, 1), (1, 1))
-    dilation: tuple = (1, 1)
-    groups: int = 1
-    offset_groups: int = 1
-    mask: bool = True
-    bias: bool = True
-
-    @property
-    def params(self):
-        return self.stride, self.padding, self.dilation
-
-    @property
-    def output(self):
-        extents = zip(self.x[2:], self.w[1:], self.stride, self.padding, self.dilation, strict=True)
-        return [(n + sum(p) - d * (f - 1) - 1) // s + 1 for n, f, s, p, d in extents]
-
-
-CASES = [
-    Case(),
-    Case(mask=False, bias=False, offset_groups=2),
-    Case(x=(1, 8, 6, 5), w=(4, 2, 3), stride=(2, 1), padding=((0, 2), (1, 0)), dilation=(1, 2), groups=2),
-    Case(x=(1, 6, 4, 4), w=(6, 2, 2), groups=2, offset_groups=3, bias=False),
-    Case(x=(2, 4, 3, 4), w=(4, 1, 1), padding=((0, 0), (0, 0)), groups=4, offset_groups=4),
-]
-
-
-# For the interpreter, which takes a millisecond for every step.
-SMALL = Case(x=(1, 2, 3, 3), w=(2, 2, 1), padding=((0, 0), (0, 1)))
-
-
-class Operands(NamedTuple):
-    """What `deform_conv2d` takes, in its order up to bias."""
-
-    input: torch.Tensor
-    offset: torch.Tensor
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    mask: torch.Tensor | None
-
-    @property
-    def there(self):
-        return [t for t in self if t is not None]
-
-
-def draw(*shape, dtype=torch.float64):
-    return torch.randn(*shape, dtype=torch.float64).to(dtype)
-
-
-def between(*shape):
-    """Offsets of up to two pixels, a tenth away from whole ones: there derivatives exist."""
-    return torch.rand(shape, dtype=torch.float64) * 0.8 + 0.1 + torch.randint(-2, 2, shape)
-
-
-def operands(case, dtype=torch.float64, offset_dtype=None, memory_format=torch.contiguous_format, device="cpu"):
-    torch.manual_seed(0)
-    (N, C, _, _), (K, R, S) = case.x, case.w
-    taps = case.offset_groups * R * S
-    made = [
-        draw(*case.x, dtype=dtype),
-        between(N, 2 * taps, *case.output).to(offset_dtype or dtype),
-        draw(K, C // case.groups, R, S, dtype=dtype),
-        draw(K, dtype=dtype) if case.bias else None,
-        draw(N, taps, *case.output, dtype=offset_dtype or dtype) if case.mask else None,
-    ]
-    laid = [t if t is None or t.dim() != 4 else t.contiguous(memory_format=memory_format) for t in made]
-    return Operands(*[t if t is None else t.to(device) for t in laid])
-
-
-def leaves(given, dtype=None):
-    """The same numbers, to be differentiated by."""
-    return Operands(*[None if t is None else t.detach().cpu().to(dtype or t.dtype).requires_grad_() for t in given])
-
-
-def convolve(case, given):
-    return deform_conv2d(*given[:4], *case.params, given.mask)
 
 
 def defined(case, given):
@@ -183,7 +110,7 @@ def check_kernels(case, given):
         *wide[:3],
         wide.mask,
         wide.bias,
-        deform_ops._checked(*wide[:3], wide.mask, None, *_lists(case)).geometry,
+        deform_ops._checked(*wide[:3], wide.mask, None, *lists(case)).geometry,
         case.offset_groups,
     )
     expected = [sums, *torch.autograd.grad(sums, wide.there, dy.to(y).cpu().double())]
@@ -192,13 +119,6 @@ def check_kernels(case, given):
         narrow = got.detach().to(y.dtype).cpu()
         assert_close(narrow, want.detach(), 100)
     return y, gradients
-
-
-def _lists(case):
-    return list(case.stride), [p for pair in case.padding for p in pair], list(case.dilation), None
-
-
-LAYOUTS = (torch.contiguous_format, torch.channels_last)
 
 
 @pytest.mark.parametrize(("dtype", "memory_format"), half_of(DTYPES, LAYOUTS))
@@ -251,13 +171,6 @@ def test_images_whose_channels_lie_apart(kernels, poisoned, monkeypatch):
     }
     assert y.is_contiguous()
     assert all(g.is_contiguous() for g in gradients)
-
-
-def watched(monkeypatch):
-    """The plans that are run from here on."""
-    seen, plan = [], deform_run.plan
-    monkeypatch.setattr(deform_run, "plan", lambda *args: seen.append(plan(*args)) or seen[-1])
-    return seen
 
 
 def test_the_same_bits_every_time(kernels):
@@ -348,8 +261,8 @@ def test_unwanted_gradients_are_empty(wanted, kernels):
     case = SMALL
     x, offset, weight, _, mask = operands(case, device=kernels)
     dy = draw(1, 2, *case.output).to(kernels)
-    found = ops.deform_conv_backward(dy, x, offset, weight, mask, *_lists(case), wanted)
-    whole = ops.deform_conv_backward(dy, x, offset, weight, mask, *_lists(case), [True] * 4)
+    found = ops.deform_conv_backward(dy, x, offset, weight, mask, *lists(case), wanted)
+    whole = ops.deform_conv_backward(dy, x, offset, weight, mask, *lists(case), [True] * 4)
     for want, part, all_of_it in zip(wanted, found, whole, strict=True):
         assert torch.equal(part, all_of_it) if want else part.shape == (0,)
 
@@ -435,310 +348,3 @@ def test_override_covers_torchvisions_function():
     with triton_conv.override():
         y = torchvision.ops.deform_conv2d(*given[:4], padding=1, mask=mask)
     assert torch.equal(y, convolve(case, given._replace(mask=mask)))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is wrong with a call
-
-GOOD = {"input": (2, 4, 5, 5), "offset": (2, 36, 5, 5), "weight": (6, 2, 3, 3), "bias": (6,), "mask": (2, 18, 5, 5)}
-
-
-@pytest.mark.parametrize(
-    ("changed", "words"),
-    [
-        ({"input": (4, 5, 5)}, ["batched", "[4, 5, 5]"]),
-        ({"input": (2, 4, 5)}, ["batched", "[2, 4, 5]"]),
-        ({"weight": (6, 2, 3)}, ["4-dimensional weight", "[6, 2, 3]"]),
-        ({"input": (2, 5, 5, 5)}, ["input channels", "weight.size(1) = 2", "[2, 5, 5, 5]"]),
-        ({"weight": (6, 0, 3, 3)}, ["weight.size(1) = 0", "[6, 0, 3, 3]"]),
-        ({"weight": (5, 2, 3, 3), "bias": (5,)}, ["divisible by 2", "[5, 2, 3, 3]"]),
-        ({"offset": (2, 17, 5, 5)}, ["offset", "[2, 17, 5, 5]", "2 * offset groups * 3 * 3"]),
-        ({"offset": (2, 0, 5, 5)}, ["offset", "[2, 0, 5, 5]"]),
-        ({"offset": (36, 5, 5)}, ["offset", "[36, 5, 5]"]),
-        ({"offset": (2, 54, 5, 5)}, ["3 offset groups", "4 channels"]),
-        ({"offset": (1, 36, 5, 5)}, ["offset of size [2, 36, 5, 5]", "[1, 36, 5, 5]"]),
-        ({"offset": (2, 36, 5, 4)}, ["offset of size [2, 36, 5, 5]", "[2, 36, 5, 4]"]),
-        ({"mask": (2, 9, 5, 5)}, ["mask of size [2, 18, 5, 5]", "[2, 9, 5, 5]"]),
-        ({"mask": (2, 18, 25)}, ["mask of size [2, 18, 5, 5]", "[2, 18, 25]"]),
-        ({"bias": (5,)}, ["bias", "6 elements", "[5]"]),
-        ({"input": (2, 4, 0, 5)}, ["[2, 4, 0, 5]"]),
-        ({"weight": (6, 2, 9, 9)}, ["Kernel size can't be greater", "[6, 2, 9, 9]"]),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_shapes_that_do_not_fit(changed, words, device):
-    tensors = {name: torch.ones(shape, device=device) for name, shape in (GOOD | changed).items()}
-    with pytest.raises(RuntimeError) as error:
-        deform_conv2d(**tensors, padding=1)
-    assert all(word in str(error.value) for word in words), error.value
-
-
-def test_types_and_dtypes_that_do_not_fit():
-    x, offset, weight, bias, mask = (torch.ones(shape) for shape in GOOD.values())
-    with pytest.raises(TypeError, match="argument 'offset' must be Tensor, not NoneType"):
-        deform_conv2d(x, None, weight, padding=1)
-    with pytest.raises(TypeError, match="argument 'mask' must be Tensor, not float"):
-        deform_conv2d(x, offset, weight, padding=1, mask=1.0)
-    with pytest.raises(TypeError, match="argument 'stride' must be int, not float"):
-        deform_conv2d(x, offset, weight, stride=1.5)
-    with pytest.raises(RuntimeError, match="stride"):
-        deform_conv2d(x, offset, weight, stride=0, padding=1)
-    with pytest.raises(RuntimeError, match="padding"):
-        deform_conv2d(x, offset, weight, padding=-1)
-    with pytest.raises(NotImplementedError, match=r"input .* has dtype torch.int64"):
-        deform_conv2d(x.long(), offset, weight)
-    with pytest.raises(NotImplementedError, match=r"input .* has dtype torch.complex64"):
-        deform_conv2d(x.to(torch.complex64), offset, weight)
-    with pytest.raises(RuntimeError, match=r"weight type \(torch.float64\)"):
-        deform_conv2d(x, offset, weight.double(), padding=1)
-    for wrong in ({"offset": offset.half()}, {"offset": offset.double()}, {"mask": mask.half()}):
-        with pytest.raises(RuntimeError, match=r"offset and mask both of input's torch.float32"):
-            deform_conv2d(**({"input": x, "offset": offset, "weight": weight, "mask": mask} | wrong), padding=1)
-    with pytest.raises(RuntimeError, match=r"same device.*offset"):
-        deform_conv2d(x, offset.to("meta"), weight, bias, padding=1)
-    with pytest.raises(RuntimeError, match=r"layout torch.sparse_coo"):
-        deform_conv2d(x, offset.to_sparse(), weight, padding=1)
-    with pytest.raises(ValueError, match="precision='fast'"):
-        deform_conv2d(x, offset, weight, padding=1, precision="fast")
-    with pytest.raises(RuntimeError, match=r"expected grad_output \[2, 6, 5, 5\]"):
-        ops.deform_conv_backward(x, x, offset, weight, mask, [1, 1], [1] * 4, [1, 1], None, [True] * 4)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What operators must do
-
-
-TINY = Case(x=(2, 4, 3, 3), w=(4, 1, 1), padding=((0, 0), (0, 0)), groups=2, offset_groups=2)
-LIGHT = ("test_schema", "test_autograd_registration", "test_faketensor")
-
-
-@pytest.mark.parametrize("memory_format", LAYOUTS, ids=str)
-def test_opcheck(memory_format):
-    x, offset, weight, bias, mask = leaves(operands(TINY, memory_format=memory_format))
-    compiled = () if memory_format is torch.contiguous_format else ("test_aot_dispatch_dynamic",)
-    arguments = (x, offset, weight, mask, bias, *_lists(TINY))
-    torch.library.opcheck(ops.deform_conv.default, arguments, test_utils=(*LIGHT, *compiled))
-    dy = draw(2, 4, 3, 3).requires_grad_()
-    for m, wanted in ((mask, [True] * 4), (None, [True, True, True, False]), (mask, [False, False, False, True])):
-        arguments = (dy, x, offset, weight, m, *_lists(TINY), wanted)
-        torch.library.opcheck(ops.deform_conv_backward.default, arguments, test_utils=LIGHT)
-
-
-@pytest.mark.slow
-def test_opcheck_of_gradients():
-    x, offset, weight, _, mask = leaves(operands(TINY))
-    dy = draw(2, 4, 3, 3).requires_grad_()
-    torch.library.opcheck(ops.deform_conv_backward.default, (dy, x, offset, weight, mask, *_lists(TINY), [True] * 4))
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled_without_a_break(dynamic):
-    case = CASES[3]
-
-    def f(*given):
-        return convolve(case, Operands(*given)) * 2
-
-    given = leaves(operands(case))
-    ours, theirs = f(*given), torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=dynamic)(*given)
-    assert torch.equal(ours, theirs)
-    gradients = [torch.autograd.grad(y.sum(), given.there) for y in (ours, theirs)]
-    torch._dynamo.reset()
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-
-
-class Calls(torch.nn.Module):
-    def forward(self, x, offset, weight, bias, mask):
-        return deform_conv2d(x, offset, weight, bias, padding=1, mask=mask)
-
-
-def test_exported_traced_and_taken_by_fx():
-    case = Case()
-    given = operands(case)
-    wanted = convolve(case, given)
-    exported = torch.export.export(Calls(), tuple(given))
-    assert "triton_conv.deform_conv" in str(exported.graph)
-    assert torch.equal(exported.module()(*given), wanted)
-    assert torch.equal(torch.jit.trace(Calls(), tuple(given))(*given), wanted)
-    assert torch.equal(torch.fx.symbolic_trace(Calls())(*given), wanted)
-
-
-def test_torch_jit_script_is_refused():
-    with pytest.raises(RuntimeError, match="use torch\\.compile"):
-        torch.jit.script(nn.DeformConv2d(2, 2, 3))
-
-
-def test_autocast_leaves_positions_as_they_are():
-    case = Case()
-    given = leaves(operands(case, torch.float32))
-    with torch.autocast("cpu", torch.bfloat16):
-        y = convolve(case, given)
-        mixed = convolve(case, given._replace(mask=given.mask.bfloat16()))
-        half = convolve(case, given._replace(offset=given.offset.bfloat16(), mask=given.mask.bfloat16()))
-    x, offset, weight, bias, mask = given
-    narrow = Operands(x.bfloat16(), offset, weight.bfloat16(), bias.bfloat16(), mask)
-    assert torch.equal(y, convolve(case, narrow))
-    assert torch.equal(mixed, convolve(case, narrow._replace(mask=mask.bfloat16().float())))
-    assert torch.equal(half, convolve(case, narrow._replace(offset=offset.bfloat16(), mask=mask.bfloat16())))
-    assert y.dtype == half.dtype == torch.bfloat16
-    y.sum().backward()
-    assert [t.grad.dtype for t in given] == [torch.float32] * 5
-
-
-@pytest.mark.parametrize("in_dims", [(0, 1, None, None, 0), (0, None, None, None, None), (None, 0, 1, 0, 2)], ids=str)
-def test_vmap(in_dims):
-    case = CASES[3]._replace(bias=True)
-    one = operands(case)
-    many = [
-        t if dim is None else torch.stack([t + 0.01 * i for i in range(3)], dim)
-        for t, dim in zip(one, in_dims, strict=True)
-    ]
-    found = torch.func.vmap(lambda *given: convolve(case, Operands(*given)), in_dims)(*many)
-    for i in range(3):
-        alone = [t if dim is None else t.select(dim, i) for t, dim in zip(many, in_dims, strict=True)]
-        assert_close(found[i], convolve(case, Operands(*alone)), 100)
-
-
-def test_gradients_per_sample_and_derivatives_forward_over_reverse():
-    case = Case(x=(1, 2, 3, 3), w=(2, 2, 2))
-    x, offset, weight, bias, mask = operands(case)
-
-    def loss(weight, offset, x):
-        return convolve(case, Operands(x, offset, weight, bias, mask)).pow(2).sum()
-
-    many = torch.stack((x, 2 * x))
-    found = torch.func.vmap(torch.func.grad(loss, (0, 1)), (None, None, 0))(weight, offset, many)
-    for i, sample in enumerate(many):
-        given = weight.clone().requires_grad_(), offset.clone().requires_grad_()
-        for ours, wanted in zip(found, torch.autograd.grad(loss(*given, sample), given), strict=True):
-            assert_close(ours[i], wanted, 100)
-    forward_over_reverse = torch.func.hessian(loss)(weight, offset, x)
-    reverse_over_reverse = torch.func.jacrev(torch.func.jacrev(loss))(weight, offset, x)
-    assert_close(forward_over_reverse, reverse_over_reverse, 100)
-
-
-def test_flops_are_counted():
-    from torch.utils.flop_counter import FlopCounterMode
-
-    case = Case()
-    given = leaves(operands(case))
-    (N, C, _, _), (K, R, S), (P, Q) = case.x, case.w, case.output
-    with FlopCounterMode(display=False) as counter:
-        y = convolve(case, given)
-        assert counter.get_total_flops() == 2 * N * K * P * Q * C * R * S
-        y.sum().backward()
-    assert counter.get_total_flops() == 3 * 2 * N * K * P * Q * C * R * S
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Modules and plans
-
-
-def test_a_module_calls_the_function():
-    x, offset, mask = torch.randn(2, 4, 6, 6), torch.randn(2, 36, 4, 3), torch.randn(2, 18, 4, 3)
-    layer = nn.DeformConv2d(4, 6, 3, (1, 2), padding=(0, (1, 0)), groups=2)
-    y = deform_conv2d(x, offset, layer.weight, layer.bias, (1, 2), (0, (1, 0)), mask=mask)
-    assert torch.equal(layer(x, offset, mask), y)
-    assert torch.equal(copy.deepcopy(layer)(x, offset, mask), y)
-    other = nn.DeformConv2d(4, 6, 3, (1, 2), padding=(0, (1, 0)), groups=2)
-    other.load_state_dict(layer.state_dict())
-    assert torch.equal(other(x, offset, mask), y)
-    assert (
-        nn.DeformConv2d(4, 4, 3, padding="same", precision="ieee").extra_repr().endswith("padding=same, precision=ieee")
-    )
-
-
-@pytest.mark.parametrize(("modulation", "share"), [("sigmoid", 0.5), ("none", 1), (None, 1)])
-def test_a_modulated_module_starts_as_a_convolution(modulation, share):
-    layer = nn.ModulatedDeformConv2d(4, 6, 3, 2, 1, groups=2, offset_groups=2, modulation=modulation)
-    x = torch.randn(2, 4, 6, 6)
-    plain = functional.conv2d(x, share * layer.weight, layer.bias, 2, 1, groups=2)
-    assert_close(layer(x), plain, 18)
-    layer(x).square().sum().backward()
-    assert all(p.grad is not None and p.grad.any() for p in (layer.weight, layer.bias, layer.conv_offset.weight))
-    for part in layer.modules():  # as what fills a module made on the meta device does
-        part.reset_parameters()
-    assert_close(layer(x), functional.conv2d(x, share * layer.weight, layer.bias, 2, 1, groups=2), 18)
-
-
-@pytest.mark.parametrize("modulation", ["sigmoid", "none", None])
-def test_a_modulated_module_makes_its_own_offsets_and_mask(modulation):
-    layer = nn.ModulatedDeformConv2d(4, 6, 3, padding=1, offset_groups=2, modulation=modulation)
-    assert list(layer.state_dict()) == ["weight", "bias", "conv_offset.weight", "conv_offset.bias"]
-    torch.nn.init.normal_(layer.conv_offset.weight)
-    x = torch.randn(2, 4, 5, 5)
-    found = functional.conv2d(x, layer.conv_offset.weight, layer.conv_offset.bias, padding=1)
-    mask = {"sigmoid": found[:, 36:].sigmoid(), "none": found[:, 36:], None: None}[modulation]
-    assert found.shape[1] == (36 if modulation is None else 54)
-    assert_close(layer(x), deform_conv2d(x, found[:, :36], layer.weight, layer.bias, padding=1, mask=mask), 36)
-
-
-def test_a_modulated_module_trains_under_autocast(kernels):
-    layer = nn.ModulatedDeformConv2d(2, 2, 1, device=kernels)
-    with torch.autocast(kernels, torch.bfloat16):
-        y = layer(torch.randn(1, 2, 3, 3, device=kernels))
-    assert y.dtype == torch.bfloat16
-    y.float().sum().backward()
-    assert all(p.grad.isfinite().all() for p in layer.parameters())
-
-
-@pytest.mark.parametrize(
-    ("cls", "wrong", "words"),
-    [
-        (nn.DeformConv2d, {"groups": 3}, "in_channels must be divisible by groups.*in_channels=4, groups=3"),
-        (nn.DeformConv2d, {"groups": 4}, "out_channels must be divisible by groups.*out_channels=6, groups=4"),
-        (nn.DeformConv2d, {"precision": "fast"}, "precision='fast'"),
-        (nn.ModulatedDeformConv2d, {"modulation": "softmax"}, "modulation='softmax'"),
-        (nn.ModulatedDeformConv2d, {"offset_groups": 3}, "in_channels=4, offset_groups=3"),
-    ],
-)
-def test_constructors_refuse(cls, wrong, words):
-    with pytest.raises(ValueError, match=words):
-        cls(4, 6, 3, **wrong)
-
-
-def test_plans_need_no_gpu():
-    shapes = ((4, 64, 28, 28), (32, 64, 3, 3))
-    plans = deform.plans(*shapes, dtype=torch.float16, padding=1, offset_groups=4, bias=True, channels_last=True)
-    assert [p.role.value for p in plans.values()] == list(plans)
-    assert all("offset groups 4, mask" in str(p) for p in plans.values())
-    assert plans["forward"].asked.has_bias
-    assert plans["forward"].asked.offset_dtype == "float16"
-    fine = deform.plans(*shapes, dtype=torch.float16, padding=1, mask=False, offset_dtype=torch.float32)
-    assert fine["forward"].asked.offset_dtype == "float32"
-    assert not fine["forward"].asked.has_mask
-    with pytest.raises(RuntimeError, match="3 offset groups"):
-        deform.plans(*shapes, padding=1, offset_groups=3)
-
-
-def test_copies_are_named():
-    for channels_last in (False, True):
-        how = {"dtype": torch.float16, "padding": 1, "channels_last": channels_last}
-        p = deform.plans((8, 256, 56, 56), (256, 256, 3, 3), **how)["forward"]
-        assert ("copy x to channels_last" in str(p)) is not channels_last
-        assert p.workspace_bytes == (0 if channels_last else 2 * (8 * 256 * 56 * 56 + 256 * 256 * 9))
-
-
-def test_plans_are_those_of_calls(kernels, monkeypatch):
-    seen = watched(monkeypatch)
-    case = SMALL._replace(offset_groups=2)
-    given = Operands(*[t.requires_grad_() for t in operands(case, torch.float32, device=kernels)])
-    y = convolve(case, given)
-    y.backward(torch.ones_like(y))
-    shown = deform.plans(
-        case.x,
-        tuple(given.weight.shape),
-        device=seen[0].device,
-        bias=True,
-        offset_groups=2,
-        padding=case.padding,
-        mask=True,
-    )
-    assert {p.role: p.asked for p in seen} == {p.role: p.asked for p in shown.values()}
-
-
-@pytest.mark.parametrize("module", [deform, deform_nn], ids=lambda m: m.__name__)
-def test_the_examples_of_the_documentation(module):
-    result = doctest.testmod(module, extraglobs={"torch": torch, "triton_conv": triton_conv, "plans": deform.plans})
-    assert result.attempted > 5
-    assert result.failed == 0

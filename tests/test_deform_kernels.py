@@ -7,6 +7,7 @@ import torch
 
 from triton_conv import check, deform_run, execute
 from triton_conv.deform_config import DeformRole
+from triton_conv.fuzz.deforming import definition
 from triton_conv.geometry import ConvGeometry
 
 HALF, BRAIN, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -32,34 +33,6 @@ class Case(NamedTuple):
     def geometry(self) -> ConvGeometry:
         padding = [(side, side) for side in self.padding]
         return ConvGeometry.forward(self.x, self.w, self.stride, padding, self.dilation, groups=self.x[1] // self.w[1])
-
-
-def definition(x, offset, w, mask, bias, case):
-    """y by a sum over taps of samples, each of which is a sum over four corners."""
-    g, OG = case.geometry, case.offset_groups
-    (N, C, H, W), (K, _, R, S), (_, P, Q) = case.x, case.w, g.output
-    x = torch.nn.functional.pad(x, (1, 1, 1, 1)).view(N, OG, C // OG, H + 2, W + 2)  # zeros around it
-    image, group = torch.arange(N).view(N, 1, 1, 1), torch.arange(OG).view(1, OG, 1, 1)
-    y = torch.zeros(N, K, P, Q, dtype=x.dtype)
-    for r in range(R):
-        for s in range(S):
-            d = offset.view(N, OG, R, S, 2, P, Q)[:, :, r, s]
-            h = d[:, :, 0] + (torch.arange(P) * case.stride[0] - case.padding[0] + r * case.dilation[0]).view(P, 1)
-            v = d[:, :, 1] + torch.arange(Q) * case.stride[1] - case.padding[1] + s * case.dilation[1]
-            samples = 0
-            for up in (0, 1):
-                for right in (0, 1):
-                    row, column = h.detach().floor(), v.detach().floor()
-                    weight = (h - row if up else 1 - h + row) * (v - column if right else 1 - v + column)  # N OG P Q
-                    row, column = row + up, column + right
-                    row, column = ((t + 1).clamp(0, n + 1).long() for t, n in ((row, H), (column, W)))
-                    samples = samples + weight.unsqueeze(-1) * x[image, group, :, row, column]  # N OG P Q C/OG
-            if mask is not None:
-                samples = samples * mask.view(N, OG, R, S, P, Q)[:, :, r, s].unsqueeze(-1)
-            samples = samples.permute(0, 1, 4, 2, 3).reshape(N, g.groups, C // g.groups, P, Q)
-            tap = w[:, :, r, s].view(g.groups, K // g.groups, C // g.groups)
-            y = y + torch.einsum("ngcpq,gkc->ngkpq", samples, tap).reshape(N, K, P, Q)
-    return y if bias is None else y + bias[:, None, None]
 
 
 def operands(case, seed=0):
@@ -104,7 +77,7 @@ def computed(case, *given, names=("y", "dx", "doffset", "dw")):
 
 def wanted(case, x, offset, w, mask, bias, dy):
     leaves = [t if t is None else t.to(DOUBLE).detach().requires_grad_() for t in (x, offset, w, mask, bias)]
-    y = definition(*leaves, case)
+    y = definition(*leaves, case.geometry)
     grads = iter(torch.autograd.grad(y, [t for t in leaves[:4] if t is not None], dy.to(DOUBLE)))
     dx, doffset, dw = next(grads), next(grads), next(grads)
     return {"y": y.detach(), "dx": dx, "doffset": doffset, "dmask": next(grads) if case.mask else None, "dw": dw}

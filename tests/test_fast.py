@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import triton_conv
-from triton_conv import backends, config, execute, fast, functional, ops, plan, stored
+from triton_conv import backends, config, conv_calls, execute, fast, functional, ops, plan, stored
 from triton_conv.config import Config
 from triton_conv.geometry import Role
 
@@ -368,7 +368,7 @@ def test_as_many_calls_as_you_like_leave_memory_flat(kernels, monkeypatch):
     limit = 16
     monkeypatch.setattr(fast, "LIMIT", limit)
     monkeypatch.setattr(plan, "_make", lru_cache(maxsize=limit)(plan._make.__wrapped__))
-    monkeypatch.setattr(ops, "_cached", lru_cache(maxsize=limit)(ops._cached.__wrapped__))
+    monkeypatch.setattr(conv_calls, "_cached", lru_cache(maxsize=limit)(conv_calls._cached.__wrapped__))
     boxes = config.boxes_of_little_waste.__wrapped__
     monkeypatch.setattr(config, "boxes_of_little_waste", lru_cache(maxsize=limit)(boxes))
     monkeypatch.setattr(fast.Bound, "_launched", lambda self, a, b, bias, output, device: output)

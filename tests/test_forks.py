@@ -13,7 +13,19 @@ from configs_at_hand import CONFIGS, entry, problem, stamp
 from triton.runtime.errors import OutOfResources
 
 import triton_conv
-from triton_conv import backends, config, execute, fast, forks, invariance, ops, plan, recovery, stored, ways
+from triton_conv import (
+    backends,
+    config,
+    conv_calls,
+    execute,
+    fast,
+    forks,
+    invariance,
+    plan,
+    recovery,
+    stored,
+    ways,
+)
 from triton_conv.config import Config
 from triton_conv.frozen import cached_property
 from triton_conv.geometry import Role
@@ -240,7 +252,7 @@ def test_threads_with_shapes_and_settings_of_their_own_compute_what_they_asked_f
 
 
 def entry_of(x, w):
-    call = ops._conv_call(x, w, None, [1, 1], [0, 0, 0, 0], [1, 1], 1, "zeros", None)
+    call = conv_calls.conv_call(x, w, None, [1, 1], [0, 0, 0, 0], [1, 1], 1, "zeros", None)
     asked = execute.problem_of(call, execute.INTERPRETER)
     return ways.key_of(asked, plan.every(asked)[0].layout)
 

@@ -17,17 +17,8 @@ from triton_conv import activation_plan, fast, reference
 from triton_conv.activation import backward, tells_gradient
 from triton_conv.devices import H200
 from triton_conv.epilogue import ACTIVATIONS
-from triton_conv.kernels.launch import Launch
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    """The names of what is launched."""
-    names, run = [], Launch.run
-    monkeypatch.setattr(Launch, "run", lambda self, tensors: (names.append(self.name), run(self, tensors))[1])
-    return names
 
 
 def gelu_tanh_slope(z):

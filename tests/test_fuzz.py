@@ -10,7 +10,6 @@ import torch
 from triton_conv import cli, functional, fuzz
 from triton_conv.fuzz.convolutions import Convolution
 from triton_conv.fuzz.placing import PLACES, placed
-from triton_conv.kernels.launch import Launch
 
 CORPUS = sorted((Path(__file__).parent / "corpus").glob("*.txt"))
 EVERY_KERNEL = {
@@ -18,13 +17,6 @@ EVERY_KERNEL = {
     *("activation_backward", "separable", "causal", "causal_backward", "causal_update", "gather_branches"),
     *("box_branches", "deform", "deform_dgrad", "deform_offset", "deform_wgrad"),
 }
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    names, run = Counter(), Launch.run
-    monkeypatch.setattr(Launch, "run", lambda self, tensors: (names.update([self.name]), run(self, tensors))[1])
-    return names
 
 
 @pytest.mark.parametrize("path", CORPUS, ids=lambda path: path.stem)

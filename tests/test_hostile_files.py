@@ -297,13 +297,19 @@ def test_tiles_that_triton_cannot_have_are_malformed(kernel, config):
 # Writing
 
 
-def test_nothing_is_written_through_a_link(places):
-    """Of a directory that others may write to: what lies under the names that are written next is never opened."""
+def linked(places, name):
+    """The path of a file of configs, and what a link of that name beside it points to."""
     victim = places / "victim"
     victim.write_text("precious")
     path = stored.path_of(places / "user", H200.name, "box")
     path.parent.mkdir(parents=True)
-    path.with_name("box.json.new").symlink_to(victim)
+    path.with_name(name).symlink_to(victim)
+    return path, victim
+
+
+def test_nothing_is_written_through_a_link(places):
+    """Of a directory that others may write to: what lies under the names that are written next is never opened."""
+    path, victim = linked(places, "box.json.new")
     Store(places / "user").add(H200.name, "box", entry([(CONFIGS[0], 1e-3)]))
     assert victim.read_text() == "precious"
     assert not path.is_symlink()
@@ -311,11 +317,7 @@ def test_nothing_is_written_through_a_link(places):
 
 
 def test_a_lock_that_is_a_link_is_not_followed(places):
-    victim = places / "victim"
-    victim.write_text("precious")
-    path = stored.path_of(places / "user", H200.name, "box")
-    path.parent.mkdir(parents=True)
-    path.with_name("box.json.lock").symlink_to(victim)
+    _, victim = linked(places, "box.json.lock")
     with warnings.catch_warnings(record=True):
         warnings.simplefilter("always")
         Store(places / "user").add(H200.name, "box", entry([(CONFIGS[0], 1e-3)]))

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 import triton_conv
-from triton_conv import backends, causal_plan, execute, explain, fast, invariance, ops, plan, stored
+from triton_conv import backends, causal_plan, conv_calls, execute, explain, fast, invariance, plan, stored
 from triton_conv.causal_config import CausalProblem, CausalRole
 from triton_conv.devices import DEVICES, H200
 from triton_conv.geometry import Role
@@ -219,7 +219,7 @@ def test_a_batch_beyond_the_coordinates_of_boxes_is_refused():
     def make(n):
         x = torch.empty(n, 64, 1024, 1024, device="meta").to(memory_format=torch.channels_last)
         w = torch.empty(64, 64, 1, 1, device="meta")
-        call = ops._conv_call(x, w.to(dtype=x.dtype), None, [1, 1], [0] * 4, [1, 1], 1, "zeros", "tf32")
+        call = conv_calls.conv_call(x, w.to(dtype=x.dtype), None, [1, 1], [0] * 4, [1, 1], 1, "zeros", "tf32")
         return plan.make(execute.problem_of(call, H200))
 
     with triton_conv.batch_invariant():
@@ -307,7 +307,7 @@ def test_wrong_arguments_change_nothing():
 
 
 def test_cudnn_never_runs_meanwhile():
-    call = ops._conv_call(
+    call = conv_calls.conv_call(
         *(torch.empty(s, device="meta") for s in ((2, 8, 9, 9), (8, 8, 3, 3))),
         None,
         [1, 1],

@@ -57,7 +57,7 @@ GATHER = [
 # few channels in a group, or layouts that a copy may change: plans may run them in more ways than one
 EITHER = [
     _of((6, 7), 3, C=40, K=24, padding=1, groups=2),
-    _of((6, 7), 3, C=8, K=8, padding=1, groups=8),
+    _of((4, 5), 3, C=8, K=8, padding=1, groups=8),
     _of(19, 4, C=5, K=15, groups=5, padding=((3, 0),)),
     _of((5, 6), 3, C=16, K=8, padding=2, dilation=2, groups=4),
     _of((6, 7), 3, padding=1, memory_format="contiguous"),

@@ -45,15 +45,6 @@ sweep = pytest.mark.parametrize(("name", "kwargs"), CASES, ids=[f"{name}-{kwargs
 every_class = pytest.mark.parametrize("name", NAMES)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors this small cost more to hand to a second thread than to compute: ten times more on two cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def rank_of(name):
     return int(name[-2])
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import triton_conv
-from triton_conv import backends, execute, ops, plan, separable
+from triton_conv import backends, conv_calls, execute, plan, separable
 from triton_conv.devices import H200
 
 KERNELS = sorted((Path(plan.__file__).parent / "kernels").glob("*.py"))
@@ -93,12 +93,12 @@ def calls():
     x, w, y = meta(8, 32, 16, 16, last=True), meta(32, 32, 3, 3, last=True), meta(8, 32, 16, 16, last=True)
     long = meta(32, 1, 31, 31)
     return {
-        "box": ops._conv_call(x, w, None, *walk()),
-        "gather": ops._conv_call(x, w, None, *walk(mode="circular")),
-        "folded": ops._conv_dgrad_call(y, w, x.shape, *walk(mode="reflect")),
-        "wgrad": ops._conv_wgrad_call(y, x, w.shape, w.stride(), *walk()),
-        "depthwise": ops._conv_call(x, meta(32, 1, 3, 3), None, *walk(32)),
-        "banded": ops._conv_call(meta(64, 32, 56, 56), long, None, *walk(32, 15)),
+        "box": conv_calls.conv_call(x, w, None, *walk()),
+        "gather": conv_calls.conv_call(x, w, None, *walk(mode="circular")),
+        "folded": conv_calls.conv_dgrad_call(y, w, x.shape, *walk(mode="reflect")),
+        "wgrad": conv_calls.conv_wgrad_call(y, x, w.shape, w.stride(), *walk()),
+        "depthwise": conv_calls.conv_call(x, meta(32, 1, 3, 3), None, *walk(32)),
+        "banded": conv_calls.conv_call(meta(64, 32, 56, 56), long, None, *walk(32, 15)),
     }
 
 

@@ -13,15 +13,6 @@ import triton_conv
 aten = torch.ops.aten
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors this small cost more to hand to a second thread than to compute: ten times more on two cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def tensors(rank, transposed=False, requires_grad=False):
     x = torch.randn(2, 4, *(7, 6, 5)[:rank], dtype=torch.float64)
     w = torch.randn(*((4, 3) if transposed else (6, 2)), *(3,) * rank, dtype=torch.float64)

@@ -15,7 +15,7 @@ from triton.runtime.cache import get_cache_manager
 from triton.runtime.errors import OutOfResources, PTXASError
 
 import triton_conv
-from triton_conv import backends, choose, config, execute, fast, ops, plan, recovery, stored, ways
+from triton_conv import backends, choose, config, conv_calls, execute, fast, plan, recovery, stored, ways
 from triton_conv.config import Config
 from triton_conv.devices import H200, INTERPRETER
 from triton_conv.geometry import Role
@@ -86,7 +86,7 @@ def install(call, made, baseline=()):
 
 
 def forward(x=X, w=W):
-    return ops._conv_call(x, w, None, [1, 1], [0, 0, 1, 1], [1, 1], 1, "zeros", None)
+    return conv_calls.conv_call(x, w, None, [1, 1], [0, 0, 1, 1], [1, 1], 1, "zeros", None)
 
 
 @pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)
@@ -102,7 +102,10 @@ def test_a_stored_config_that_fails_is_named_once_and_the_next_one_runs(kernels,
     again = [heard(triton_conv.conv2d, x, w, padding=(0, 1)) for _ in range(3)]
     assert all(torch.equal(one, y) and not words for one, words in again)
     assert len(launched.failed) == 1
-    assert fast.found(ops._conv_call, x, w, None, ((1, 1), (0, 0, 1, 1), (1, 1), 1, "zeros", None)).plan.config != bad
+    assert (
+        fast.found(conv_calls.conv_call, x, w, None, ((1, 1), (0, 0, 1, 1), (1, 1), 1, "zeros", None)).plan.config
+        != bad
+    )
 
 
 def test_what_failed_for_one_size_is_not_tried_for_another_of_its_bucket(kernels, monkeypatch):
@@ -228,7 +231,9 @@ def slabs(device, splits):
     generator = torch.Generator().manual_seed(1)
     x, dy = (torch.randn(32, 16, 4, 8, generator=generator).to(device) for _ in "xy")  # enough steps for the slabs
     w = W.to(device).requires_grad_()
-    call = ops._conv_wgrad_call(dy, x, list(W.shape), list(W.stride()), [1, 1], [0, 0, 1, 1], [1, 1], 1, "zeros", None)
+    call = conv_calls.conv_wgrad_call(
+        dy, x, list(W.shape), list(W.stride()), [1, 1], [0, 0, 1, 1], [1, 1], 1, "zeros", None
+    )
     problem = install(call, Config(16, 16, 16, splits=splits))
     expected = torch.autograd.grad(torch.conv2d(x.double(), w.double(), padding=(0, 1)), w, dy.double())[0]
 
@@ -432,9 +437,9 @@ def test_small_configs_of_every_kernel_are_right(kernels, poisoned, kernel, role
     x, w, dy = (t.to(kernels, dtype, memory_format=form) for t in (x, w, dy))
     rest = ([1, 1], [0, 0, 1, 1], [1, 1], groups, "zeros", None)
     call = {
-        Role.FPROP: ops._conv_call(x, w, None, *rest),
-        Role.DGRAD: ops._conv_dgrad_call(dy, w, list(X.shape), *rest),
-        Role.WGRAD: ops._conv_wgrad_call(dy, x, list(w.shape), list(w.stride()), *rest),
+        Role.FPROP: conv_calls.conv_call(x, w, None, *rest),
+        Role.DGRAD: conv_calls.conv_dgrad_call(dy, w, list(X.shape), *rest),
+        Role.WGRAD: conv_calls.conv_wgrad_call(dy, x, list(w.shape), list(w.stride()), *rest),
     }[role]
     problem = execute.problem_of(call, INTERPRETER)
     rule = plan.make(problem)

@@ -13,7 +13,7 @@ from math import pi, sqrt
 import torch
 from torch import Tensor
 
-from . import activation_plan, execute, fast, ops, reference
+from . import activation_plan, batching, conv_calls, derivatives, execute, fast, reference
 from .activation_plan import ActivationProblem
 from .epilogue import ACTIVATIONS
 
@@ -47,7 +47,7 @@ def backward(dy: Tensor, saved: Tensor, activation: str, slope: float, of_output
 
 def _reference(dy: Tensor, saved: Tensor, activation: str, slope: float, of_output: bool) -> Tensor:
     """In plain torch, of functions that have derivatives of any order."""
-    ops.check_given(_op, dy=dy, saved=saved)
+    conv_calls.check_given(_op, dy=dy, saved=saved)
     g, s = dy.to(reference.wide_of(dy.dtype)), saved.to(reference.wide_of(saved.dtype))
     return _gradient(g, s, activation, slope, of_output).to(dy.dtype)
 
@@ -79,7 +79,7 @@ def _gradient(g: Tensor, s: Tensor, activation: str, slope: float, of_output: bo
 
 def _checked_empty(dy: Tensor, saved: Tensor, activation: str, slope: float, of_output: bool) -> Tensor:
     """dz, uninitialised: it lies in memory as what was saved."""
-    ops.check_given(_op, dy=dy, saved=saved)
+    conv_calls.check_given(_op, dy=dy, saved=saved)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {ACTIVATIONS}, but got activation={activation!r}")
     if dy.shape != saved.shape or dy.dtype != saved.dtype or dy.device != saved.device:
@@ -122,7 +122,7 @@ def _laid_out(t: Tensor, like: Tensor) -> Tensor:
 
 
 def _autograd(*args) -> Tensor:
-    if ops._derived(args):
+    if derivatives.derived(args):
         return _reference(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return _op(*args)
@@ -130,7 +130,7 @@ def _autograd(*args) -> Tensor:
 
 def _vmap(info, in_dims, dy, saved, *how):
     given = zip((dy, saved), in_dims[:2], strict=True)
-    return _op(*(ops._front(t, dim, info.batch_size) for t, dim in given), *how), 0
+    return _op(*(batching.front(t, dim, info.batch_size) for t, dim in given), *how), 0
 
 
 _lib.impl("activation_backward", _run, "CPU")

@@ -99,11 +99,6 @@ class ActivationPlan(PlanOfProblem):
     def limit(self) -> str:
         return self.roofline.limit
 
-    @property
-    def seconds(self) -> float:
-        """The predicted time."""
-        return self.prediction.seconds
-
     def __str__(self) -> str:
         p = self.asked
         saved = "output" if p.of_output else "input"

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import branches_ops, branches_run, config, execute, fast, functional, plan
+from . import arguments, branches_ops, branches_run, config, conv_calls, execute, fast, functional, plan
+from .arguments import Ints, Padding
 from .branches_ops import COMBINE, Params
 from .branches_plan import BranchesPlan, worth_it
 from .branches_plan import make as _make
 from .devices import Device
-from .functional import Ints, Padding
 from .geometry import Role
 from .unsupported import check_kind, refuse_script
 
@@ -108,9 +108,9 @@ def multi_conv2d(
     batched = True
     for b in branches:
         operands: dict[str, Any] = {"weight": b.weight, "bias": b.bias}
-        batched = functional._check_tensors(name, 2, functional._DTYPES, input=input, **operands)
+        batched = arguments.check_tensors(name, 2, arguments.DTYPES, input=input, **operands)
     x = input if batched else input.unsqueeze(0)
-    params = _params(name, x.shape[1], branches, combine, functional._precision(name, precision), one_launch)
+    params = _params(name, x.shape[1], branches, combine, arguments.precision_of(name, precision), one_launch)
     weights, biases = [b.weight for b in branches], [b.bias for b in branches]
     if torch.jit.is_tracing():  # it cannot record lists of biases that may be None
         y = branches_ops.composed(x, weights, biases, params)
@@ -139,7 +139,7 @@ def _params(name: str, C: int, branches: Sequence[Branch], combine, precision, o
 def _parsed(name: str, C: int, branches: Sequence[Branch], combine, precision, one_launch) -> Params:
     flat: dict[str, list] = {"stride": [], "padding": [], "dilation": [], "groups": [], "channels": []}
     for b in branches:
-        how = functional._parameters(name, 2, b.weight, b.stride, b.padding, b.dilation, b.groups, "zeros")
+        how = arguments.forward_parameters(name, 2, b.weight, b.stride, b.padding, b.dilation, b.groups, "zeros")
         stride, padding, dilation, groups, _ = how
         channels = (0, C) if b.channels is None else b.channels
         if not isinstance(channels, Sequence) or len(channels) != 2:
@@ -149,7 +149,7 @@ def _parsed(name: str, C: int, branches: Sequence[Branch], combine, precision, o
         flat["padding"] += padding
         flat["dilation"] += dilation
         flat["groups"].append(groups)
-        flat["channels"] += [functional._index(name, "channels", c) for c in channels]
+        flat["channels"] += [arguments.index_of(name, "channels", c) for c in channels]
     return Params(**flat, combine=combine, precision=precision, one_launch=one_launch)
 
 
@@ -197,7 +197,7 @@ def plans(
         slices = params.written(weights)
         for i, w in enumerate(weights):
             operands = (branches_ops._slice(y, slices[i]), branches_ops._slice(x, params.read(i)))
-            call = branches_ops.ops._conv_wgrad_call(*operands, w.shape, w.stride(), *params.of(i))
+            call = conv_calls.conv_wgrad_call(*operands, w.shape, w.stride(), *params.of(i))
             found[f"weight gradient of branch {i}"] = plan.make(execute.problem_of(call, device))
     return found
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 
-from . import backends, branches_run, execute, fast, ops, plan, recovery
+from . import backends, batching, branches_run, conv_calls, derivatives, execute, fast, ops, plan, recovery, schemas
 from .branches_run import Calls, Slice
 from .execute import Call
 from .later import when_imported
@@ -112,7 +112,7 @@ def _forward(input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor |
         raise RuntimeError(f"expected a bias or None for each of {len(weights)} weights, but got {len(biases)}")
     each: list[Call] = []
     for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
-        each.append(ops._conv_call(_slice(input, params.read(i)), w, b, *params.of(i)))
+        each.append(conv_calls.conv_call(_slice(input, params.read(i)), w, b, *params.of(i)))
     outputs = [call.output_shape for call in each]
     alike = 1 if params.combine == "sum" else 2
     if any(shape[alike:] != outputs[0][alike:] for shape in outputs):
@@ -135,7 +135,7 @@ def _backward(grad_output: Tensor, weights: Sequence[Tensor], input_size: Sequen
     each: list[Call] = []
     for i, (w, mine) in enumerate(zip(weights, slices, strict=True)):
         size = [input_size[0], params.read(i)[1], *input_size[2:]]
-        each.append(ops._conv_dgrad_call(_slice(grad_output, mine), w, size, *params.of(i)))
+        each.append(conv_calls.conv_dgrad_call(_slice(grad_output, mine), w, size, *params.of(i)))
     read = tuple(params.read(i) for i in range(len(weights)))
     return Calls(grad_output, tuple(weights), tuple(each), tuple(slices), read, input_size[1])
 
@@ -188,7 +188,7 @@ def _decided(make: Any, source: Tensor, weights: Sequence[Tensor], third: Any, p
 
 
 def _run(input, weights, biases, *params) -> Tensor:
-    ops.check_given(multi_conv, input=input)
+    conv_calls.check_given(multi_conv, input=input)
     biases = [None if b is None else b.resolve_neg() for b in biases]  # which the dispatcher does not in lists like it
     return _computed(_forward, input, weights, biases, params)
 
@@ -198,7 +198,7 @@ def _fake(input, weights, biases, *params) -> Tensor:
 
 
 def _run_dgrad(grad_output, weights, input_size, *params) -> Tensor:
-    ops.check_given(multi_conv_dgrad, grad_output=grad_output)
+    conv_calls.check_given(multi_conv_dgrad, grad_output=grad_output)
     return _computed(_backward, grad_output, weights, input_size, params)
 
 
@@ -215,7 +215,7 @@ def composed(input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor |
     if not torch.jit.is_tracing():  # its extents are no numbers
         _forward(input, weights, biases, params)  # for its errors
     parts = [
-        ops.fprop(_slice(input, params.read(i)), w, b, params.of(i))
+        schemas.fprop(_slice(input, params.read(i)), w, b, params.of(i))
         for i, (w, b) in enumerate(zip(weights, biases, strict=True))
     ]
     return torch.cat(parts, 1) if params.combine == "concatenate" else sum(parts[1:], parts[0])
@@ -245,15 +245,15 @@ def _weight_gradients(dy: Tensor, x: Tensor, weights: Sequence[Tensor], params: 
         if not needs[i]:
             found.append(None)
             continue
-        how = (w.shape, ops._gradient_strides(w), *params.of(i))
+        how = (w.shape, derivatives.gradient_strides(w), *params.of(i))
         found.append(ops.conv_wgrad(_slice(dy, mine), _slice(x, params.read(i)), *how))
     return found
 
 
-class _Multi(ops._SingleLevelFunction):
+class _Multi(derivatives.SingleLevelFunction):
     @staticmethod
     def forward(params, count, x, *tensors):
-        return ops._below_autograd(multi_conv, x, list(tensors[:count]), list(tensors[count:]), *params)
+        return derivatives.below_autograd(multi_conv, x, list(tensors[:count]), list(tensors[count:]), *params)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -271,17 +271,17 @@ class _Multi(ops._SingleLevelFunction):
         dw = _weight_gradients(dy, x, weights, params, needs[3 : 3 + n])
         dbias: list[Tensor | None] = [None] * n
         if any(needs[3 + n :]):
-            every = ops._bias_gradient(dy)
+            every = derivatives.bias_gradient(dy)
             for i, (start, count) in enumerate(params.written(weights)):
                 if needs[3 + n + i]:
                     dbias[i] = every.narrow(0, start, count).clone()
         return None, None, dx, *dw, *dbias
 
 
-class _MultiDgrad(ops._SingleLevelFunction):
+class _MultiDgrad(derivatives.SingleLevelFunction):
     @staticmethod
     def forward(params, input_size, dy, *weights):
-        return ops._below_autograd(multi_conv_dgrad, dy, list(weights), input_size, *params)
+        return derivatives.below_autograd(multi_conv_dgrad, dy, list(weights), input_size, *params)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -297,7 +297,7 @@ class _MultiDgrad(ops._SingleLevelFunction):
             return (None,) * len(needs)
         ddy = None
         if needs[2]:
-            with ops._without_autocast(dy.device.type):
+            with derivatives.without_autocast(dy.device.type):
                 ddy = multi_conv(g, weights, [None] * len(weights), *params)
         return None, None, ddy, *_weight_gradients(dy, g, weights, params, needs[3:])
 
@@ -323,7 +323,7 @@ def _autograd(input, weights, biases, *params):
     if _plainly(tensors):
         return composed(input, weights, biases, Params(*params))
     if not _asked(tensors):
-        return ops._below_autograd(multi_conv, input, weights, biases, *params)
+        return derivatives.below_autograd(multi_conv, input, weights, biases, *params)
     with enable_single_level_autograd_function():
         return function.apply(Params(*params), len(weights), *tensors)
 
@@ -334,7 +334,7 @@ def _autograd_dgrad(grad_output, weights, input_size, *params):
     if _plainly(tensors):
         return _composed_dgrad(grad_output, weights, input_size, Params(*params))
     if not _asked(tensors):
-        return ops._below_autograd(multi_conv_dgrad, grad_output, weights, input_size, *params)
+        return derivatives.below_autograd(multi_conv_dgrad, grad_output, weights, input_size, *params)
     with enable_single_level_autograd_function():
         return function.apply(Params(*params), tuple(input_size), *tensors)
 
@@ -346,7 +346,7 @@ def _front(t: Tensor, dim: int | None) -> tuple[Tensor, int | None]:
 
 def _by_rule(info, op, dims, a: Tensor, w: Tensor, third: Any, how: tuple) -> Tensor:
     """What the rule of an operator for one branch makes of it: (batch, N, channels, H, W)."""
-    rule = ops._activation_vmap(op, 1 if op is ops.conv_dgrad else 0)
+    rule = batching.activation_vmap(op, 1 if op is ops.conv_dgrad else 0)
     y, _ = rule(info, dims, a, w, third, *how)
     return y.expand(info.batch_size, *y.shape[1:])
 
@@ -357,7 +357,7 @@ def _vmap(info, in_dims, input, weights, biases, *params):
     for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
         source = x.narrow(x.dim() - 3, *p.read(i))
         dims = (dim, in_dims[1][i], None if b is None else in_dims[2][i])
-        parts.append(_by_rule(info, ops._fprop_op(p.of(i)), dims, source, w, b, p.of(i)))
+        parts.append(_by_rule(info, schemas.fprop_op(p.of(i)), dims, source, w, b, p.of(i)))
     return (torch.cat(parts, 2) if p.combine == "concatenate" else sum(parts[1:], parts[0])), 0
 
 

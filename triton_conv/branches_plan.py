@@ -78,16 +78,16 @@ class BranchesPlan(PlanOfProblem):
         return tuple(name for name in ("x", "y") if getattr(self.asked, name) != getattr(self.problem, name))
 
     @property
-    def _copies(self) -> list[int]:
-        """The size in bytes of every tensor that stands for another."""
-        filters = [prod(term.geometry.shape("w")) for term in self.order if term.number in self.packs]
+    def _copies(self) -> dict[str, int]:
         whole = dict(zip(("x", "y"), branches_ways.shapes(self.problem), strict=True))
-        return [elements * ITEM_BYTES[self.dtype] for elements in (*filters, *(prod(whole[m]) for m in self.moves))]
+        copied = {f"w{term.number}": term.geometry.shape("w") for term in self.order if term.number in self.packs}
+        copied |= {name: whole[name] for name in self.moves}
+        return {name: prod(shape) * ITEM_BYTES[self.dtype] for name, shape in copied.items()}
 
     @property
     def workspace_bytes(self) -> int:
         """Device memory beyond inputs and output, in bytes."""
-        return sum(self._copies)
+        return sum(self._copies.values())
 
     @property
     def steps(self) -> tuple[str, ...]:
@@ -119,20 +119,6 @@ class BranchesPlan(PlanOfProblem):
     def prediction(self) -> Prediction:
         """The predicted time of the kernel."""
         return branches_cost.predict(self.problem, self.kernel, self.config)
-
-    @cached_property
-    def seconds(self) -> float:
-        """The predicted time of everything: copies and kernel."""
-        return self.prediction.seconds + self._around
-
-    @property
-    def measured_seconds(self) -> float | None:
-        """The time of everything where the kernel's was measured; copies around it are predicted."""
-        return None if self.measured is None else self.measured + self._around
-
-    @property
-    def _around(self) -> float:
-        return sum(cost.copy_seconds(size, self.device) for size in self._copies)
 
     @cached_property
     def apart(self) -> tuple[plan.Plan, ...]:

@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from . import functional, ops, streaming
+from . import arguments, conv_calls, streaming
+from .arguments import Ints, Modes, Padding
 from .causal import causal_conv1d
-from .functional import Ints, Modes, Padding
 from .streaming import causal_conv3d
 from .unsupported import not_scripted
 
@@ -21,13 +21,13 @@ class _CausalConv:
     precision: str | None = None
     time_mode: str
 
-    def _construct(self, time_mode: str, precision: str | None, *arguments: Any) -> None:
-        ops.check_precision(precision)
+    def _construct(self, time_mode: str, precision: str | None, *given: Any) -> None:
+        conv_calls.check_precision(precision)
         name = type(self).__name__
         streaming.check_time_mode(name, time_mode)
-        in_channels, out_channels, kernel_size, stride, dilation, groups, bias, device, dtype = arguments
+        in_channels, out_channels, kernel_size, stride, dilation, groups, bias, device, dtype = given
         sizes = {"in_channels": in_channels, "out_channels": out_channels, "groups": groups}
-        functional.check_sizes(
+        arguments.check_sizes(
             name, self.rank, {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}, **sizes
         )
         super().__init__(  # type: ignore[call-arg]
@@ -154,8 +154,8 @@ class CausalConv3d(_CausalConv, torch.nn.Conv3d):
         rest = (in_channels, out_channels, kernel_size, stride, dilation, groups, bias, device, dtype)
         self._construct(time_mode, precision, *rest)
         name = type(self).__name__
-        functional._padding(name, padding, 2, self.weight[:, :, 0], list(self.stride[1:]), list(self.dilation[1:]))
-        names = functional._modes(name, padding_mode, 2).split(",")
+        arguments.padding_of(name, padding, 2, self.weight[:, :, 0], list(self.stride[1:]), list(self.dilation[1:]))
+        names = arguments.mode_names(name, padding_mode, 2).split(",")
         self.padding: Any = padding if isinstance(padding, str) else _entries(padding)
         self.padding_mode: Any = names[0] if len(names) == 1 else tuple(names)
 
@@ -181,5 +181,5 @@ class CausalConv3d(_CausalConv, torch.nn.Conv3d):
 
 def _entries(padding: Any) -> tuple[Any, ...]:
     """One int or (lower, upper) for rows and one for columns."""
-    entries = functional._per_axis("", "padding", padding, 2)
+    entries = arguments.per_axis("", "padding", padding, 2)
     return tuple(entry if isinstance(entry, int) else tuple(entry) for entry in entries)

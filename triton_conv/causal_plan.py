@@ -116,11 +116,6 @@ class CausalPlan(PlanOfProblem):
         """What the predicted time is spent on."""
         return cost.limit(self.prediction)
 
-    @property
-    def seconds(self) -> float:
-        """The predicted time of everything."""
-        return self.prediction.seconds
-
     def __str__(self) -> str:
         slabs = f" ({self.workspace_shape[0]} slabs of dw and dbias, summed in order)" if self.workspace_shape else ""
         lines = [

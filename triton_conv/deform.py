@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import config, deform_ops, deform_run, execute, functional
+from . import arguments, config, deform_ops, deform_run, execute
+from .arguments import Ints, Padding
 from .deform_config import DeformRole
 from .deform_plan import DeformPlan
 from .devices import Device
-from .functional import Ints, Padding
 from .unsupported import check_kind, refuse_script
 
 __all__ = ["deform_conv2d"]
@@ -82,7 +82,7 @@ def deform_conv2d(
     for argument, t in {"offset": offset, "mask": mask}.items():
         if t is not None or argument == "offset":
             check_kind(name, argument, t)
-    if not functional._check_tensors(name, 2, DTYPES, input=input, weight=weight, bias=bias):
+    if not arguments.check_tensors(name, 2, DTYPES, input=input, weight=weight, bias=bias):
         raise RuntimeError(f"{name}(): expected a batched input (N, C, H, W), but got input {list(input.shape)}")
     params = _parameters(name, weight, stride, padding, dilation, precision)
     op: Any = deform_ops.traced if torch.jit.is_tracing() else deform_ops.deform_conv
@@ -132,9 +132,9 @@ def plans(
 
 def _parameters(name: str, weight: Tensor, stride: Any, padding: Any, dilation: Any, precision: Any) -> tuple:
     """As operators take them."""
-    stride, dilation = functional._ints(name, "stride", stride, 2), functional._ints(name, "dilation", dilation, 2)
-    padding = functional._padding(name, padding, 2, weight, stride, dilation)
-    return stride, padding, dilation, functional._precision(name, precision)
+    stride, dilation = arguments.ints_of(name, "stride", stride, 2), arguments.ints_of(name, "dilation", dilation, 2)
+    padding = arguments.padding_of(name, padding, 2, weight, stride, dilation)
+    return stride, padding, dilation, arguments.precision_of(name, precision)
 
 
 refuse_script(deform_conv2d)

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn import Module, Parameter, init
 from torch.nn.modules.utils import _pair
 
-from . import functional, ops
+from . import arguments, conv_calls
+from .arguments import Ints, Padding
 from .deform import deform_conv2d
-from .functional import Ints, Padding
 from .unsupported import not_scripted
 
 __all__ = ["DeformConv2d", "ModulatedDeformConv2d"]
@@ -63,10 +63,10 @@ class DeformConv2d(Module):
         precision: str | None = None,
     ) -> None:
         super().__init__()
-        ops.check_precision(precision)
+        conv_calls.check_precision(precision)
         per_axis = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}
         sizes = {"in_channels": in_channels, "out_channels": out_channels, "groups": groups}
-        functional.check_sizes(type(self).__name__, 2, per_axis, **sizes)
+        arguments.check_sizes(type(self).__name__, 2, per_axis, **sizes)
         for name, channels in {"in_channels": in_channels, "out_channels": out_channels}.items():
             if groups <= 0 or channels % groups:
                 raise ValueError(f"{name} must be divisible by groups, but got {name}={channels}, groups={groups}")
@@ -82,7 +82,7 @@ class DeformConv2d(Module):
         shape = (out_channels, in_channels // groups, *self.kernel_size)
         self.weight = Parameter(torch.empty(shape, device=device, dtype=dtype))
         how = (list(self.stride), list(self.dilation))
-        functional._padding(type(self).__name__, padding, 2, self.weight, *how)  # for its errors
+        arguments.padding_of(type(self).__name__, padding, 2, self.weight, *how)  # for its errors
         if bias:
             self.bias = Parameter(torch.empty(out_channels, device=device, dtype=dtype))
         else:
@@ -168,7 +168,7 @@ class ModulatedDeformConv2d(DeformConv2d):
             raise TypeError(f"modulation must be str or None, not {type(modulation).__name__}")
         if modulation not in MODULATIONS:
             raise ValueError(f"modulation must be one of {MODULATIONS}, but got modulation={modulation!r}")
-        functional.check_sizes(type(self).__name__, 2, {}, in_channels=in_channels, offset_groups=offset_groups)
+        arguments.check_sizes(type(self).__name__, 2, {}, in_channels=in_channels, offset_groups=offset_groups)
         if offset_groups <= 0 or in_channels % offset_groups:
             raise ValueError(
                 f"in_channels must be divisible by offset_groups, but got in_channels={in_channels}, "

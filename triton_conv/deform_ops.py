@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import deform_reference, deform_run, execute, invariance, ops
+from . import conv_calls, deform_reference, deform_run, derivatives, execute, invariance, ops
+from .batching import fold_batch, unfold_batch
+from .derivatives import SingleLevelFunction, below_autograd, bias_gradient
 from .devices import Device
 from .geometry import ConvGeometry
 from .later import when_imported
-from .ops import _below_autograd, _bias_gradient, _folded, _SingleLevelFunction, _unfolded
 
 _PARAMS = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, str? precision"
 _FORWARD = f"(Tensor input, Tensor offset, Tensor weight, Tensor? mask, Tensor? bias, {_PARAMS}) -> Tensor"
@@ -53,7 +54,7 @@ class _Checked(NamedTuple):
 
 def undeformed(input, weight, bias, stride, padding, dilation, precision) -> execute.Call:
     """The ordinary convolution of these tensors, whose groups are as many as its channels say."""
-    ops.check_given(deform_conv, input=input, weight=weight)
+    conv_calls.check_given(deform_conv, input=input, weight=weight)
     if input.dim() != 4 or weight.dim() != 4:
         raise RuntimeError(
             f"expected input (N, C, H, W) and weight (K, C / groups, R, S), but got input {list(input.shape)}, weight "
@@ -66,12 +67,12 @@ def undeformed(input, weight, bias, stride, padding, dilation, precision) -> exe
             f"{list(input.shape)}, weight {list(weight.shape)}"
         )
     groups = channels // of_group
-    return ops._conv_call(input, weight, bias, stride, padding, dilation, groups, "zeros", precision)
+    return conv_calls.conv_call(input, weight, bias, stride, padding, dilation, groups, "zeros", precision)
 
 
 def _checked(input, offset, weight, mask, bias, stride, padding, dilation, precision) -> _Checked:
     call = undeformed(input, weight, bias, stride, padding, dilation, precision)
-    ops.check_given(deform_conv, offset=offset)
+    conv_calls.check_given(deform_conv, offset=offset)
     (N, C), taps, (_, P, Q) = input.shape[:2], call.geometry.taps, call.geometry.output
     offset_groups = offset.shape[1] // (2 * taps) if offset.dim() == 4 else 0
     if offset_groups == 0 or offset.shape[1] % (2 * taps):
@@ -92,7 +93,7 @@ def _checked(input, offset, weight, mask, bias, stride, padding, dilation, preci
             raise RuntimeError(
                 f"expected {name} of size {[N, channels, P, Q]}, but got {name} {list(t.shape)} {_sizes(input, weight)}"
             )
-        ops._check_device("input", input, name, t)
+        conv_calls.check_device("input", input, name, t)
         if t.dtype not in (input.dtype, torch.float32) or t.dtype != offset.dtype:
             raise RuntimeError(
                 f"expected offset and mask both of input's {input.dtype}, or both of torch.float32, but got {name} "
@@ -146,7 +147,7 @@ def _backward_checked(dy, input, offset, weight, mask, *rest) -> tuple[_Checked,
             f"expected grad_output {expected} of {input.dtype}, but got {list(dy.shape)} of {dy.dtype} "
             f"(input {list(input.shape)})"
         )
-    ops._check_device("input", input, "grad_output", dy)
+    conv_calls.check_device("input", input, "grad_output", dy)
     if len(wanted) != 4:
         raise RuntimeError(f"expected wanted to have 4 entries, but got {list(wanted)}")
     to_x, to_offset, to_mask, to_w = wanted
@@ -164,7 +165,7 @@ def _gradients_like(dy, input, offset, weight, mask, *rest) -> tuple[Tensor, Ten
 
 
 def _backward(dy, input, offset, weight, mask, *rest) -> tuple[Tensor, ...]:
-    ops.check_given(deform_conv_backward, grad_output=dy, input=input)
+    conv_calls.check_given(deform_conv_backward, grad_output=dy, input=input)
     device = execute.device_of(input.device)
     if device is not None and dy.numel():
         return _launched(device, dy, input, offset, weight, mask, *rest)
@@ -203,10 +204,10 @@ def _launched(device: Device, dy, input, offset, weight, mask, *rest) -> tuple[T
 # Autograd
 
 
-class _Forward(_SingleLevelFunction):
+class _Forward(SingleLevelFunction):
     @staticmethod
     def forward(op, *args):
-        return _below_autograd(op, *args)
+        return below_autograd(op, *args)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -227,13 +228,13 @@ class _Forward(_SingleLevelFunction):
             found = deform_conv_backward(dy, *ctx.saved_tensors, *params)
             gradients = [g if want else None for g, want in zip(found, wanted, strict=True)]
         dx, doffset, dmask, dw = gradients
-        return None, dx, doffset, dw, dmask, _bias_gradient(dy) if bias else None, *[None] * 4
+        return None, dx, doffset, dw, dmask, bias_gradient(dy) if bias else None, *[None] * 4
 
 
-class _Backward(_SingleLevelFunction):
+class _Backward(SingleLevelFunction):
     @staticmethod
     def forward(op, *args):
-        return _below_autograd(op, *args)
+        return below_autograd(op, *args)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -273,7 +274,7 @@ def _plain_backward(dy, input, offset, weight, mask, *rest) -> tuple[Tensor, ...
 
 
 def _autograd_kernel(op, function, plain):
-    backward_mode = ops._autograd_kernel(op, function)
+    backward_mode = derivatives.autograd_kernel(op, function)
 
     def kernel(*args):
         forward_mode = torch.autograd.forward_ad._current_level >= 0
@@ -307,14 +308,14 @@ def _forward_vmap(info, in_dims, *args):
     shared = in_dims[2] is None and in_dims[4] is None
     axes = (0, 0, None, 0, None) if shared else (1, 1, 0, 1, 0)
     y = deform_conv(*_all_folded(args[:5], in_dims, info.batch_size, axes), *args[5:])
-    return _unfolded(y, info.batch_size, 0 if shared else 1), 0
+    return unfold_batch(y, info.batch_size, 0 if shared else 1), 0
 
 
 def _backward_vmap(info, in_dims, *args):
     folded = _all_folded(args[:5], in_dims, info.batch_size, (1, 1, 1, 0, 1))
     _, wanted = _backward_checked(*folded, *args[5:])
     outputs = [
-        _unfolded(g, info.batch_size, axis) if want else g
+        unfold_batch(g, info.batch_size, axis) if want else g
         for g, axis, want in zip(deform_conv_backward(*folded, *args[5:]), (1, 1, 1, 0), wanted, strict=True)
     ]
     return tuple(outputs), tuple(0 if want else None for want in wanted)
@@ -322,7 +323,7 @@ def _backward_vmap(info, in_dims, *args):
 
 def _all_folded(tensors, in_dims, size: int, axes) -> list[Tensor | None]:
     return [
-        t if t is None or axis is None else _folded(t, dim, size, axis)
+        t if t is None or axis is None else fold_batch(t, dim, size, axis)
         for t, dim, axis in zip(tensors, in_dims, axes, strict=False)
     ]
 

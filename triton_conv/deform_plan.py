@@ -16,7 +16,7 @@ from . import deform_config as configs
 from . import deform_cost as cost
 from . import key as keys
 from .config import Config, Numerics, most_splits
-from .cost import Prediction, Roofline, absurd, copy_seconds
+from .cost import Prediction, Roofline, absurd
 from .deform_config import DeformProblem, DeformRole
 from .forks import cached_property
 from .frozen import PlanOfProblem
@@ -105,15 +105,15 @@ class DeformPlan(PlanOfProblem):
     @property
     def workspace_bytes(self) -> int:
         """Device memory beyond inputs and outputs, in bytes, without what sorting takes for itself."""
-        copies = sum(self._copies)
+        copies = sum(self._copies.values())
         if self.role is DeformRole.INPUT:
             lists, pixels, cells = self.lists_shape
             return copies + lists * (pixels * (4 + 4 + 8) + cells * (4 + 4))
         return copies + (prod(self.slabs_shape) * max(self.asked.item_bytes, 4) if self.slabs_shape else 0)
 
     @property
-    def _copies(self) -> list[int]:
-        return [prod(self.asked.geometry.shape(name)) * self.asked.item_bytes for name in self.packs]
+    def _copies(self) -> dict[str, int]:
+        return {name: prod(self.asked.geometry.shape(name)) * self.asked.item_bytes for name in self.packs}
 
     @cached_property
     def launches(self) -> tuple[Launch, ...]:
@@ -140,25 +140,6 @@ class DeformPlan(PlanOfProblem):
     def prediction(self) -> Prediction:
         """The predicted time of the kernels."""
         return cost.predict(self.problem, self.config)
-
-    @property
-    def limit(self) -> str:
-        """What the predicted time is spent on."""
-        return self.prediction.limit
-
-    @property
-    def seconds(self) -> float:
-        """The predicted time of everything: copies, sort and kernels."""
-        return self.prediction.seconds + self._around
-
-    @property
-    def measured_seconds(self) -> float | None:
-        """The time of everything where the kernels' was measured; copies before them are predicted."""
-        return None if self.measured is None else self.measured + self._around
-
-    @property
-    def _around(self) -> float:
-        return sum(copy_seconds(size, self.device) for size in self._copies)
 
     @property
     def reason(self) -> str:

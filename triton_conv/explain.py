@@ -10,7 +10,19 @@ from typing import Any
 
 import torch
 
-from . import activation_plan, branches, causal, config, deform, execute, functional, plan, separable, streaming
+from . import (
+    activation_plan,
+    branches,
+    causal,
+    causal_ops,
+    config,
+    deform,
+    execute,
+    functional,
+    plan,
+    separable,
+    streaming,
+)
 from . import explain_words as words
 from .activation_plan import ActivationPlan, ActivationProblem
 from .causal_plan import CausalPlan
@@ -189,9 +201,9 @@ def _causal_plans(
     given, silu = state if initial_state else None, activation is not None
     step = x[:, :, :1]
     return {
-        "forward": causal.forward_plan(x, w, b, given, silu, device, y),
-        "all gradients": causal.backward_plan(y, x, w, b, given, silu, device, y),
-        "update by one step": causal.update_plan(step, state, w, b, silu, device, step),
+        "forward": causal_ops.forward_plan(x, w, b, given, silu, device, y),
+        "all gradients": causal_ops.backward_plan(y, x, w, b, given, silu, device, y),
+        "update by one step": causal_ops.update_plan(step, state, w, b, silu, device, step),
     }
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import Module
 from torch.overrides import has_torch_function
 
-from . import functional, separable
-from .functional import Ints, Modes, Padding
+from . import arguments, separable
+from .arguments import Ints, Modes, Padding
 from .unsupported import not_scripted
 
 __all__ = [
@@ -63,7 +63,7 @@ class _DepthwiseSeparable(_Factored):
     ) -> None:
         super().__init__()
         sizes = {"in_channels": in_channels, "out_channels": out_channels, "depth_multiplier": depth_multiplier}
-        functional.check_sizes(
+        arguments.check_sizes(
             type(self).__name__,
             self.rank,
             {"kernel_size": kernel_size, "stride": stride, "dilation": dilation},
@@ -80,7 +80,7 @@ class _DepthwiseSeparable(_Factored):
             raise TypeError(f"fused must be bool or None, not {type(fused).__name__}")
         self.fused = fused
         options = {"device": device, "dtype": dtype, "precision": precision}
-        between = functional._index(type(self).__name__, "depth_multiplier", in_channels * depth_multiplier)
+        between = arguments.index_of(type(self).__name__, "depth_multiplier", in_channels * depth_multiplier)
         self.depthwise: Any = self.convolution(
             in_channels,
             between,
@@ -217,7 +217,7 @@ class SpatiallySeparableConv2d(_Factored):
         super().__init__()
         middle_channels = out_channels if middle_channels is None else middle_channels
         sizes = {"in_channels": in_channels, "out_channels": out_channels, "middle_channels": middle_channels}
-        functional.check_sizes(
+        arguments.check_sizes(
             type(self).__name__, 2, {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}, **sizes
         )
         self.in_channels, self.middle_channels, self.out_channels = in_channels, middle_channels, out_channels
@@ -256,4 +256,4 @@ class SpatiallySeparableConv2d(_Factored):
 
 
 def _two(argument: str, value: Any) -> list[Any]:
-    return functional._per_axis("SpatiallySeparableConv2d", argument, value, 2)
+    return arguments.per_axis("SpatiallySeparableConv2d", argument, value, 2)

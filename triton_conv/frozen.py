@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from .cost import Prediction, copy_seconds
 from .devices import Device
 from .forks import cached_property
 
@@ -24,7 +25,14 @@ class Frozen:
 
 
 class Planned(Frozen):
-    """A plan: `launches` are what runs, in order."""
+    """A plan: `launches` are what runs, in order; `measured` are their seconds where those are known."""
+
+    measured: float | None = None
+
+    if TYPE_CHECKING:  # a property here would be the default of a field of that name
+
+        @property
+        def device(self) -> Device: ...
 
     @cached_property
     def launches(self) -> tuple[Launch, ...]:
@@ -36,6 +44,36 @@ class Planned(Frozen):
         from .kernels.direct import Direct
 
         return tuple(map(Direct, self.launches))
+
+    @cached_property
+    def prediction(self) -> Prediction:
+        """The predicted time of what is launched."""
+        raise NotImplementedError
+
+    @property
+    def limit(self) -> str:
+        """What the predicted time is spent on."""
+        return self.prediction.limit
+
+    @property
+    def _copies(self) -> dict[str, int]:
+        """The size in bytes of every tensor that stands for another."""
+        return {}
+
+    @property
+    def _around(self) -> float:
+        """The predicted time of what goes on beside the launches."""
+        return sum(copy_seconds(size, self.device) for size in self._copies.values())
+
+    @cached_property
+    def seconds(self) -> float:
+        """The predicted time of everything."""
+        return self.prediction.seconds + self._around
+
+    @property
+    def measured_seconds(self) -> float | None:
+        """The time of everything where what is launched was measured; what is around it is predicted."""
+        return None if self.measured is None else self.measured + self._around
 
 
 class PlanOfProblem(Planned):

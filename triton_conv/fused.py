@@ -41,7 +41,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import fast, fused_ops, ops
+from . import fast, fused_ops, ops, schemas
 from .epilogue import ACTIVATIONS
 from .fused_ops import CONV as CONV
 from .fused_ops import CONV_TRANSPOSE as CONV_TRANSPOSE
@@ -94,7 +94,7 @@ def convolved(
             )
         x, residual = x.unsqueeze(0), None if residual is None else residual.unsqueeze(0)
     args = (x, w, bias, scale, residual, *params, activation or "", float(slope), bool(after))
-    y = ops.recordable(kind.op)(*args) if x.is_floating_point() else _exactly(name, kind, *args)
+    y = schemas.recordable(kind.op)(*args) if x.is_floating_point() else _exactly(name, kind, *args)
     return y if batched else y.squeeze(0)
 
 

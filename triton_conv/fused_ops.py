@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 
 from . import activation as activations
-from . import fast, ops, reference
+from . import batching, conv_calls, derivatives, fast, ops, reference, schemas
 from .epilogue import ACTIVATIONS, Epilogue
 from .execute import Call, _empty_like_output, empty_output
 from .later import when_imported
@@ -21,10 +21,10 @@ _TENSORS = "Tensor input, Tensor weight, Tensor? bias, Tensor? scale, Tensor? re
 _SCALE = 3  # its place among the tensors
 _EPILOGUE = "str activation, float slope, bool residual_after"
 _SCHEMAS = {
-    "conv_fused": f"({_TENSORS}, {ops._PARAMS}, {_EPILOGUE}) -> Tensor",
-    "conv_transpose_fused": f"({_TENSORS}, {ops._TRANSPOSED}, {_EPILOGUE}) -> Tensor",
-    "conv_fused_keep": f"({_TENSORS}, {ops._PARAMS}, {_EPILOGUE}) -> (Tensor, Tensor)",
-    "conv_transpose_fused_keep": f"({_TENSORS}, {ops._TRANSPOSED}, {_EPILOGUE}) -> (Tensor, Tensor)",
+    "conv_fused": f"({_TENSORS}, {schemas.PARAMS}, {_EPILOGUE}) -> Tensor",
+    "conv_transpose_fused": f"({_TENSORS}, {schemas.TRANSPOSED}, {_EPILOGUE}) -> Tensor",
+    "conv_fused_keep": f"({_TENSORS}, {schemas.PARAMS}, {_EPILOGUE}) -> (Tensor, Tensor)",
+    "conv_transpose_fused_keep": f"({_TENSORS}, {schemas.TRANSPOSED}, {_EPILOGUE}) -> (Tensor, Tensor)",
 }
 _lib = torch.library.Library("triton_conv", "FRAGMENT")
 for _name, _schema in _SCHEMAS.items():
@@ -78,7 +78,7 @@ def call_of(
                 f"expected scale to be 1-dimensional with {channels} elements of {dtypes}, but got scale of size "
                 f"{list(scale.shape)} of {scale.dtype} {sizes}"
             )
-        ops._check_device("input", x, "scale", scale)
+        conv_calls.check_device("input", x, "scale", scale)
     if residual is not None:
         shape = call.output_shape
         if list(residual.shape) != shape or residual.dtype != x.dtype:
@@ -86,7 +86,7 @@ def call_of(
                 f"expected residual of the output's size {shape} of {x.dtype}, but got {list(residual.shape)} of "
                 f"{residual.dtype} {sizes}"
             )
-        ops._check_device("input", x, "residual", residual)
+        conv_calls.check_device("input", x, "residual", residual)
     place = "" if residual is None else "after" if after and activation else "before"
     slope = float(slope) if activation == "leaky_relu" else Epilogue().slope
     epilogue = Epilogue(activation, slope, place, scale is not None, keep)
@@ -98,8 +98,8 @@ def _keeping_call(kind: Kind, *args: Any) -> Call:
     return replace(call, kept=_empty_like_output(call))
 
 
-CONV = Kind(conv_fused, conv_fused_keep, ops._conv_call, False)
-CONV_TRANSPOSE = Kind(conv_transpose_fused, conv_transpose_fused_keep, ops._conv_transpose_call, True)
+CONV = Kind(conv_fused, conv_fused_keep, conv_calls.conv_call, False)
+CONV_TRANSPOSE = Kind(conv_transpose_fused, conv_transpose_fused_keep, conv_calls.conv_transpose_call, True)
 
 
 def _run(call: Callable[..., Call]) -> Callable:
@@ -107,8 +107,8 @@ def _run(call: Callable[..., Call]) -> Callable:
 
     def run(x, w, bias, scale, residual, *params):
         if x is None or w is None:
-            ops.check_given(conv_fused, input=x, weight=w)
-        return fast.computed(call, x, w, bias, tuple(map(ops._frozen, params)), scale, residual)
+            conv_calls.check_given(conv_fused, input=x, weight=w)
+        return fast.computed(call, x, w, bias, tuple(map(conv_calls.hashable, params)), scale, residual)
 
     return run
 
@@ -131,8 +131,8 @@ def composed(
 ) -> tuple[Tensor, Tensor]:
     """(output, what the activation is applied to) of operators that have every derivative."""
     *conv, activation, slope, after = params
-    op = ops.conv_transpose if kind.transposed else ops._fprop_op(conv)
-    z = ops.recordable(op)(x, w, bias if scale is None else None, *conv)
+    op = ops.conv_transpose if kind.transposed else schemas.fprop_op(conv)
+    z = schemas.recordable(op)(x, w, bias if scale is None else None, *conv)
     channels = [None if scale is None or t is None else _along(t, z, 1) for t in (scale, bias)]
     return _finished(z, channels[0], channels[1], residual, activation, slope, after)
 
@@ -170,12 +170,12 @@ def _finished(
 # Autograd
 
 
-class _Fused(ops._SingleLevelFunction):
+class _Fused(derivatives.SingleLevelFunction):
     """`keep` says whether the second output is there: what the activation is applied to, else None."""
 
     @staticmethod
     def forward(kind, keep, *args):
-        made = ops._below_autograd(kind.keeping if keep else kind.op, *args)
+        made = derivatives.below_autograd(kind.keeping if keep else kind.op, *args)
         return made if keep else (made, None)
 
     @staticmethod
@@ -188,7 +188,7 @@ class _Fused(ops._SingleLevelFunction):
         return None, None, *_gradients(ctx, dy, dz, ctx.needs_input_grad[2:7]), *(None,) * (len(ctx.params) + 3)
 
 
-class FusedAgain(ops._SingleLevelFunction):
+class FusedAgain(derivatives.SingleLevelFunction):
     """A forward of a `fast.FusedBound`, as a Function that need not find out how it was called."""
 
     @staticmethod
@@ -227,14 +227,14 @@ def _gradients(ctx, dy: Tensor | None, dz: Tensor | None, wanted: Sequence[bool]
         return None, None, None, None, dresidual
     scales = None if scale is None else _of_filters(scale, w, ctx)
     filters = w if scales is None or not of_x else (w * scales).to(w.dtype)
-    gradients: Any = ops.transpose_gradients if ctx.kind.transposed else ops.fprop_gradients
+    gradients: Any = derivatives.transpose_gradients if ctx.kind.transposed else derivatives.fprop_gradients
     dx, dw = gradients(dz, x, filters, ctx.params, of_x, of_w or of_scale)
     dscale = None
     if of_scale:
         dscale = _sum_of_channels(w * dw.to(reference.wide_of(w.dtype)), ctx).to(scale.dtype)
     if of_w and scales is not None:
         dw = (dw * scales).to(w.dtype)
-    dbias = ops._bias_gradient(dz) if of_bias else None
+    dbias = derivatives.bias_gradient(dz) if of_bias else None
     return dx, dw if of_w else None, dbias, dscale, dresidual
 
 
@@ -242,7 +242,7 @@ def _of_filters(scale: Tensor, w: Tensor, ctx) -> Tensor:
     """The scale of each output channel, to be multiplied with the filters w that it belongs to."""
     if not ctx.kind.transposed:
         return _along(scale, w, 0)
-    groups = ctx.params[ops._GROUPS]
+    groups = ctx.params[batching.GROUPS]
     return _along(scale.reshape(groups, -1).repeat_interleave(w.shape[0] // groups, 0), w, 1)
 
 
@@ -250,14 +250,14 @@ def _sum_of_channels(products: Tensor, ctx) -> Tensor:
     """The sum over the filters of each output channel of products like filters."""
     if not ctx.kind.transposed:
         return products.flatten(1).sum(1)
-    return products.flatten(2).sum(2).unflatten(0, (ctx.params[ops._GROUPS], -1)).sum(1).flatten()
+    return products.flatten(2).sum(2).unflatten(0, (ctx.params[batching.GROUPS], -1)).sum(1).flatten()
 
 
 def _autograd(kind: Kind, keeping: bool):
     op, function = (kind.keeping if keeping else kind.op), cast(Any, _Fused)
 
     def kernel(*args):
-        if not ops._derived(args):
+        if not derivatives.derived(args):
             with torch._C._AutoDispatchBelowAutograd():
                 return op(*args)
         if torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
@@ -292,21 +292,21 @@ def _vmap(kind: Kind, keeping: bool):
         size = info.batch_size
         if all(dim is None for dim in in_dims[1:4]):  # the batch becomes more samples
             given = zip((x, residual), (in_dims[0], in_dims[4]), strict=True)
-            x, residual = (None if t is None else ops._folded(t, dim, size, 0) for t, dim in given)
+            x, residual = (None if t is None else batching.fold_batch(t, dim, size, 0) for t, dim in given)
             made = (kind.keeping if keeping else kind.op)(x, w, bias, scale, residual, *params)
             if keeping:
-                return tuple(ops._unfolded(t, size, 0) for t in made), (0, 0)
-            return ops._unfolded(made, size, 0), 0
-        op, axis = (ops.conv_transpose, 1) if kind.transposed else (ops._fprop_op(conv), 0)
+                return tuple(batching.unfold_batch(t, size, 0) for t in made), (0, 0)
+            return batching.unfold_batch(made, size, 0), 0
+        op, axis = (ops.conv_transpose, 1) if kind.transposed else (schemas.fprop_op(conv), 0)
         if in_dims[0] is None and in_dims[1] is None:
             z = op(x, w, None, *conv).unsqueeze(0)
         else:
-            z, _ = ops._activation_vmap(op, axis)(info, (*in_dims[:2], None), x, w, None, *conv)
+            z, _ = batching.activation_vmap(op, axis)(info, (*in_dims[:2], None), x, w, None, *conv)
         channels = [
             None if t is None else _along(t if dim is None else t.movedim(dim, 0), z, 2)
             for t, dim in ((scale, in_dims[3]), (bias, in_dims[2]))
         ]
-        residual = None if residual is None else ops._front(residual, in_dims[4], size)
+        residual = None if residual is None else batching.front(residual, in_dims[4], size)
         made = _finished(z, channels[0], channels[1], residual, activation, slope, after)
         return (made, (0, 0)) if keeping else (made[0], 0)
 
@@ -324,8 +324,8 @@ def _register(kind: Kind) -> None:
         torch.library.register_vmap(op._schema.name, _vmap(kind, bool(keeping)), lib=_lib)
         for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
             _lib.impl(name, ops._autocast_kernel(op, device_type, wide=(_SCALE,)), key)
-        ops._CALLS[op] = partial(call_of, kind, bool(keeping))
-    ops.define_traced(_lib, kind.op, _SCHEMAS)
+        conv_calls.CALLS[op] = partial(call_of, kind, bool(keeping))
+    schemas.define_traced(_lib, kind.op, _SCHEMAS)
 
 
 for _kind in (CONV, CONV_TRANSPOSE):

@@ -23,7 +23,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from . import functional, ops
+from . import conv_calls, functional
+from .arguments import Ints, Modes, Padding, is_sequence
 from .branch_modules import ASPP, InceptionBranches, SelectiveKernel
 from .causal_nn import CausalConv1d, CausalConv3d
 from .deform_nn import DeformConv2d, ModulatedDeformConv2d
@@ -33,7 +34,6 @@ from .factored import (
     DepthwiseSeparableConv3d,
     SpatiallySeparableConv2d,
 )
-from .functional import Ints, Modes, Padding, _is_sequence
 from .fused_nn import Fusing
 from .geometry import PADDING_MODES
 from .unsupported import not_scripted
@@ -128,12 +128,12 @@ def output_padding_of(module: Any, input: Tensor, output_size: Sequence[int] | N
         output_size,
         module.stride,
         # torch's formula doubles the padding of an axis: hand it half of lower + upper.
-        [sum(p) / 2 if _is_sequence(p) else p for p in module.padding],
+        [sum(p) / 2 if is_sequence(p) else p for p in module.padding],
         module.kernel_size,
         len(module.kernel_size),
         module.dilation,
     )
-    halves = output_size is not None and any(map(_is_sequence, module.padding))
+    halves = output_size is not None and any(map(is_sequence, module.padding))
     return tuple(int(p) for p in output_padding) if halves else tuple(output_padding)
 
 
@@ -149,9 +149,9 @@ class _Ours(Fusing):
         self, padding: Any, precision: str | None, fusion: tuple[str | None, float, bool, bool], **arguments: Any
     ) -> None:
         """torch's constructor, then what it does not know: pairs, precision and `fusion`, as `_set_fusion` takes it."""
-        ops.check_precision(precision)
+        conv_calls.check_precision(precision)
         self._check_fusion(*fusion)
-        pairs = _is_sequence(padding) and any(_is_sequence(p) for p in padding)
+        pairs = is_sequence(padding) and any(is_sequence(p) for p in padding)
         super().__init__(padding=0 if pairs else padding, **arguments)  # type: ignore[call-arg]
         if pairs:
             self.padding = _padding_entries(padding, len(self.kernel_size))
@@ -198,7 +198,7 @@ class _Conv(_Ours):
         residual_after_activation: bool = False,
         scale: bool = False,
     ) -> None:
-        modes = _is_sequence(padding_mode)
+        modes = is_sequence(padding_mode)
         self._construct(
             padding,
             precision,
@@ -427,7 +427,7 @@ class _LazyConv(Fusing):
         residual_after_activation: bool = False,
         scale: bool = False,
     ) -> None:
-        ops.check_precision(precision)
+        conv_calls.check_precision(precision)
         arguments = (out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype)
         self._check_fusion(activation, negative_slope, residual_after_activation, scale)
         super().__init__(*arguments)  # type: ignore[call-arg]
@@ -457,7 +457,7 @@ class _LazyConvTranspose(Fusing):
         residual_after_activation: bool = False,
         scale: bool = False,
     ) -> None:
-        ops.check_precision(precision)
+        conv_calls.check_precision(precision)
         self._check_fusion(activation, negative_slope, residual_after_activation, scale)
         rest = (output_padding, groups, bias, dilation, padding_mode, device, dtype)
         super().__init__(out_channels, kernel_size, stride, padding, *rest)  # type: ignore[call-arg]
@@ -574,12 +574,12 @@ DepthwiseSeparableConv3d.convolution = Conv3d
 
 
 def _pair(entry: Any) -> tuple[Any, ...]:
-    return tuple(entry) if _is_sequence(entry) else (entry, entry)
+    return tuple(entry) if is_sequence(entry) else (entry, entry)
 
 
 def _padding_entries(padding: Iterable[Any], rank: int) -> tuple[Any, ...]:
     """One entry per axis, an int or a (lower, upper) tuple."""
-    entries = tuple(tuple(p) if _is_sequence(p) else p for p in padding)
+    entries = tuple(tuple(p) if is_sequence(p) else p for p in padding)
     entries = entries * rank if len(entries) == 1 else entries
     if len(entries) != rank or any(len(_pair(p)) != 2 for p in entries):
         raise ValueError(f"padding must have one int or (lower, upper) pair for each of {rank} axes, but got {padding}")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
-from . import functional, nn
+from . import arguments, nn
 from .geometry import output_extent, transposed_extent
 from .reference import activated
 
@@ -86,7 +86,7 @@ def _transposed(spatial: Any, padding: Any, taps: Any, stride: Any, dilation: An
 
 def _sides(padding: Any, rank: int) -> tuple[list[int], list[int]]:
     """Lower and upper padding of each axis."""
-    flat = functional._padding("forward", padding, rank, None, [], [])  # type: ignore[arg-type]
+    flat = arguments.padding_of("forward", padding, rank, None, [], [])  # type: ignore[arg-type]
     return flat[::2], flat[1::2]
 
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import execute, functional, ops, recovery
+from . import arguments, batching, conv_calls, derivatives, execute, ops, recovery, schemas
+from .arguments import Ints, Modes, Padding
 from .devices import Device
-from .functional import Ints, Modes, Padding
 from .separable_plan import Problem, SeparablePlan, make, obstacle
 from .unsupported import refuse_script
 
@@ -135,15 +135,15 @@ def _separable(rank, input, filters, biases, stride, padding, dilation, padding_
     if fused is not None and not isinstance(fused, bool):
         raise TypeError(f"{name}(): argument 'fused' must be bool or None, not {type(fused).__name__}")
     (depthwise, pointwise), (depthwise_bias, bias) = filters, biases
-    batched = functional._check_tensors(
-        name, rank, functional._DTYPES, input, depthwise, weight_name="depthwise", depthwise_bias=depthwise_bias
+    batched = arguments.check_tensors(
+        name, rank, arguments.DTYPES, input, depthwise, weight_name="depthwise", depthwise_bias=depthwise_bias
     )
-    functional._check_tensors(name, rank, functional._DTYPES, input, pointwise, weight_name="pointwise", bias=bias)
-    stride, padding, dilation, _, modes = functional._parameters(
+    arguments.check_tensors(name, rank, arguments.DTYPES, input, pointwise, weight_name="pointwise", bias=bias)
+    stride, padding, dilation, _, modes = arguments.forward_parameters(
         name, rank, depthwise, stride, padding, dilation, 1, padding_mode
     )
     x = input if batched else input.unsqueeze(0)
-    params = (stride, padding, dilation, modes, functional._precision(name, precision))
+    params = (stride, padding, dilation, modes, arguments.precision_of(name, precision))
     op: Any = torch.ops.triton_conv.conv_separable.traced if torch.jit.is_tracing() else _op
     y = op(x, depthwise, pointwise, depthwise_bias, bias, *params, fused)
     return y if batched else y.squeeze(0)
@@ -157,7 +157,7 @@ def _first_call(
     input, depthwise, pointwise, depthwise_bias, bias, stride, padding, dilation, padding_mode, precision
 ) -> execute.Call:
     """The depthwise call; everything about the other one is checked but how its channels fit."""
-    ops.check_given(_op, input=input, depthwise=depthwise, pointwise=pointwise)
+    conv_calls.check_given(_op, input=input, depthwise=depthwise, pointwise=pointwise)
     sizes = f"depthwise {list(depthwise.shape)}, pointwise {list(pointwise.shape)} (input {list(input.shape)})"
     if not input.dim() == depthwise.dim() == pointwise.dim() > 2:
         raise RuntimeError(f"expected input, depthwise and pointwise with as many dimensions, but got {sizes}")
@@ -168,8 +168,10 @@ def _first_call(
         raise RuntimeError(
             f"expected depthwise of size (E, 1, ...) and pointwise of size (K, E, 1, ...), but got {sizes}"
         )
-    first = ops._conv_call(input, depthwise, depthwise_bias, stride, padding, dilation, C, padding_mode, precision)
-    ops._check_operands(bias, pointwise.shape[0], precision, input=input, pointwise=pointwise)
+    first = conv_calls.conv_call(
+        input, depthwise, depthwise_bias, stride, padding, dilation, C, padding_mode, precision
+    )
+    conv_calls.check_operands(bias, pointwise.shape[0], precision, input=input, pointwise=pointwise)
     return first
 
 
@@ -182,7 +184,9 @@ def _calls(input, depthwise, pointwise, *rest) -> tuple[execute.Call, execute.Ca
     """The depthwise call, and one of the 1x1 convolution whose input is only a shape."""
     first = _first_call(input, depthwise, pointwise, *rest)
     between = execute._empty_like_output(replace(first, a=input.to("meta"), b=depthwise.to("meta")))
-    return first, ops._conv_call(between, pointwise.to("meta"), None, *_second_params(input.dim() - 2, first.precision))
+    return first, conv_calls.conv_call(
+        between, pointwise.to("meta"), None, *_second_params(input.dim() - 2, first.precision)
+    )
 
 
 def _empty(input: Tensor, second: execute.Call) -> Tensor:
@@ -257,15 +261,15 @@ def _composed(*args) -> Tensor:
     first = _first_call(*args)
     input, depthwise, pointwise, depthwise_bias, bias, stride, padding, dilation, padding_mode, precision = args
     params = (stride, padding, dilation, input.shape[1], padding_mode, precision)
-    between = ops.fprop(input, depthwise, depthwise_bias, params)
-    return ops.fprop(between, pointwise, bias, _second_params(input.dim() - 2, first.precision))
+    between = schemas.fprop(input, depthwise, depthwise_bias, params)
+    return schemas.fprop(between, pointwise, bias, _second_params(input.dim() - 2, first.precision))
 
 
 def _autograd(*args) -> Tensor:
     asked = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
     if asked or torch.autograd.forward_ad._current_level >= 0:
         return _composed(*args[:-1])
-    return ops._below_autograd(_op, *args)
+    return derivatives.below_autograd(_op, *args)
 
 
 def _vmap(info, in_dims, input, depthwise, pointwise, depthwise_bias, bias, *params):
@@ -276,10 +280,10 @@ def _vmap(info, in_dims, input, depthwise, pointwise, depthwise_bias, bias, *par
     how = (stride, padding, dilation, C, padding_mode, precision)
     op = ops.conv_dilated if any(d > 1 for d in dilation) else ops.conv
     if any(dim is not None for dim in dims):
-        between, dim = ops._activation_vmap(op, 0)(info, dims, *first, *how)
+        between, dim = batching.activation_vmap(op, 0)(info, dims, *first, *how)
     else:
         between, dim = op(*first, *how), None
-    rule = ops._activation_vmap(ops.conv, 0)
+    rule = batching.activation_vmap(ops.conv, 0)
     return rule(info, (dim, *in_dims[2:5:2]), between, pointwise, bias, *_second_params(len(stride), precision))
 
 

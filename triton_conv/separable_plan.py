@@ -148,10 +148,6 @@ class SeparablePlan(PlanOfProblem):
             memory_seconds=memory,
         )
 
-    @property
-    def seconds(self) -> float:
-        return self.prediction.seconds
-
     @cached_property
     def apart(self) -> tuple[plan.Plan, plan.Plan]:
         """The plans of two convolutions that compute the same, one after the other."""

@@ -26,9 +26,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import causal as causal  # its operators are to be defined
+from . import causal_ops as causal_ops  # its operators are to be defined
+from . import conv_calls, later, schemas
 from . import fused_ops as fused_ops
-from . import later, ops
 from . import separable as separable
 
 
@@ -101,8 +101,8 @@ def dispatch(cls: type, func: Any, types: Any, args: tuple[Any, ...] = (), kwarg
             else f"triton_conv::{name} got DTensors of different meshes: {', '.join(map(str, meshes))}"
         )
     (mesh,) = meshes
-    if func in ops._CALLS:
-        ops._CALLS[func](*given)  # for its errors: those of a part would name other sizes
+    if func in conv_calls.CALLS:
+        conv_calls.CALLS[func](*given)  # for its errors: those of a part would name other sizes
 
     shared, factors = _shared(mesh, letters, tensors, groups)
     local = list(given)
@@ -219,7 +219,7 @@ def _register() -> None:
     from torch.distributed.tensor import DTensor
 
     for name in OPERATORS:
-        torch.library.register_torch_dispatch(f"triton_conv::{name}", DTensor, dispatch, lib=ops._lib)
+        torch.library.register_torch_dispatch(f"triton_conv::{name}", DTensor, dispatch, lib=schemas.LIBRARY)
 
 
 later.when_imported("torch.distributed.tensor", _register)

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import config, execute, functional, fused, ops, plan, streaming_ops, streaming_plan
+from . import arguments, config, derivatives, execute, fused, plan, streaming_ops, streaming_plan
+from .arguments import Ints, Modes, Padding
 from .config import Device
 from .epilogue import PLAIN, Epilogue
 from .execute import Call
-from .functional import Ints, Modes, Padding
 from .fused import Fusion
 from .geometry import Role, output_extent
 from .streaming_plan import StreamingPlan
@@ -148,12 +148,12 @@ def _video(
     """(whether x is batched, the operator's tensors, its parameters) of `causal_conv3d`."""
     name, weight = "causal_conv3d", tensors[1]
     batched = _check_tensors(name, 3, *tensors)
-    strides, dilations = functional._ints(name, "stride", stride, 3), functional._ints(name, "dilation", dilation, 3)
+    strides, dilations = arguments.ints_of(name, "stride", stride, 3), arguments.ints_of(name, "dilation", dilation, 3)
     spatial = weight[:, :, 0] if isinstance(padding, str) else weight
-    pads = functional._padding(name, padding, 2, spatial, strides[1:], dilations[1:])
-    modes = functional._modes(name, padding_mode, 2)
-    params = (strides, pads, dilations, functional._index(name, "groups", groups), modes)
-    return batched, tensors, (*params, check_time_mode(name, time_mode), functional._precision(name, precision))
+    pads = arguments.padding_of(name, padding, 2, spatial, strides[1:], dilations[1:])
+    modes = arguments.mode_names(name, padding_mode, 2)
+    params = (strides, pads, dilations, arguments.index_of(name, "groups", groups), modes)
+    return batched, tensors, (*params, check_time_mode(name, time_mode), arguments.precision_of(name, precision))
 
 
 def _sequence(
@@ -167,8 +167,8 @@ def _sequence(
     """The same of `causal_conv1d`: of a video whose frames have one position."""
     name = "causal_conv1d"
     batched = _check_tensors(name, 1, *tensors)
-    (step,), (reach,) = functional._ints(name, "stride", stride, 1), functional._ints(name, "dilation", dilation, 1)
-    params = ([step, 1, 1], [0] * 4, [reach, 1, 1], functional._index(name, "groups", groups), "zeros")
+    (step,), (reach,) = arguments.ints_of(name, "stride", stride, 1), arguments.ints_of(name, "dilation", dilation, 1)
+    params = ([step, 1, 1], [0] * 4, [reach, 1, 1], arguments.index_of(name, "groups", groups), "zeros")
     x, weight, bias, context = tensors
     if weight.shape[1] * params[3] != x.shape[-2]:
         raise RuntimeError(
@@ -176,7 +176,7 @@ def _sequence(
             f"but got weight {list(weight.shape)}, x {list(x.shape)}"
         )
     x, weight, context = (t if t is None else t[..., None, None] for t in (x, weight, context))
-    how = (*params, check_time_mode(name, time_mode), functional._precision(name, precision))
+    how = (*params, check_time_mode(name, time_mode), arguments.precision_of(name, precision))
     return batched, (x, weight, bias, context), how
 
 
@@ -302,14 +302,14 @@ def plans(
     x, weight = empty(*input_shape), empty(*weight_shape)
     before = None if context is None else empty(*input_shape[:2], context, *input_shape[3:])
     biases = torch.empty(weight_shape[0], dtype=dtype, device="meta") if bias else None
-    arguments: Any = _video if len(weight_shape) == 5 else _sequence
+    split: Any = _video if len(weight_shape) == 5 else _sequence
     names = ("activation", "negative_slope", "residual", "scale")
     fusion = {name: options.pop(name) for name in names if name in options}
-    _, tensors, params = arguments((x, weight, biases, before), **options)
+    _, tensors, params = split((x, weight, biases, before), **options)
     call, before = _of_shapes(tensors, params, fusion), tensors[3]
     y, plain = execute._empty_like_output(call), replace(call, epilogue=PLAIN, scale=None, residual=None)
     both = call.a if before is None else torch.cat((before, call.a), dim=2)
-    weight_stride = tuple(ops._gradient_strides(call.b))
+    weight_stride = tuple(derivatives.gradient_strides(call.b))
     gradients = {
         "input gradient": replace(plain, role=Role.DGRAD, a=y, bias=None),
         "weight gradient": replace(plain, role=Role.WGRAD, a=y, b=both, bias=None, weight_stride=weight_stride),

@@ -16,8 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import (
+    batching,
+    conv_calls,
+    derivatives,
+    execute,
+    fused_ops,
+    invariance,
+    ops,
+    recovery,
+    reference,
+    schemas,
+    streaming_plan,
+)
 from . import config as configs
-from . import execute, fused_ops, invariance, ops, recovery, reference, streaming_plan
 from .config import Device
 from .epilogue import PLAIN
 from .execute import Call
@@ -66,7 +78,7 @@ def _conv_params(
 
 def call_of(x, weight, bias, context, *params) -> Call:
     """The convolution of all frames in a row, whose input is x alone; raises for what does not fit."""
-    ops.check_given(causal_conv, x=x, weight=weight)
+    conv_calls.check_given(causal_conv, x=x, weight=weight)
     if x.dim() != 5 or weight.dim() != 5:
         raise RuntimeError(
             f"expected x and weight with five dimensions, but got x {list(x.shape)}, weight {list(weight.shape)}"
@@ -77,7 +89,7 @@ def call_of(x, weight, bias, context, *params) -> Call:
             raise RuntimeError(f"expected context to have the shape of x but for its number of frames, but got {sizes}")
         if context.dtype != x.dtype:
             raise RuntimeError(f"expected context of {x.dtype}, but got {context.dtype} ({sizes})")
-        ops._check_device("x", x, "context", context)
+        conv_calls.check_device("x", x, "context", context)
     if x.shape[2] < 1:
         raise RuntimeError(f"expected x to have a frame, but got x of size {list(x.shape)}")
     for name, values, length in (("stride", params[0], 3), ("padding", params[1], 4), ("dilation", params[2], 3)):
@@ -85,17 +97,17 @@ def call_of(x, weight, bias, context, *params) -> Call:
             raise RuntimeError(f"expected {length} numbers of {name}, but got {name}={list(values)}")
     stride, padding, dilation, groups, modes, precision = _conv_params(weight, context, *params)
     frames = x.shape[2] + (0 if context is None else context.shape[2])
-    geometry = ops._geometry(
+    geometry = conv_calls.geometry_of(
         ConvGeometry.forward,
         (*x.shape[:2], frames, *x.shape[3:]),
         weight.shape,
         stride,
-        ops._pairs(padding),
+        conv_calls.pairs_of(padding),
         dilation,
         groups,
-        ops._modes(modes, weight.shape),
+        conv_calls.modes_of(modes, weight.shape),
     )
-    ops._check_operands(bias, geometry.K, precision, x=x, weight=weight)
+    conv_calls.check_operands(bias, geometry.K, precision, x=x, weight=weight)
     return Call(Role.FPROP, geometry, x, weight, bias, precision)
 
 
@@ -244,16 +256,16 @@ def _by_frames(call: Call, context: Tensor | None, output: Tensor) -> Tensor:
 # Derivatives and transforms
 
 
-class _Causal(ops._SingleLevelFunction):
+class _Causal(derivatives.SingleLevelFunction):
     @staticmethod
     def forward(op, x, weight, bias, context, *params):
-        return ops._below_autograd(op, x, weight, bias, context, *params)
+        return derivatives.below_autograd(op, x, weight, bias, context, *params)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         _, x, weight, _, context, *ctx.params = inputs
         ctx.output_shape = output.shape
-        ops._save(ctx, x, weight, context)
+        derivatives.save(ctx, x, weight, context)
 
     @staticmethod
     def backward(ctx, dy):
@@ -269,8 +281,8 @@ class _Causal(ops._SingleLevelFunction):
             dcontext, dx = ops.conv_dgrad(dy, weight, size, *how).split(frames, dim=2)
         if needs[2]:
             both = x if context is None else torch.cat((context, x), dim=2)
-            dweight = ops.conv_wgrad(dy, both, weight.shape, ops._gradient_strides(weight), *how)
-        dbias = ops._bias_gradient(dy) if needs[3] else None
+            dweight = ops.conv_wgrad(dy, both, weight.shape, derivatives.gradient_strides(weight), *how)
+        dbias = derivatives.bias_gradient(dy) if needs[3] else None
         return None, dx if needs[1] else None, dweight, dbias, dcontext if needs[4] else None, *none
 
     @staticmethod
@@ -284,29 +296,29 @@ class _Causal(ops._SingleLevelFunction):
             parts.append(causal_conv(dx, weight, None, dcontext, *ctx.params))
         if dweight is not None:
             parts.append(causal_conv(x, dweight, None, context, *ctx.params))
-        return ops._sum_of(parts, dbias, ctx.output_shape)
+        return derivatives.sum_of(parts, dbias, ctx.output_shape)
 
 
 def _vmap(info, in_dims, x, weight, bias, context, *params):
     """A batch of x and context is more samples; of filters, that of the convolution of all frames in a row."""
     size, (x_dim, weight_dim, bias_dim, context_dim) = info.batch_size, in_dims[:4]
     if weight_dim is None and bias_dim is None:
-        x = ops._folded(x, x_dim, size, 0)
-        context = None if context is None else ops._folded(context, context_dim, size, 0)
-        return ops._unfolded(causal_conv(x, weight, bias, context, *params), size, 0), 0
+        x = batching.fold_batch(x, x_dim, size, 0)
+        context = None if context is None else batching.fold_batch(context, context_dim, size, 0)
+        return batching.unfold_batch(causal_conv(x, weight, bias, context, *params), size, 0), 0
     frames, dim = x, x_dim
     if context is not None:
         parts, dim = [context, x], None
         if x_dim is not None or context_dim is not None:
-            parts, dim = [ops._front(context, context_dim, size), ops._front(x, x_dim, size)], 0
+            parts, dim = [batching.front(context, context_dim, size), batching.front(x, x_dim, size)], 0
         frames = torch.cat(parts, dim=2 if dim is None else 3)
     how = _conv_params(weight if weight_dim is None else weight.select(weight_dim, 0), context, *params)
-    rule = ops._activation_vmap(ops._fprop_op(how), 0)
+    rule = batching.activation_vmap(schemas.fprop_op(how), 0)
     return rule(info, (dim, weight_dim, bias_dim), frames, weight, bias, *how)
 
 
 def _fused_autograd(*args) -> Tensor:
-    if ops._derived(args):
+    if derivatives.derived(args):
         return _composed(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return causal_conv_fused(*args)
@@ -334,7 +346,7 @@ def _fused_vmap(info, in_dims, x, weight, bias, scale, residual, context, *param
         for t, dim in ((scale, scale_dim), (bias, bias_dim))
     ]
     if residual is not None:
-        residual = ops._front(residual, residual_dim, size)
+        residual = batching.front(residual, residual_dim, size)
     y = fused_ops._finished(z, channels[0], channels[1], residual, activation, slope, after)[0]
     return y.expand(size, *y.shape[1:]), 0
 
@@ -351,8 +363,8 @@ def _registered(op: Any, run: Any, fake: Any, autograd: Any, vmap: Any, wide: tu
         _lib.impl(name, ops._autocast_kernel(op, device, wide=wide), key)
 
 
-_registered(causal_conv, _run, _fake, ops._autograd_kernel(causal_conv, _Causal), _vmap)
+_registered(causal_conv, _run, _fake, derivatives.autograd_kernel(causal_conv, _Causal), _vmap)
 _registered(causal_conv_fused, _run_fused, _fake_fused, _fused_autograd, _fused_vmap, wide=(fused_ops._SCALE,))
 
-ops._CALLS |= {causal_conv: call_of, causal_conv_fused: fused_call}
+conv_calls.CALLS |= {causal_conv: call_of, causal_conv_fused: fused_call}
 when_imported("torch.utils.flop_counter", ops._register_flop_formulas)

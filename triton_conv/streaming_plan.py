@@ -17,6 +17,7 @@ from . import choose, cost, invariance, plan, recovery, stored, ways
 from . import config as configs
 from . import key as keys
 from .config import ITEM_BYTES, BoxConfig, Config, KernelConfig, Numerics
+from .conv_plan import fused_words
 from .cost import Prediction, Roofline
 from .devices import Device
 from .epilogue import PLAIN, Epilogue
@@ -168,16 +169,6 @@ class StreamingPlan(PlanOfProblem):
         return cost.predict(*what, rows, self.dtype, self.numerics.epilogue)
 
     @property
-    def limit(self) -> str:
-        """What the predicted time is spent on."""
-        return self.prediction.limit
-
-    @cached_property
-    def seconds(self) -> float:
-        """The predicted time of everything: copies and kernel."""
-        return self.prediction.seconds + sum(cost.copy_seconds(size, self.device) for size in self._copies.values())
-
-    @property
     def steps(self) -> tuple[str, ...]:
         """What happens beside the kernel, here and in the backward pass."""
         copies = tuple(f"copy {_WORDS[name]} to channels-last" for name in self.packs)
@@ -191,7 +182,7 @@ class StreamingPlan(PlanOfProblem):
         copies = ", ".join(f"a copy of {name}" for name in self._copies)
         dot = self.dtype == "float32" and getattr(self.config, "dot", True)
         products = f"float32 products as {numerics.precision}" if dot else f"{self.dtype} products"
-        fused = plan._fused(numerics.epilogue, numerics.has_bias)
+        fused = fused_words(numerics.epilogue, numerics.has_bias)
         lines = [
             f"kernel     {self.kernel} ({self.role.value} of context and x, not concatenated)",
             f"geometry   {self.problem}",

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..devices import DEVICES
 from . import kinds, values
-from .common import CommandError, add_convolution
+from .common import CommandError
 
 
 def add(sub: Any) -> None:
@@ -18,15 +18,7 @@ def add(sub: Any) -> None:
         "workspace and reason. Shapes are written 8x64x56x56; one value per axis is written 2,1 and (lower, upper) "
         "padding 2:0,1,1.",
     )
-    add_convolution(parser)
     kinds.add(parser)
-    parser.add_argument(
-        "--dtype",
-        type=values.dtype_or_float8,
-        default="float32",
-        help=f"{values.dtype_names()}, or float8_e4m3fn for a scaled convolution (default: float32)",
-    )
-    parser.add_argument("--channels-last", action="store_true", help="memory format of input and weight")
     parser.add_argument(
         "--device",
         type=values.known_device,

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..epilogue import ACTIVATIONS
 from . import values
-from .common import CommandError
+from .common import CommandError, add_convolution
 
 _PLAIN = ("stride", "padding", "dilation", "groups", "padding_mode", "precision", "out_dtype", "output_padding")
 _EPILOGUE = ("activation", "negative_slope", "residual", "scale")
@@ -23,7 +23,15 @@ _OWN = ("initial_state", "sum", "offset_groups", "no_mask")
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """What may follow a convolution, and what it may be instead."""
+    """A convolution, its operands, what may follow it, and what it may be instead."""
+    add_convolution(parser)
+    parser.add_argument(
+        "--dtype",
+        type=values.dtype_or_float8,
+        default="float32",
+        help=f"{values.dtype_names()}, or float8_e4m3fn for a scaled convolution (default: float32)",
+    )
+    parser.add_argument("--channels-last", action="store_true", help="memory format of input and weight")
     fused = parser.add_argument_group("in the same kernel")
     fused.add_argument(
         "--activation",

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import installed
-from . import kinds, values
-from .common import CommandError, add_convolution, add_device, device_name
+from . import kinds
+from .common import CommandError, add_device, device_name
 
 _INTERPRETER_SECONDS = 300
 
@@ -26,15 +26,7 @@ def add(sub: Any) -> None:
         "device, settings and plans: as Markdown, without names of users, hosts or places. Exit code 1 if something "
         "is wrong.",
     )
-    add_convolution(parser)
     kinds.add(parser)
-    parser.add_argument(
-        "--dtype",
-        type=values.dtype_or_float8,
-        default="float32",
-        help=f"{values.dtype_names()}, or float8_e4m3fn for a scaled convolution (default: float32)",
-    )
-    parser.add_argument("--channels-last", action="store_true", help="memory format of input and weight")
     parser.add_argument("--seed", type=int, default=7, help="of the operands (default: %(default)s)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="a new file that only you can read (default: shown)")
     add_device(parser)
