@@ -113,7 +113,7 @@ def another_tensor(rng: random.Random, t: Any, rank: int) -> Any:
 
 def _border(rng: random.Random, rank: int) -> Any:
     """Padding of an input that may have fewer positions than it."""
-    one = (0, 1, 2, 3, 4, 5, 6, 7, -1, 2**31, 2**45, True)
+    one = (0, 1, 2, 3, 4, 5, 6, 7, -1, 2**45, True)
     kind = rng.randrange(4)
     if kind < 2:
         return rng.choice(one) if kind else tuple(rng.choice(one) for _ in range(rank))
@@ -122,11 +122,18 @@ def _border(rng: random.Random, rank: int) -> Any:
     return _padding(rng, rank)
 
 
+def _rates(rng: random.Random, rank: int) -> Any:
+    """Numbers, as many as there are."""
+    many = rng.choice(((), (1,), [2], "12", 2, None, torch.tensor([1, 2]), {1: 2}, (1, (2, 2)), iter((1, 2))))
+    return many if rng.random() < 0.5 else (1, _whole(rng, rank))
+
+
 MUTANTS: dict[str, Callable[[random.Random, int], Any]] = {
     "int": _whole,
     "ints": _wholes,
     "padding": _padding,
     "border": _border,
+    "rates": _rates,
     "text": _text,
     "bool": _truth,
     "truth": lambda rng, rank: rng.choice((True, False, 0, 1, None, "", "no", 2.5, object())),

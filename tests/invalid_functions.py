@@ -2,7 +2,7 @@
 
 import operator
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -252,3 +252,95 @@ def branched_convolution(rng: random.Random) -> Case:
 
     kinds = CONVOLUTION | {"channels": "ints", "combine": "text", "one_launch": "bool", "precision": "text"}
     return Case("multi_conv2d", ours, theirs, given, kinds, 2, frozenset(CONVOLUTION))
+
+
+def bordered_convolution(rng: random.Random) -> Case:
+    """With borders made of the input, which may have too few positions for them."""
+    case = plain_convolution(rng)
+    rank, mode = case.rank, rng.choice(("reflect", "replicate", "circular"))
+
+    def theirs(padding_mode, padding, input, **rest):
+        for side in _sides(padding):
+            case.theirs(input=input, padding=side, **rest)  # for what PyTorch says of the numbers
+        return case.theirs(input=_bordered(input, padding, rank, padding_mode, **rest), **rest)
+
+    kinds = case.kinds | {"padding": "border", "padding_mode": "text"}
+    return Case(case.name, case.ours, theirs, case.arguments | {"padding_mode": mode}, kinds, rank, case.shared)
+
+
+def bordered_video(rng: random.Random) -> Case:
+    """A chunk with borders of rows and columns, after a context."""
+    given = _operands(rng, 3, False)
+    x, weight = given.pop("input"), given["weight"]
+    context = torch.randn(*x.shape[:-3], weight.shape[2] - 1, *x.shape[-2:])
+    mode = rng.choice(("reflect", "replicate", "circular"))
+    given |= {"x": x, "context": context, "padding": 1, "padding_mode": mode, "stride": 1, "dilation": 1}
+
+    def theirs(x, context, padding, padding_mode, **rest):
+        for side in _sides(padding):
+            still = {"stride": 1} | {a: rest[a] for a in ("weight", "bias", "groups")}
+            for i in range(x.shape[-3]):
+                frame = {a: v[:, :, 0] if a == "weight" else v for a, v in still.items()}
+                functional.conv2d(x[..., i, :, :], padding=side, **frame)
+        whole = torch.cat((context, x), -3)
+        return functional.conv3d(_bordered(whole, padding, 2, padding_mode, **rest), **rest)
+
+    kinds = {a: kind for a, kind in CONVOLUTION.items() if a != "input"} | {"x": "tensor", "context": "tensor"}
+    kinds |= {"padding": "border", "padding_mode": "text"}
+    return Case("causal_conv3d", triton_conv.causal_conv3d, theirs, given, kinds, 3, frozenset(("padding",)))
+
+
+def _sides(padding: Any) -> list[Any]:
+    """Padding as PyTorch knows it: for what is below, and for what is above."""
+    if not isinstance(padding, (tuple, list)) or not any(isinstance(p, tuple) for p in padding):
+        return [padding]
+    return [tuple(p[side] if isinstance(p, tuple) else p for p in padding) for side in (0, 1)]
+
+
+def _bordered(x, padding, rank, mode, weight, dilation, **_):
+    """x with its border, by torch.nn.functional.pad."""
+    if isinstance(padding, str):
+        dilations = dilation if isinstance(dilation, (tuple, list)) else [dilation] * rank
+        totals = [d * (n - 1) * (padding == "same") for d, n in zip(dilations, weight.shape[-rank:], strict=False)]
+        pairs = [(total // 2, total - total // 2) for total in totals]
+    else:
+        sides = [side if isinstance(side, (tuple, list)) else [side] for side in _sides(padding)]
+        sides = [[*side] * (rank if len(side) == 1 else 1) for side in sides]
+        pairs = list(zip(sides[0], sides[-1], strict=True))
+    border = [operator.index(p) for pair in pairs[::-1] for p in pair]
+    if max(map(abs, border)) > 2**50:
+        raise UnaskedError  # it crashes the process
+    return functional.pad(x, border, mode=mode)
+
+
+def overridden_convolution(rng: random.Random) -> Case:
+    """torch.nn.functional's own, sent to ours."""
+    case = rng.choice((plain_convolution, transposed_convolution))(rng)
+
+    def ours(**arguments):
+        with triton_conv.override():
+            return case.theirs(**arguments)
+
+    return case._replace(name=f"override {case.name}", ours=ours)
+
+
+def overridden_operator(rng: random.Random) -> Case:
+    """torch.ops.aten's, whose arguments modes see before torch does."""
+    case = rng.choice((plain_convolution, transposed_convolution))(rng)
+    rank, packet = case.rank, getattr(torch.ops.aten, case.name)
+    operator_of = rng.choice((packet, getattr(packet, packet.overloads()[0])))
+    given = dict(case.arguments)
+    for argument in ("stride", "padding", "dilation", "output_padding"):
+        if isinstance(given.get(argument), int):
+            given[argument] = (given[argument],) * rank
+
+    def ours(**arguments):
+        with triton_conv.override():
+            return operator_of(**arguments)
+
+    def theirs(**arguments):
+        if any(isinstance(a, Iterator) for a in arguments.values()):
+            raise UnaskedError  # it may be read once for each overload
+        return operator_of(**arguments)
+
+    return Case(f"aten {case.name}", ours, theirs, given, case.kinds, rank, case.shared)

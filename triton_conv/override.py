@@ -110,7 +110,7 @@ def _truth(value: Any) -> bool:
 _AS: dict[str, Callable[[Any], Any]] = {
     "Tensor": _one_of(Tensor),
     "Optional[Tensor]": _one_of(Tensor, type(None)),
-    "List[int]": lambda value: [_whole(v) for v in _one_of(list, tuple)(value)],
+    "List[int]": lambda value: [_whole(v) for v in value],
     "int": _whole,
     "bool": _truth,
     "str": _one_of(str),

@@ -39,8 +39,6 @@ def check_model(name: str, model: Any) -> None:
     """Raises TypeError for what is no module, or not yet one, and ValueError for a module inside itself."""
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"{name}(): argument 'model' must be torch.nn.Module, not {type(model).__name__}")
-    if not hasattr(model, "_modules"):
-        raise TypeError(f"{name}(): argument 'model' is a {type(model).__name__} that never called Module.__init__()")
     _check_tree(name, "", model, set(), set())
 
 
@@ -50,6 +48,11 @@ def _check_tree(name: str, path: str, module: torch.nn.Module, above: set, seen:
     if module in seen:
         return
     seen.add(module)
+    if not hasattr(module, "_modules"):
+        where = f"holds {path!r}, " if path else "is "
+        raise TypeError(
+            f"{name}(): argument 'model' {where}a {type(module).__name__} that never called Module.__init__()"
+        )
     for key, child in module._modules.items():
         if child is not None:
             _check_tree(name, f"{path}.{key}" if path else key, child, above | {module}, seen)
