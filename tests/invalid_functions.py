@@ -310,7 +310,7 @@ def _bordered(x, padding, rank, mode, weight, dilation, **_):
     border = [operator.index(p) for pair in pairs[::-1] for p in pair]
     if max(map(abs, border)) > 2**50:
         raise UnaskedError  # it crashes the process
-    return functional.pad(x, border, mode=mode)
+    return functional.pad(x, border + [0] * (2 * (weight.dim() - 2 - rank)), mode=mode)
 
 
 def overridden_convolution(rng: random.Random) -> Case:

@@ -31,7 +31,7 @@ def _fits(kind: str, value: Any) -> bool:
 
 
 def fault(family: str, seed: int) -> str:
-    """How a call of symbols differs from the same call of numbers: one raises and the other does not, or other types."""
+    """How a call of symbols differs from the same of numbers: only one raises, other exceptions, other shapes."""
     case, given, changed = wrong_call(family, seed)
     if not all(_fits(case.kinds[a], v) for a, v in given.items() if a in case.kinds):
         return ""
