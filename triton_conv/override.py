@@ -95,6 +95,8 @@ def _one_of(*kinds: type) -> Callable[[Any], Any]:
 
 
 def _whole(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.dim() == 0:
+        value = int(value)  # of floats too
     value = value if isinstance(value, torch.SymInt) else operator.index(value)
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise TypeError
