@@ -95,12 +95,15 @@ def _one_of(*kinds: type) -> Callable[[Any], Any]:
 
 
 def _whole(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.dim() == 0:
-        value = int(value)  # of floats too
     value = value if isinstance(value, torch.SymInt) else operator.index(value)
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise TypeError
     return value
+
+
+def _alone(value: Any) -> Any:
+    """A number that is no entry of a list: in a tensor it may be a float."""
+    return int(value) if isinstance(value, Tensor) and value.dim() == 0 else _whole(value)
 
 
 def _truth(value: Any) -> bool:
@@ -113,7 +116,7 @@ _AS: dict[str, Callable[[Any], Any]] = {
     "Tensor": _one_of(Tensor),
     "Optional[Tensor]": _one_of(Tensor, type(None)),
     "List[int]": lambda value: [_whole(v) for v in value],
-    "int": _whole,
+    "int": _alone,
     "bool": _truth,
     "str": _one_of(str),
 }
