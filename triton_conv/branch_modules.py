@@ -12,6 +12,7 @@ parameters and are not called: hooks on them never run.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -39,6 +40,15 @@ def _conv(C: int, K: int, taps: int = 1, dilation: int = 1, **options) -> nn.Con
     return nn.Conv2d(C, K, taps, padding=taps // 2 * dilation, dilation=dilation, bias=False, **options)
 
 
+def _check_sizes(module: nn.Module, **numbers: Any) -> None:
+    """Raises for what is no whole number, or below one."""
+    name = type(module).__name__
+    functional.check_sizes(name, 2, {}, **numbers)
+    for argument, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"{name}(): {argument} must be a positive integer, but got {argument}={value}")
+
+
 class ASPP(nn.Module):
     """Atrous spatial pyramid pooling: DeepLabv3 (Chen et al. 2017, arXiv 1706.05587), section 3.3.
 
@@ -51,7 +61,8 @@ class ASPP(nn.Module):
     so that its share of the projection is computed once for each image and added.
 
     Shapes: (N, in_channels, H, W) to (N, out_channels, H, W). Dtypes: floats, one for input and parameters. Raises
-    ValueError in training for an N of 1, as batch norm does. See `triton_conv.multi_conv2d` for other errors.
+    ValueError, in the constructor, for numbers below 1 and a dropout beyond [0, 1], TypeError for what is no number,
+    and in training ValueError for an N of 1, as batch norm does. See `triton_conv.multi_conv2d` for other errors.
     """
 
     def __init__(
@@ -64,6 +75,14 @@ class ASPP(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        _check_sizes(self, in_channels=in_channels, out_channels=out_channels)
+        if not isinstance(rates, (tuple, list)):
+            raise TypeError(f"ASPP(): argument 'rates' must be a sequence of int, not {type(rates).__name__}")
+        for rate in rates:
+            _check_sizes(self, rates=rate)
+        number: Any = dropout
+        if not isinstance(number, Real) or isinstance(number, bool):
+            raise TypeError(f"ASPP(): argument 'dropout' must be float, not {type(dropout).__name__}")
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         shape = (in_channels, out_channels)
         pyramid = [_conv(*shape, **where), *(_conv(*shape, 3, rate, **where) for rate in rates)]
@@ -97,7 +116,8 @@ class InceptionBranches(nn.Module):
     ReLUs write their slices of the output; else what they wrote is put together by torch.cat.
 
     Shapes: (N, in_channels, H, W) to (N, ch1x1 + ch3x3 + ch5x5 + pool_proj, H, W). Dtypes: floats, one for input and
-    parameters. Raises RuntimeError for another number of channels. See `triton_conv.multi_conv2d` for other errors.
+    parameters. Raises, in the constructor, ValueError for numbers below 1 and TypeError for what is no number, and
+    RuntimeError for an input of another number of channels. See `triton_conv.multi_conv2d` for other errors.
     """
 
     def __init__(
@@ -113,6 +133,8 @@ class InceptionBranches(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        _check_sizes(self, in_channels=in_channels, ch1x1=ch1x1, ch3x3red=ch3x3red, ch3x3=ch3x3)
+        _check_sizes(self, ch5x5red=ch5x5red, ch5x5=ch5x5, pool_proj=pool_proj)
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.entry = nn.ModuleList([_conv(in_channels, K, **where) for K in (ch1x1, ch3x3red, ch5x5red)])
         self.entry_norm = nn.BatchNorm2d(ch1x1 + ch3x3red + ch5x5red, eps=1e-3, **where)
@@ -161,8 +183,8 @@ class SelectiveKernel(nn.Module):
     sum.
 
     Shapes: (N, channels, H, W) to the same. Dtypes: floats, one for input and parameters. Raises ValueError, in the
-    constructor, for groups that do not divide the channels, and in training for an N of 1, as batch norm does. See
-    `triton_conv.multi_conv2d` for other errors.
+    constructor, for numbers below 1 and groups that do not divide the channels, TypeError for what is no number, and in
+    training ValueError for an N of 1, as batch norm does. See `triton_conv.multi_conv2d` for other errors.
     """
 
     def __init__(
@@ -175,10 +197,12 @@ class SelectiveKernel(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        _check_sizes(self, channels=channels, branches=branches, groups=groups, reduction=reduction)
         where: dict[str, Any] = {"device": device, "dtype": dtype}
+        every = functional._index(type(self).__name__, "branches", branches * channels)
+        norm = nn.BatchNorm2d(every, **where)  # before its branches: it raises where they are too many
         convs = [_conv(channels, channels, 3, 1 + i, groups=groups, **where) for i in range(branches)]
-        self.convs = nn.ModuleList(convs)
-        self.norm = nn.BatchNorm2d(branches * channels, **where)
+        self.convs, self.norm = nn.ModuleList(convs), norm
         squeezed = max(channels // reduction, 32)
         self.squeeze = nn.Linear(channels, squeezed, bias=False, **where)
         self.squeeze_norm = nn.BatchNorm1d(squeezed, **where)

@@ -125,9 +125,9 @@ _known = fast.Remembered()
 
 def _params(name: str, C: int, branches: Sequence[Branch], combine, precision, one_launch) -> Params:
     """The operator's parameters."""
-    given = tuple(b[2:] for b in branches)
-    exact = not torch.compiler.is_compiling() and functional._exact(given)
-    key = (C, given, tuple(b.weight.shape for b in branches), combine, precision, one_launch) if exact else None
+    given, shapes = tuple(b[2:] for b in branches), tuple(tuple(b.weight.shape) for b in branches)
+    exact = not torch.compiler.is_compiling() and functional._exact((C, given, shapes))  # symbols have no hash
+    key = (C, given, shapes, combine, precision, one_launch) if exact else None
     found = _known.get(key) if key else None
     if found is None:
         found = _parsed(name, C, branches, combine, precision, one_launch)

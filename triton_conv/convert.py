@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from .nn import OURS, DeformConv2d, _Ours
+from .unsupported import check_model
 
 __all__ = ["Conversion", "convert"]
 
@@ -63,17 +64,17 @@ def convert(model: torch.nn.Module) -> Conversion:
     modules stay lazy until their first input. Modules reached by two names are converted once, under the first.
 
     Skipped, each with its reason: subclasses of torch's classes, whose own code may call torch's convolution (derive
-    them from `triton_conv.nn` instead, or run them under `triton_conv.override()`), and modules whose forward was
-    replaced on the instance. Wrappers that change the class of a module, such as `fully_shard`, come after `convert`.
-    What goes by torch's classes comes before it: quantization, and torch.fx, which sees a convolution of torch's as one
-    module and of ours as a call of a function. A traced `torch.fx.GraphModule` is converted as any module is.
+    them from `triton_conv.nn` instead, or run them under `triton_conv.override()`), modules whose forward was replaced
+    on the instance, and negative padding, which torch's take with a `padding_mode` other than "zeros". Wrappers that
+    change the class of a module, such as `fully_shard`, come after `convert`. What goes by torch's classes comes before
+    it: quantization, and torch.fx, which sees a convolution of torch's as one module and of ours as a call of a
+    function. A traced `torch.fx.GraphModule` is converted as any module is.
 
     `torchvision.ops.DeformConv2d` is converted too. Ours is no subclass of it, as ours of torch's are.
 
-    Raises TypeError if `model` is not a `torch.nn.Module`.
+    Raises TypeError if `model` is not a `torch.nn.Module`, ValueError if it contains itself.
     """
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"convert(): argument 'model' must be torch.nn.Module, not {type(model).__name__}")
+    check_model("convert", model)
     converted, skipped = [], []
     for name, module in model.named_modules():
         if not _convolves(module):
@@ -103,7 +104,12 @@ def reason_to_skip(module: Module) -> str:
         theirs = "torch.nn" if base not in _torchvisions() else "torchvision.ops"
         return f"{cls.__module__}.{cls.__qualname__} is a subclass of {theirs}.{base.__name__}{ours}"
     patched = sorted({"forward", "_conv_forward"} & vars(module).keys())
-    return f"{patched[0]} was replaced on the instance; convert before that" if patched else ""
+    if patched:
+        return f"{patched[0]} was replaced on the instance; convert before that"
+    cropped = min(getattr(module, "_reversed_padding_repeated_twice", ()), default=0) < 0
+    if cropped and module.padding_mode != "zeros":  # F.pad takes it
+        return f"its padding is negative, padding={module.padding}"
+    return ""
 
 
 def _torchvisions() -> dict[type, type]:

@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,9 +30,11 @@ from .convert import reason_to_skip
 from .nn import OURS, _Ours
 from .patterns import described, module_of
 from .tracing import Traced, hooked, traced
+from .unsupported import check_model
 
 __all__ = ["Folding", "fold_batchnorm"]
 
+_OF_NORMS = ("running_mean", "running_var", "weight", "bias")
 _AXES = {torch.nn.BatchNorm1d: 1, torch.nn.BatchNorm2d: 2, torch.nn.BatchNorm3d: 3}
 
 
@@ -83,18 +87,18 @@ def fold_batchnorm(model: Module) -> Folding:
     `SyncBatchNorm`, with and without affine parameters, fold into `torch.nn`'s convolutions and ours, plain and
     transposed. Left alone, each with its reason: where something else reads what lies between or calls either module
     again, weights that other modules share or that are parametrized, modules with hooks, subclasses, batch norms
-    without running statistics, 16-bit batch norms behind float32 convolutions.
+    without running statistics, 16-bit batch norms behind float32 convolutions, parameters that are missing or fit
+    neither each other nor the module's own numbers.
 
     Results differ by rounding. The new weights are computed in float64 and rounded once to the weight's dtype, by at
     most eps / 2 of each (eps: `torch.finfo(dtype).eps`), and what lies between is no longer rounded. With a, the sum of
     the magnitudes of all that is added up behind an element, |x| * |s w| + |s b| + |s mean| + |shift|, that is at most
     2 eps a, and what two orders of summation differ by.
 
-    Raises RuntimeError, before anything is changed, if a module to be folded is in training mode, and TypeError if
-    `model` is not a `torch.nn.Module`.
+    Raises, before anything is changed, RuntimeError if a module to be folded is in training mode, TypeError if `model`
+    is not a `torch.nn.Module`, and ValueError if it contains itself.
     """
-    if not isinstance(model, Module):
-        raise TypeError(f"fold_batchnorm(): argument 'model' must be torch.nn.Module, not {type(model).__name__}")
+    check_model("fold_batchnorm", model)
     uses = Uses(model)
     pairs, skipped = [], dict.fromkeys(m for m in model.modules() if isinstance(m, _BatchNorm))
     for part in uses.parts:
@@ -118,9 +122,10 @@ def fold_batchnorm(model: Module) -> Folding:
         raise RuntimeError(
             f"fold_batchnorm(): {', '.join(map(repr, training))} in training mode; call model.eval() before"
         )
-    for pair in pairs:
-        fold(*pair)
-        _replace(model, uses.names[pair[1]])
+    made = [folded(*pair) for pair in pairs]  # all of them or, without memory, none
+    for (convolution, norm), tensors in zip(pairs, made, strict=True):
+        _give(convolution, *tensors)
+        _replace(model, uses.names[norm])
     return Folding(
         tuple((uses.names[a][0], uses.names[b][0]) for a, b in pairs),
         tuple((uses.names[m][0], reason or uses.why_unseen(m)) for m, reason in skipped.items() if reason != ""),
@@ -157,7 +162,7 @@ class Uses:
             why = self.obstacle_to_call(module)
             if why:
                 return f"{self.names[module][0]!r}: {why}"
-        return _obstacle_of_norm(norm, convolution) or self._obstacle_of_weights(convolution)
+        return self._obstacle_of_weights(convolution) or _obstacle_of_norm(norm, convolution)
 
     def _obstacle_of_weights(self, convolution: _ConvNd) -> str:
         name = self.names[convolution][0]
@@ -224,8 +229,9 @@ def obstacle_of_class(convolution: _ConvNd) -> str:
     if cls not in OURS and cls not in OURS.values():
         base = cls.__mro__[1] if isinstance(convolution, _Ours) else None
         return f"{cls.__qualname__} is a subclass of {base.__name__}" if base else reason_to_skip(convolution)
-    if is_lazy(convolution.weight):
-        return "its input channels are not known yet"
+    why = _obstacle_of_parameters(convolution)
+    if why:
+        return why
     patched = sorted({"forward", "_conv_forward"} & vars(convolution).keys())
     if patched:
         return f"{patched[0]} was replaced on the instance"
@@ -234,26 +240,57 @@ def obstacle_of_class(convolution: _ConvNd) -> str:
     return ""
 
 
+def _obstacle_of_parameters(convolution: Any) -> str:
+    """Why a convolution has not the parameters that its numbers ask for."""
+    weight: Any = getattr(convolution, "weight", None)
+    bias: Any = getattr(convolution, "bias", "")
+    if is_lazy(weight):
+        return "its input channels are not known yet"
+    if not isinstance(weight, Tensor) or not (bias is None or isinstance(bias, Tensor)):
+        return f"its {'bias' if isinstance(weight, Tensor) else 'weight'} is missing"
+    channels = (convolution.in_channels, convolution.out_channels)
+    first, second = channels if convolution.transposed else channels[::-1]
+    shape = (first, second // convolution.groups, *convolution.kernel_size)
+    if tuple(weight.shape) != shape or weight.layout is not torch.strided:
+        return f"its weight is {list(weight.shape)}, {weight.layout}, and not {list(shape)}"
+    if bias is not None and (bias.shape != (convolution.out_channels,) or bias.device != weight.device):
+        return f"its bias {list(bias.shape)} on {bias.device} does not fit its weight {list(shape)} on {weight.device}"
+    return ""
+
+
 def _obstacle_of_norm(norm: _BatchNorm, convolution: _ConvNd) -> str:
-    axes, mean = _AXES.get(type(norm)), norm.running_mean
+    axes = _AXES.get(type(norm))
+    mean, var, gain, shift = (getattr(norm, name, "") for name in _OF_NORMS)
     if axes is None and type(norm) is not torch.nn.SyncBatchNorm:
         return f"{type(norm).__qualname__} is a class of its own"
     if axes not in (None, len(convolution.kernel_size)) or norm.num_features != convolution.out_channels:
         return f"{type(norm).__name__}({norm.num_features}) does not fit the convolution before it"
     if "forward" in vars(norm):
         return "forward was replaced on the instance"
-    if mean is None or norm.running_var is None:
+    if mean is None or var is None:
         return "it has no running statistics"
     if parametrize.is_parametrized(norm):
         return "its parameters are parametrized"
-    if mean.dtype not in (torch.float32, convolution.weight.dtype) or mean.is_complex():
+    if not isinstance(norm.eps, Real):
+        return f"its eps is {norm.eps!r}"
+    for name, t in zip(_OF_NORMS, (mean, var, gain, shift), strict=True):
+        if t is None:
+            continue
+        if not isinstance(t, Tensor) or t.shape != mean.shape or t.shape != (norm.num_features,):
+            return f"its {name} is not one of {norm.num_features} numbers"
+        if t.device != convolution.weight.device:
+            return f"its {name} is on {t.device} and the convolution on {convolution.weight.device}"
+    if mean.dtype not in (torch.float32, convolution.weight.dtype) or not convolution.weight.is_floating_point():
         return f"it is {mean.dtype} and the convolution {convolution.weight.dtype}"
     return ""
 
 
 def fold(convolution: _ConvNd, norm: _BatchNorm) -> None:
     """Gives the convolution weight and bias of both."""
-    weight, bias = folded(convolution, norm)
+    _give(convolution, *folded(convolution, norm))
+
+
+def _give(convolution: _ConvNd, weight: Tensor, bias: Tensor) -> None:
     old = convolution.weight
     convolution.weight = Parameter(weight, requires_grad=old.requires_grad)
     convolution.bias = Parameter(bias, requires_grad=old.requires_grad)

@@ -336,7 +336,9 @@ def _spelled(rank: int, weight: Any, padding: Any, given: tuple) -> Any:
         return None
     if type(padding) is not str:
         return rank, given
-    return None if not isinstance(weight, Tensor) or weight.is_nested else (rank, given, weight.shape)
+    if not isinstance(weight, Tensor) or weight.is_nested or not _exact(weight.shape):  # symbols have no hash
+        return None
+    return rank, given, weight.shape
 
 
 def _exact(values: tuple) -> bool:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.nn import Module
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -30,6 +31,7 @@ from .nn import OURS
 from .patterns import Activation, Sum, activation, described, is_convolution, module_of, overwritten, summed, written
 from .residual import ADDING
 from .tracing import NO_FORWARD, Traced, hooked
+from .unsupported import check_model
 
 __all__ = ["FusionReport", "fuse"]
 
@@ -123,12 +125,11 @@ def fuse(model: Module) -> FusionReport:
     (products, bias, batch norm's mean and shift, residual), and eps that of the dtype, an element differs by at most 4
     eps a times the steepest slope of the activation (at most 1.5), and by what two orders of summation differ by.
 
-    Raises TypeError if `model` is not a `torch.nn.Module`.
+    Raises TypeError if `model` is not a `torch.nn.Module`, ValueError if it contains itself, and RuntimeError if
+    `copy.deepcopy` cannot copy something that one of its modules holds, a lock for instance.
     """
-    if not isinstance(model, Module):
-        raise TypeError(f"fuse(): argument 'model' must be torch.nn.Module, not {type(model).__name__}")
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    model = copy.deepcopy(model, tensors)  # modules are new, and tensors are those of the other
+    check_model("fuse", model)
+    model = _copied(model)
     uses = Uses(model)
     found: dict[str, Fused] = {}
     for part in uses.parts:
@@ -149,6 +150,17 @@ def fuse(model: Module) -> FusionReport:
     rows = sorted(found.values(), key=lambda c: order.get(c.name, len(order)))
     untraced = {name: why for name, why in uses.untraced.items() if why != NO_FORWARD}
     return FusionReport(model, tuple(rows), tuple(untraced.items()))
+
+
+def _copied(model: Module) -> Module:
+    """Other modules with the same tensors."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    for module in model.modules():  # weight_norm and pruning keep what they compute, which cannot be copied
+        tensors |= {id(t): t for t in vars(module).values() if isinstance(t, Tensor) and not t.is_leaf}
+    try:
+        return copy.deepcopy(model, tensors)
+    except Exception as error:
+        raise RuntimeError(f"fuse(): argument 'model' cannot be copied: {type(error).__name__}: {error}") from error
 
 
 class _Part:

@@ -329,7 +329,8 @@ class Conv2d(_Conv, torch.nn.Conv2d):  # type: ignore[misc]
 
     Raises ValueError, in the constructor, for groups that do not divide the channels, an unknown padding string,
     mode, precision or activation, "same" with a stride, and padding pairs or modes whose number is not that of the
-    axes.
+    axes. A call raises what `triton_conv.conv2d` raises; RuntimeError for negative padding in every mode, although
+    torch's crops with a `padding_mode` other than "zeros".
     """
 
     _function = staticmethod(functional.conv2d)

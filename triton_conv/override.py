@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.nested._internal.nested_tensor import NestedTensor
 from torch.overrides import TorchFunctionMode
 
@@ -23,7 +26,8 @@ def _convolution(
 ) -> Tensor:
     """`torch.convolution`: every rank, forward and transposed, in one signature."""
     rank = weight.dim() - 2
-    if not 1 <= rank <= 3:  # for torch's error
+    unused = not transposed and (len(output_padding) not in (1, rank) or any(p < 0 for p in output_padding))
+    if not 1 <= rank <= 3 or input.dim() != rank + 2 or unused:  # for torch's error
         return torch.convolution(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
     if transposed:
         function = getattr(functional, f"conv_transpose{rank}d")
@@ -38,9 +42,84 @@ def _targets() -> dict[Any, Callable[..., Tensor]]:
     for name, target in targets.items():
         packet = getattr(torch.ops.aten, name)
         # torch.nn.functional's functions are torch's own; exported graphs call the aten operators by name.
-        result[getattr(torch, name)] = result[packet] = target
-        result |= {getattr(packet, overload): target for overload in packet.overloads() if overload != "out"}
+        result[getattr(torch, name)] = target
+        overloads = tuple(getattr(packet, overload) for overload in packet.overloads() if overload != "out")
+        result[packet] = partial(_operator, overloads, target)
+        result |= {overload: partial(_operator, (overload,), target) for overload in overloads}
     return result
+
+
+def _operator(overloads: Sequence[OpOverload], target: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """`target` of the arguments of an operator: modes see them before torch does, and none of ours are its."""
+    for overload in overloads[:-1]:
+        with contextlib.suppress(RuntimeError):
+            given = _parsed(overload._schema, args, kwargs)
+            break
+    else:
+        given = _parsed(overloads[-1]._schema, args, kwargs)
+    return target(**given)
+
+
+def _parsed(schema: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by name. Raises RuntimeError, as torch does, for what does not fit the schema."""
+    name, names = schema.name, [a.name for a in schema.arguments]
+    given = dict(zip(names, args, strict=False))
+    if len(args) > len(names):
+        raise RuntimeError(f"{name}() expected at most {len(names)} arguments but received {len(args)}: {schema}")
+    for key, value in kwargs.items():
+        if key not in names or key in given:
+            what = "is unknown" if key not in names else "was given twice"
+            raise RuntimeError(f"{name}(): argument {key!r} {what}: {schema}")
+        given[key] = value
+    for argument in schema.arguments:
+        if argument.name in given:
+            try:
+                given[argument.name] = _AS[str(argument.type)](given[argument.name])
+            except (TypeError, RuntimeError):
+                kind = type(given[argument.name]).__name__
+                raise RuntimeError(
+                    f"{name}() expected a value of type {argument.type} for argument {argument.name!r}, not {kind}"
+                ) from None
+        elif not argument.has_default_value():
+            raise RuntimeError(f"{name}() is missing a value for argument {argument.name!r}: {schema}")
+    return given
+
+
+def _one_of(*kinds: type) -> Callable[[Any], Any]:
+    def same(value: Any) -> Any:
+        if not isinstance(value, kinds):
+            raise TypeError
+        return value
+
+    return same
+
+
+def _whole(value: Any) -> Any:
+    value = value if isinstance(value, torch.SymInt) else operator.index(value)
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise TypeError
+    return value
+
+
+def _alone(value: Any) -> Any:
+    """A number that is no entry of a list: in a tensor it may be a float."""
+    return int(value) if isinstance(value, Tensor) and value.dim() == 0 else _whole(value)
+
+
+def _truth(value: Any) -> bool:
+    if isinstance(value, str):
+        raise TypeError
+    return bool(value)
+
+
+_AS: dict[str, Callable[[Any], Any]] = {
+    "Tensor": _one_of(Tensor),
+    "Optional[Tensor]": _one_of(Tensor, type(None)),
+    "List[int]": lambda value: [_whole(v) for v in value],
+    "int": _alone,
+    "bool": _truth,
+    "str": _one_of(str),
+}
 
 
 _TARGETS = _targets()
@@ -93,6 +172,8 @@ class override(contextlib.ContextDecorator, TorchFunctionMode):
         target = _TARGETS.get(func)
         if target is None or any(_is_custom(t) for t in types):
             return func(*args, **kwargs)
+        if isinstance(func, (OpOverload, OpOverloadPacket)):
+            return func(*args, **kwargs) if "out" in kwargs else target(*args, **kwargs)
         # torch's argument parser takes NumPy's names of the first argument too.
         return target(*args, **{"input" if name in ("x", "a", "x1") else name: v for name, v in kwargs.items()})
 

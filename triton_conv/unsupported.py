@@ -1,4 +1,4 @@
-"""What cannot be done, in words that say what can: kinds of tensors, and torch.jit.script."""
+"""What cannot be done, in words that say what can: kinds of tensors, models, and torch.jit.script."""
 
 from __future__ import annotations
 
@@ -33,6 +33,29 @@ def check_kind(name: str, argument: str, t: Any) -> None:
             f"{name}(): {argument} {list(t.shape)} is on {t.device}; triton_conv runs on CUDA and CPU devices: move it "
             "there with .to(), or leave it to torch.nn.functional"
         )
+
+
+def check_model(name: str, model: Any) -> None:
+    """Raises TypeError for what is no module, or not yet one, and ValueError for a module inside itself."""
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"{name}(): argument 'model' must be torch.nn.Module, not {type(model).__name__}")
+    _check_tree(name, "", model, set(), set())
+
+
+def _check_tree(name: str, path: str, module: torch.nn.Module, above: set, seen: set) -> None:
+    if module in above:  # torch's own train() and state_dict() would not come back from it either
+        raise ValueError(f"{name}(): argument 'model' contains itself: {path!r} is a module around it")
+    if module in seen:
+        return
+    seen.add(module)
+    if not hasattr(module, "_modules"):
+        where = f"holds {path!r}, " if path else "is "
+        raise TypeError(
+            f"{name}(): argument 'model' {where}a {type(module).__name__} that never called Module.__init__()"
+        )
+    for key, child in module._modules.items():
+        if child is not None:
+            _check_tree(name, f"{path}.{key}" if path else key, child, above | {module}, seen)
 
 
 def not_scripted(name: str) -> str:
