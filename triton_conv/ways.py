@@ -454,7 +454,7 @@ def _box_obstacle(problem: Problem, layout: Layout) -> str | None:
         return "an axis is longer than coordinates reach"
     if max(g.stride) >= 2**14:  # positions are moved by 2^16 steps before they are divided
         return "its stride is longer than coordinates reach"
-    if _furthest(g, strides) * max(g.stride) * ITEM_BYTES[problem.dtype] >= 2**40:
+    if not describes(_furthest(g, strides), g, problem.dtype):
         return "strides are longer than a descriptor holds"
     if role is Role.WGRAD:
         return _run_obstacle(g, strides)
@@ -477,6 +477,11 @@ def _box_obstacle(problem: Problem, layout: Layout) -> str | None:
     if g.axes(role)[2].src_step > 1 and src // g.groups % least:
         return f"the stride of W folds into channels, which are no multiple of {least}"
     return None
+
+
+def describes(stride: int, g: ConvGeometry, dtype: str) -> bool:
+    """Whether a descriptor holds a stride of elements, times a step of the convolution: below 2^40 bytes."""
+    return stride * max(g.stride) * ITEM_BYTES[dtype] < 2**40
 
 
 def _furthest(g: ConvGeometry, strides: Strides) -> int:
