@@ -138,8 +138,9 @@ class Streaming(Subject):
 
     def __init__(self, config=None, last=False, held=2, dtype="float32", epilogue=PLAIN):
         self.config, self.last, self.dtype, self.epilogue = config or Config(16, 16, 16), last, dtype, epilogue
-        self.geometry = g = ConvGeometry.forward((3, 16, 5, 3, 8), (16, 16, 3, 1, 1))
-        self.shapes = {"context": (3, 16, held, 3, 8), "x": (3, 16, 3, 3, 8), "w": g.shape("w"), "y": g.shape("y")}
+        image = (3, 8 if isinstance(config, BoxConfig) else 4)
+        self.geometry = g = ConvGeometry.forward((3, 16, 5, *image), (16, 16, 3, 1, 1))
+        self.shapes = {"context": (3, 16, held, *image), "x": (3, 16, 3, *image), "w": g.shape("w"), "y": g.shape("y")}
         self.shapes |= {"residual": g.shape("y")} if epilogue.residual else {}
         self.shapes |= {"scale": (g.K,)} if epilogue.scale else {}
         self.shapes |= {"bias": (g.K,)} if epilogue != PLAIN else {}
@@ -219,9 +220,10 @@ class Branches(Subject):
         self.role, self.dtype, self.summed = role, dtype, summed
         self.config = config or Config(16, 16, 16)
         self.written = ("y0",) if role is Role.FPROP else ("x0",)
-        rows = 1 if isinstance(self.config, BoxConfig) else 3  # taps that lie evenly far apart are those of one row
+        # boxes take taps that lie evenly, which far apart are those of one row
+        rows, columns = (1, 8) if isinstance(self.config, BoxConfig) else (3, 4)
         padding = ((rows // 2, rows // 2), (1, 1))
-        self.geometry = g = ConvGeometry.forward((3, 16, 3, 8), (16, 16, rows, 3), padding=padding)
+        self.geometry = g = ConvGeometry.forward((3, 16, 3, columns), (16, 16, rows, 3), padding=padding)
         self.shapes = {"x0": g.shape("x"), "y0": g.shape("y")} | {f"w{i}": g.shape("w") for i in range(2)}
         if role is Role.FPROP:
             self.shapes["bias1"] = (g.K,)

@@ -16,13 +16,15 @@ from torch import Tensor
 from torch.nn import functional
 
 import triton_conv
-from triton_conv import backends, check
+from triton_conv import backends, check, explain
+from triton_conv.devices import Device
+from triton_conv.explain import AnyPlan
 from triton_conv.tuning.layers import Layer
 
 from .. import kinds, values
 from ..kinds.branches import Branches
 from ..kinds.kind import Kind, Tensors, convolve
-from .support import left_out
+from .support import freed, left_out
 from .units import Context, Unit
 
 _IMAGES = {"x", "offset", "mask", "context", "residual"}  # operands that have some of their own for every image
@@ -73,7 +75,7 @@ class _Separable(Kind):
 
 
 class HugeCall(NamedTuple):
-    """A call, its layer in full and one that a CPU runs; `kernels` are those that are meant, of its plans.
+    """A call, its layer in full and one that a CPU runs; `kernels` are those that are meant: all of its plans.
 
     `needs` are GiB of memory: operands, results and gradients, what kernels take and float64 of one image.
     """
@@ -85,6 +87,15 @@ class HugeCall(NamedTuple):
     needs: float
     kind: Kind
     gradients: bool = True
+
+    def plans(self, device: Device) -> list[AnyPlan]:
+        """Of the full layer."""
+        options = dict(self.layer.options)
+        if isinstance(self.kind, _Together):
+            options["one_launch"] = True
+        found = explain.plans(self.layer.input, self.layer.weight, device=device, **options)
+        titles = [title for title in found if self.gradients or title not in ("depthwise", "pointwise")]
+        return [found[title] for title in titles]
 
 
 def _kind(layer: Layer) -> Kind:
@@ -142,8 +153,8 @@ CALLS: tuple[HugeCall, ...] = (
         _Together(),
     ),
     HugeCall("causal_conv3d", *_VIDEO, ("box", "box_wgrad"), 60.0, _kind(_VIDEO[0])),
-    HugeCall("gelu and residual", *_FUSED, ("box", "activation_backward", "box_wgrad"), 60.0, _kind(_FUSED[0])),
-    HugeCall("circular", *_square(64, padding_mode="circular"), ("gather", "wgrad"), 40.0, _Circular()),
+    HugeCall("gelu and residual", *_FUSED, ("box", "box_wgrad", "activation_backward"), 60.0, _kind(_FUSED[0])),
+    HugeCall("circular", *_square(64, padding_mode="circular"), ("gather", "box", "wgrad"), 40.0, _Circular()),
     HugeCall("separable", *_DEPTHWISE, ("separable",), 16.0, _Separable(), gradients=False),
 )
 
@@ -157,6 +168,7 @@ def units(context: Context) -> Iterator[Unit]:
 def checked(call: HugeCall, context: Context) -> dict[str, Any]:
     """The facts of one call; where a GPU has less memory than it needs, that."""
     where = context.device
+    freed(where)
     if where.type == "cuda":
         free = torch.cuda.mem_get_info(where)[0] / _GIB
         if free < call.needs:
@@ -168,6 +180,8 @@ def checked(call: HugeCall, context: Context) -> dict[str, Any]:
     worst, wrong = _compared(call, layer, images, t, found, dy)
     wrong += _astray(found, images)
     elements = max(v.numel() for v in (*t.values(), *found.values()))
+    del t, found, dy
+    freed(where)
     words = f"{call.name}, {elements:,} elements: "
     words += "; ".join(wrong[:3]) or f"worst error {worst:.0%} of what rounding allows"
     return {"ok": not wrong, "words": words, "elements": elements, "share": worst, "needs": call.needs}

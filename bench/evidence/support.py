@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -64,6 +65,13 @@ def wait(device: torch.device) -> None:
     """Until a device has nothing more to do."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def freed(device: torch.device) -> None:
+    """Gives back what nobody holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def later_median(seconds: Sequence[float]) -> float:
