@@ -20,6 +20,7 @@ from torch import Tensor
 from triton_conv import causal_conv1d, causal_conv1d_update, check, execute, explain, plan
 from triton_conv.config import Config, KernelConfig
 from triton_conv.devices import Device
+from triton_conv.explain import AnyPlan
 from triton_conv.geometry import Role
 from triton_conv.plan import Plan
 from triton_conv.tuning import operands
@@ -129,12 +130,13 @@ def _device(context: Context) -> Device:
 
 
 def _compiled(context: Context) -> dict[str, Any]:
-    device, plans = _device(context), list[Plan]()
+    device, plans = _device(context), list[AnyPlan]()
     for huge in HUGE:
         try:
             plans.append(huge.plan(device, context.simulate))
         except LookupError:  # which its own unit says
             continue
+    plans += [p for call in huge_calls.CALLS for p in call.plans(device)]
     facts = compile_ahead(plans, context.device)
     words = f"{facts['plans']} plans compiled in {facts['seconds']:.1f} s, {len(facts['faults'])} faults"
     return {"ok": True, "words": words, **facts}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from triton_conv import execute, plan
 from triton_conv.devices import Device
+from triton_conv.explain import AnyPlan
 from triton_conv.plan import Plan
 from triton_conv.tuning import record
 from triton_conv.tuning.ahead import Ahead
@@ -112,7 +113,7 @@ def plans_of(model: torch.nn.Module, images: Tensor, device: Device, autocast: t
     return [plan.make(problem) for problem in dict.fromkeys(execute.problem_of(call, device) for call in calls)]
 
 
-def compile_ahead(plans: Iterable[Plan], where: torch.device) -> dict[str, Any]:
+def compile_ahead(plans: Iterable[AnyPlan], where: torch.device) -> dict[str, Any]:
     """Compiles plans by all processors at once, and says how long that took.
 
     What cannot be compiled ahead is compiled, or fails, when it is launched.
