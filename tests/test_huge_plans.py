@@ -352,6 +352,18 @@ def test_what_starts_between_16_bytes_is_not_described():
     assert "box" not in _kernels(problem._replace(aligned=False))
 
 
+def test_filters_that_lie_on_each_other_are_not_described():
+    """An expanded weight: a descriptor's strides are more than 0."""
+    problem = _box_problem((2, 16, 64, 64), (16, 16, 3, 3))
+    for w in ((0, 1, 0, 48, 16), (16, 1, 0, 0, 0)):
+        assert _kernels(problem._replace(strides=problem.strides._replace(w=w))) == ["gather"]
+    g = ConvGeometry.forward((3, 16, 5, 8, 8), (16, 16, 3, 1, 1))
+    x, context, y = (far.dense((3, 16, frames, 8, 8), last=True) for frames in (3, 2, 3))
+    for filters in ((0, 1, 16, 0, 0), (16, 1, 0, 0, 0)):
+        p = streaming_plan.Problem(g, Context(2, context), "float16", "ieee", x, filters, y, False, (), H200)
+        assert streaming_plan.make(p).kernel == "gather"
+
+
 def test_sides_of_a_box():
     BoxConfig((1, 1, 1, 256), 256, 256)
     for sides in (((1, 1, 1, 512), 16, 16), ((1, 1, 1, 16), 512, 16), ((1, 1, 1, 16), 16, 512)):

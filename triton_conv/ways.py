@@ -472,6 +472,8 @@ def _box_obstacle(problem: Problem, layout: Layout) -> str | None:
     tap = tap_step(g, strides)
     if tap is None or tap % vector or strides.w[1] != 1:
         return "filter taps are not evenly spaced"
+    if strides.w[0] == 0 or (tap == 0 and g.taps > 1):
+        return "filters or taps lie on each other"
     if not _whole_steps(g, role, strides):
         return "the input is not whole strides"
     if g.axes(role)[2].src_step > 1 and src // g.groups % least:
