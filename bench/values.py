@@ -97,25 +97,32 @@ def _by_kind(job: Job, kind: Kind, t: Operands, names: Sequence[str]) -> dict[st
 
 
 def share(job: Job, subject: Subject, name: str, got: Tensor, want: Tensor) -> tuple[float, str]:
+    """`off` of a result of a job."""
+    return off(name, got, want, _depth(job, name), job.layer.options.get("precision"), subject.between)
+
+
+def off(
+    name: str, got: Tensor, want: Tensor, depth: int, precision: str | None, between: bool = False
+) -> tuple[float, str]:
     """(the worst error as a share of its tolerance, what is wrong in words or ""): `triton_conv.check` has the formula.
 
-    Results that are rounded between two kernels may be off by that much more.
+    Results that are rounded `between` two kernels may be off by that much more.
     """
-    depth, dtype = _depth(job, name), got.dtype
-    more = _ROUNDED_BETWEEN * torch.finfo(dtype).eps * depth**0.5 if subject.between else 0.0
+    dtype = got.dtype
+    more = _ROUNDED_BETWEEN * torch.finfo(dtype).eps * depth**0.5 if between else 0.0
     flat, exact = got.reshape(-1), want.reshape(-1)
     if flat.shape != exact.shape:
         return torch.inf, f"wrong: {name} is of size {list(got.shape)}"
-    worst, off = 0.0, 0
+    worst, beyond = 0.0, 0
     for first in range(0, exact.numel(), _CHUNK):
         piece = exact[first : first + _CHUNK]
-        bound = check.tolerance(piece, depth, dtype, job.layer.options.get("precision"), got.device) + more
+        bound = check.tolerance(piece, depth, dtype, precision, got.device) + more
         error = (flat[first : first + _CHUNK].double() - piece).abs()
         shares = torch.nan_to_num(error / bound, nan=torch.inf, posinf=torch.inf)
-        worst, off = max(worst, float(shares.max())), off + int((shares > 1).sum())
-    if not off:
+        worst, beyond = max(worst, float(shares.max())), beyond + int((shares > 1).sum())
+    if not beyond:
         return worst, ""
-    return worst, f"wrong: {off} of {exact.numel()} elements of {name}, the worst by {worst:.3g} tolerances"
+    return worst, f"wrong: {beyond} of {exact.numel()} elements of {name}, the worst by {worst:.3g} tolerances"
 
 
 def _depth(job: Job, name: str) -> int:

@@ -1,12 +1,14 @@
 """The stage of features: its units on the CPU, and what they catch."""
 
 import json
+from math import prod
 
+import far_kernels
 import pytest
 import torch
 
 import triton_conv
-from bench.evidence import bits, capture, compiled, features, huge, steady
+from bench.evidence import bits, capture, compiled, features, huge, huge_calls, steady
 from bench.evidence.units import Context
 from triton_conv import devices
 
@@ -58,6 +60,70 @@ def test_a_slice_that_is_off_fails(name, context, kernels, monkeypatch):
     assert "are off" in facts["words"]
 
 
+@pytest.mark.parametrize("call", huge_calls.CALLS, ids=lambda call: call.name)
+@pytest.mark.parametrize("device", [devices.DEVICES["H100"], devices.DEVICES["H200"]], ids=lambda device: device.name)
+def test_huge_calls_meet_the_kernels_that_are_meant(call, device):
+    found = call.plans(device)
+    assert {p.kernel for p in found} == set(call.kernels)
+    assert all(p.numerics.index_bits == 64 for p in found if p.kernel != "activation_backward")
+    assert max(prod(shape) for shape in call.kind.shapes(call.layer).values()) > 2**31
+    assert call.needs < 76  # GiB, of 78 that an H100 has free
+
+
+def test_every_kernel_is_run_on_huge_tensors(kernels):
+    """Another one needs a line in `huge.HUGE` or `huge_calls.CALLS`; those of causal ones have units of their own."""
+    plans = [case.plan(devices.H200, tiny=False) for case in huge.HUGE]
+    plans += [p for call in huge_calls.CALLS for p in call.plans(devices.H200)]
+    found = {launch.kernel.fn.__name__ for p in plans for launch in p.launches}
+    causal = {"forward_kernel", "backward_kernel", "update_kernel"}
+    assert found | causal == far_kernels.launched().keys()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        pytest.param(call, id=call.name, marks=() if call.name in ("branches", "separable") else pytest.mark.slow)
+        for call in huge_calls.CALLS
+    ],
+)
+def test_images_of_calls_are_right(call, context, kernels):
+    facts = huge_calls.checked(call, context)
+    assert facts["ok"], facts["words"]
+    json.dumps(facts, allow_nan=False)
+
+
+_FUSED = next(call for call in huge_calls.CALLS if call.name == "gelu and residual")
+
+
+def test_what_is_off_in_a_call_fails(context, kernels, monkeypatch):
+    """In an image that is looked at, in a sum, and in one where nothing should be."""
+    call = _FUSED._replace(tiny=_FUSED.tiny._replace(input=(4, *_FUSED.tiny.input[1:])))
+    where = ([0, 2, 3], context.device)
+    t, found, dy = huge_calls._computed(call, call.tiny, *where)
+    for name, place, value, words in (
+        ("y", (3, -1, -1, -1), 99, "elements of y of image 3"),
+        ("dx", (2, 0, 0, 0), 99, "elements of dx of image 2"),
+        ("dw", (0, -1, -1, -1), 999, "elements of dw,"),
+        ("dx", (1, 0, 0, 0), 1, "dx is not zero where no gradient arrived"),
+        ("y", (1, 0, 0, 0), torch.nan, "elements of y are not written"),
+    ):
+        broken = {**found, name: found[name].clone()}
+        broken[name][place] = value
+        monkeypatch.setattr(huge_calls, "_computed", lambda *args, broken=broken: (t, broken, dy))
+        facts = huge_calls.checked(call, context)
+        assert not facts["ok"]
+        assert words in facts["words"]
+
+
+def test_calls_that_need_more_memory_than_is_free_are_left_out(context, monkeypatch):
+    there = context.__class__(context.out, torch.device("cuda"), False, context.left)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 * 2**30, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    facts = huge_calls.checked(_FUSED, there)
+    assert facts["left_out"]
+    assert facts["words"] == "left out: gelu and residual needs about 60 GiB, 20 are free"
+
+
 def test_what_is_not_written_fails(context, kernels, monkeypatch):
     monkeypatch.setattr(huge.execute, "run", lambda p, call, output: output)
     assert "not written" in huge.checked(huge.HUGE[0], context)["words"]
@@ -67,6 +133,7 @@ def test_what_is_not_written_fails(context, kernels, monkeypatch):
     "unit",
     [
         huge._causal,
+        huge._causal_update,
         capture.graphed,
         capture.side_stream,
         capture.threads,

@@ -1,244 +1,78 @@
-"""Offsets beyond 2^31 and 2^32, through every kernel and in plans, in memory that is taken only where it is touched."""
+"""Offsets beyond 2^31 and 2^32, through every kernel, in memory that is taken only where it is touched."""
 
 from dataclasses import replace
 
 import far
+import far_kernels
 import pytest
 import torch
+from far_kernels import SUBJECTS
 
-from triton_conv import branches_plan, cost, deform_plan, deform_run, plan, separable_plan, streaming_plan, ways
-from triton_conv.branches_problem import Problem as BranchesProblem
-from triton_conv.branches_problem import Term
-from triton_conv.config import BandedConfig, BoxConfig, Config, DepthwiseConfig
-from triton_conv.deform_config import DeformProblem, DeformRole
+from triton_conv import cost, plan, ways
+from triton_conv.causal_config import CausalConfig, CausalProblem, CausalRole
+from triton_conv.causal_plan import CausalPlan
+from triton_conv.config import BandedConfig, Config, DepthwiseConfig
 from triton_conv.devices import H200
-from triton_conv.epilogue import PLAIN, Epilogue
-from triton_conv.geometry import Context, ConvGeometry, Role, Strides
+from triton_conv.geometry import ConvGeometry, Role, Strides
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="needs sparse memory, which only the host has")
 
-_WRITTEN = {Role.FPROP: "y", Role.DGRAD: "x", Role.WGRAD: "w"}
-_STRIDES = (2**30 + 2**10, 2**32 + 2**10)  # the second, counted in vectors of eight, is a number of 32 bits
-
-
-class Convolution:
-    """A role of a geometry by the kernel of a config: plans of it for any strides, and its operands."""
-
-    def __init__(self, role, geometry, config, dtype="float32", last=False, epilogue=PLAIN, bias=False):
-        self.role, self.geometry, self.config, self.dtype = role, geometry, config, dtype
-        self.last, self.epilogue, self.bias, self.written = last, epilogue, bias, (_WRITTEN[role],)
-        self.slabs = config.splits > 1
-        self.shapes = {name: geometry.shape(name) for name in "xwy"}
-        if bias:
-            self.shapes |= dict.fromkeys(("bias", "scale"), (geometry.K,))
-        if epilogue != PLAIN:
-            self.written += ("kept",)
-            self.shapes |= dict.fromkeys(("residual", "kept"), geometry.shape(self.written[0]))
-
-    def plan(self, strides):
-        where = Strides(*(strides[name] for name in "xwy"))
-        how = (where, "ieee", self.bias, False, True, H200, self.epilogue)
-        problem = ways.Problem(self.role, self.geometry, self.dtype, self.dtype, *how)
-        made = plan.every(problem, self.config)[0]
-        assert not made.packs
-        return made
-
-    def alike(self, strides):
-        """What lies as what is written does."""
-        return dict.fromkeys({"residual", "kept"} & self.shapes.keys(), strides[self.written[0]])
-
-    def run(self, made, tensors):
-        if made.workspace_shape:
-            dtype = getattr(torch, made.workspace_dtype)
-            tensors = {**tensors, "workspace": torch.full(made.workspace_shape, torch.nan, dtype=dtype)}
-        for launch in made.launches:
-            launch.run(tensors)
-
-
-class Separable(Convolution):
-    def __init__(self, last=False):
-        self.geometry = ConvGeometry.forward((3, 16, 3, 4), (16, 1, 3, 3), padding=((1, 1), (1, 1)), groups=16)
-        self.last, self.dtype, self.written, self.slabs = last, "float32", ("y",), True
-        g = self.geometry
-        self.shapes = {"x": g.shape("x"), "depthwise": g.shape("w"), "pointwise": (4, 16, 1, 1, 1)}
-        self.shapes["y"] = (3, 4, 1, 3, 4)
-
-    def plan(self, strides):
-        where = (strides[name] for name in ("x", "depthwise", "pointwise", "y"))
-        return separable_plan.make(
-            separable_plan.Problem(self.geometry, 4, "float32", "ieee", *where, False, False, H200)
-        )
-
-    def alike(self, strides):
-        return {}
-
-    def run(self, made, tensors):
-        for launch in made.launches:
-            launch.run(tensors)
-
-
-class Streaming(Separable):
-    def __init__(self, last=False):
-        super().__init__(last)
-        self.geometry = ConvGeometry.forward((3, 16, 5, 3, 4), (16, 16, 3, 1, 1))
-        g = self.geometry
-        self.shapes = {"context": (3, 16, 2, 3, 4), "x": (3, 16, 3, 3, 4), "w": g.shape("w"), "y": g.shape("y")}
-
-    def plan(self, strides):
-        context = Context(2, strides["context"])
-        where = (strides[name] for name in "xwy")
-        p = streaming_plan.Problem(self.geometry, context, "float32", "ieee", *where, False, (), H200)
-        made = streaming_plan.make(p)
-        numerics = made.numerics
-        made = streaming_plan.StreamingPlan(p, "gather", Config(16, 16, 16), numerics, (), "")
-        return made
-
-
-class Branches(Separable):
-    def __init__(self, role, dtype="float16", last=True):
-        super().__init__(last)
-        self.role, self.dtype, self.written = role, dtype, (("y0",) if role is Role.FPROP else ("x0",))
-        self.geometry = ConvGeometry.forward((3, 16, 3, 8), (16, 16, 3, 3), padding=((1, 1), (1, 1)))
-        self.shapes = {"x": self.geometry.shape("x"), "y": self.geometry.shape("y")}
-        self.shapes |= {f"w{i}": self.geometry.shape("w") for i in range(2)}
-        self.shapes = {{"x": "x0", "y": "y0"}.get(name, name): shape for name, shape in self.shapes.items()}
-
-    def plan(self, strides):
-        terms = tuple(Term(i, 0, self.geometry, strides[f"w{i}"], False) for i in range(2))
-        how = (strides["x0"], strides["y0"], (16, 16), True, True, H200)
-        p = BranchesProblem(self.role, terms, self.dtype, "ieee", *how)
-        return branches_plan._assembled(p, p, "gather_branches", Config(16, 16, 16), "")
-
-    def run(self, made, tensors):
-        source = "x" if self.role is Role.FPROP else "y"
-        super().run(made, {**tensors, f"{source}1": tensors[f"{source}0"]})
-
-
-class Deformable(Separable):
-    def __init__(self, role, last=False):
-        super().__init__(last)
-        self.role = role
-        self.written = {
-            DeformRole.FORWARD: ("y",),
-            DeformRole.INPUT: ("x",),
-            DeformRole.WEIGHT: ("w",),
-            DeformRole.OFFSET: ("doffset", "dmask"),
-        }[role]
-        g = ConvGeometry.forward((3, 4, 3, 4), (4, 4, 3, 3), padding=((1, 1), (1, 1)))
-        self.geometry, self.shapes = g, {name: g.shape(name) for name in "xwy"}
-        self.shapes |= {"offset": (3, 18, 1, 3, 4), "mask": (3, 9, 1, 3, 4)}
-        if role is DeformRole.OFFSET:
-            self.shapes |= {"doffset": self.shapes["offset"], "dmask": self.shapes["mask"]}
-
-    def alike(self, strides):
-        both = {"doffset": strides["offset"], "dmask": strides["mask"]}
-        return both if self.role is DeformRole.OFFSET else {}
-
-    def plan(self, strides):
-        where = Strides(*(strides[name] for name in "xwy")), strides["offset"], strides["mask"]
-        p = DeformProblem(self.role, self.geometry, 1, "float32", "ieee", *where, False, H200, "float32")
-        made = deform_plan.with_config(p, None, Config(16, 16, 16, splits=2 if self.role is DeformRole.WEIGHT else 1))
-        assert not made.packs
-        return made
-
-    def run(self, made, tensors):
-        deform_run.launched(made, tensors)
-
-
-def _values(subject, name):
-    whole = torch.randint(
-        -3, 4, subject.shapes[name], generator=torch.Generator().manual_seed(len(name) + ord(name[0]))
-    )
-    return whole / 4 if name in ("offset", "mask") else whole
-
-
-def _run(subject, strides, bits=None):
-    """(what was written, the plan), in memory of these strides; of offsets of `bits`, whatever the plan says."""
-    strides = strides | subject.alike(strides)
-    made = subject.plan(strides)
-    if bits:
-        made = replace(made, numerics=made.numerics._replace(index_bits=bits))
-    tensors = {}
-    for name, shape in subject.shapes.items():
-        tensors[name] = t = far.empty(shape, strides[name], getattr(torch, subject.dtype))
-        t.fill_(torch.nan) if name in subject.written else t.copy_(_values(subject, name))
-    subject.run(made, tensors)
-    return [tensors[name].clone() for name in subject.written], made
-
-
-def _near(subject):
-    strides = {name: far.dense(shape, subject.last) for name, shape in subject.shapes.items()}
-    return strides | {name: (1,) for name in ("bias", "scale") if name in strides}
-
-
-def _far(subject, axis):
-    """Strides of which that of one axis is so long that offsets leave 32 bits."""
-    strides = _near(subject)
-    for name, shape in subject.shapes.items():
-        if len(shape) == 1 or not _movable(subject, name, axis):
-            continue
-        step = _STRIDES[0 if shape[axis] > 2 else 1]
-        strides[name] = tuple(step if a == axis else s for a, s in enumerate(strides[name]))
-    return strides
-
-
-def _movable(subject, name, axis):
-    shape = subject.shapes[name]
-    if name == "w" and "w" in subject.written and subject.slabs:
-        return False  # slabs are dense, and so is their sum
-    inner = min(a for a, s in enumerate(far.dense(shape, subject.last)) if s == 1 and shape[a] > 1)
-    kept = subject.last or isinstance(getattr(subject, "config", None), BandedConfig)
-    return shape[axis] > 1 and not (kept and axis == inner)
-
-
-def _same(subject, a, b):
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-_G = ConvGeometry.forward((3, 16, 3, 4), (16, 16, 3, 3), padding=((1, 1), (1, 1)))
-_DEPTHWISE = ConvGeometry.forward((3, 4, 3, 4), (4, 1, 3, 3), padding=((1, 1), (1, 1)), groups=4)
-_ODD = ConvGeometry.forward((3, 3, 3, 9), (3, 1, 3, 3), padding=((1, 1), (1, 1)), groups=3)
-_BOXES = ConvGeometry.forward((3, 16, 3, 8), (16, 16, 1, 3), padding=((0, 0), (1, 1)))
-_BOX = BoxConfig((1, 1, 4, 8), 16, 16)
-_FUSED = Epilogue("relu", residual="before", scale=True, keep=True)
-_LANES = DepthwiseConfig(2, 4, 8, 4, 4, (3, 3))
-_BANDS = BandedConfig((16, 1, 1), 1, 16, 16)
-SUBJECTS = {
-    "gather": Convolution(Role.FPROP, _G, Config(16, 16, 16), epilogue=_FUSED, bias=True),
-    "gather channels-last": Convolution(Role.FPROP, _G, Config(16, 16, 16, filters_first=True), last=True),
-    "gather flattened": Convolution(Role.FPROP, _G, Config(16, 16, 16, flatten=True)),
-    "gather dgrad": Convolution(Role.DGRAD, _G, Config(16, 16, 16)),
-    "wgrad": Convolution(Role.WGRAD, _G, Config(16, 16, 16, splits=2)),
-    "wgrad channels-last": Convolution(Role.WGRAD, _G, Config(16, 16, 16), last=True),
-    "depthwise": Convolution(Role.FPROP, _DEPTHWISE, _LANES, epilogue=_FUSED, bias=True),
-    "depthwise dgrad channels-last": Convolution(Role.DGRAD, _DEPTHWISE, _LANES, last=True),
-    "depthwise wgrad": Convolution(Role.WGRAD, _DEPTHWISE, _LANES),
-    "banded": Convolution(Role.FPROP, _ODD, _BANDS, "float16", epilogue=_FUSED, bias=True),
-    "banded dgrad": Convolution(Role.DGRAD, _ODD, _BANDS, "float16"),
-    "banded wgrad": Convolution(Role.WGRAD, _ODD, _BANDS, "float16"),
-    "separable": Separable(),
-    "separable channels-last": Separable(last=True),
-    "streaming": Streaming(),
-    "box": Convolution(Role.FPROP, _BOXES, _BOX, "float16", last=True),
-    "box dgrad": Convolution(Role.DGRAD, _BOXES, _BOX, "float16", last=True),
-    "box wgrad": Convolution(Role.WGRAD, _BOXES, BoxConfig((1, 1, 1, 16), 16, 16, splits=2), "float16", last=True),
-    "branches": Branches(Role.FPROP),
-    "branches dgrad": Branches(Role.DGRAD),
-    **{f"deformable {role.value}": Deformable(role) for role in DeformRole},
-}
 AXES = {"images": 0, "channels": 1, "rows": 3, "columns": 4}
 
 # Boxes are fetched and stored by descriptors, whose strides are 64 bits wide whatever the kernel is told.
-_NO_OFFSETS = {"box", "box dgrad", "box wgrad"}
-_QUICK = {"gather", "wgrad channels-last", "depthwise", "banded", "separable"}
-_THOROUGH = {"gather", "depthwise", "banded"}
+_DESCRIBED = ("box", "streaming boxes", "branches boxes")
+# Those of causal kernels are 64 bits wide always.
+_NO_OFFSETS = {name for name in SUBJECTS if name.startswith((*_DESCRIBED, "causal"))}
+_NO_OFFSETS -= {"box wgrad whole", *(name for name in SUBJECTS if "pointers" in name)}
+_QUICK = {"gather", "wgrad channels-last", "depthwise", "banded", "separable", "box pointers fused"}
+_QUICK |= {"streaming boxes one frame", "branches boxes"}
+_THOROUGH = {"gather", "depthwise", "banded", "box pointers fused"}
+_ONCE = ("streaming ", "branches ", "box fused", "box in parts", "box planes", "box wgrad whole")
+
+# Kernels of elements in a row, which have no strides, and who runs their last ones.
+_IN_A_ROW = {"activation_backward_kernel": "test_the_last_elements_of_elementwise_kernels"}
+
+
+def _plans():
+    """Of every subject, in memory far apart along rows, or where it has none along images."""
+    for subject in SUBJECTS.values():
+        strides = next(far for far in map(subject.far, (3, 0)) if far != subject.near())
+        yield subject, subject.plan(strides | subject.alike(strides))
+
+
+def test_every_kernel_is_run_in_memory_far_apart(kernels):
+    """One that is new needs a line in `far_kernels.SUBJECTS`, or a test of its own in `_IN_A_ROW`."""
+    reached = {launch.kernel.fn.__name__ for _, made in _plans() for launch in made.launches}
+    assert not reached & _IN_A_ROW.keys()
+    assert reached | _IN_A_ROW.keys() == far_kernels.launched().keys()
+    assert all(callable(globals()[test]) for test in _IN_A_ROW.values())
+
+
+def test_boxes_are_run_however_they_are_stored(kernels):
+    found = set()
+    for _, made in _plans():
+        for launch in made.launches:
+            a = launch.arguments
+            if launch.name == "box":
+                stored = "box" if a["STORE_BOX"] else "planes" if a["STORE_PLANES"] else "pointers"
+                context = ("one frame" if a["ONE_FRAME"] else "frames") if a["CONTEXT"] else ""
+                found.add((stored, a["RESIDUAL"], a["PARTS"], context))
+    stores = {(stored, fused) for stored, fused, _, context in found if not context}
+    assert stores >= {(s, fused) for s in ("box", "pointers") for fused in ("", "before", "after")}
+    assert ("planes", "before") in stores
+    assert {(parts, stored) for stored, _, parts, _ in found} >= {(2, "box"), (2, "pointers")}
+    assert {context for _, _, _, context in found} == {"", "frames", "one frame"}
+
+
+def _same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def _cases():
     for name, subject in SUBJECTS.items():
         for where, axis in AXES.items():
-            asked = where in ("rows", "images") or name in _THOROUGH
-            if asked and _far(subject, axis) != _near(subject):
+            asked = where == "rows" or name in _THOROUGH or (where == "images" and not name.startswith(_ONCE))
+            if asked and subject.far(axis) != subject.near():
                 quick = name in _QUICK and where == "rows"
                 yield pytest.param(name, axis, id=f"{name}-{where}", marks=[] if quick else pytest.mark.slow)
 
@@ -247,25 +81,34 @@ def _cases():
 def test_strides_of_all_operands_beyond_32_bits(name, axis, kernels):
     """The same bits as in dense memory, where nothing overflows; and others with offsets of 32 bits."""
     subject = SUBJECTS[name]
-    want, made = _run(subject, _near(subject))
-    assert made.numerics.index_bits == 32
+    want, made = far_kernels.run(subject, subject.near())
+    assert _bits(made) == 32
     assert all(t.isfinite().all() and t.any() for t in want)
     with far.no_overflow():
-        found, made = _run(subject, _far(subject, axis))
-    assert made.numerics.index_bits == 64
-    assert _same(subject, found, want)
+        found, made = far_kernels.run(subject, subject.far(axis))
+    assert _same(found, want)
+    if not name.startswith("causal"):
+        assert _bits(made) == 64
     if name not in _NO_OFFSETS:
-        assert not _same(subject, _run(subject, _far(subject, axis), bits=32)[0], want)
+        assert not _same(far_kernels.run(subject, subject.far(axis), bits=32)[0], want)
+
+
+def _bits(made):
+    """The widest offsets of a plan's kernels."""
+    fold = getattr(made, "fold", None)
+    if isinstance(made, CausalPlan):
+        return made.index_bits
+    return max(made.numerics.index_bits, fold.numerics.index_bits if fold else 0)
 
 
 def test_rows_further_apart_than_32_bits_count_in_vectors(kernels):
     """The stride is a number of 32 bits in vectors of four, and none in elements."""
     g = ConvGeometry.forward((1, 2, 3, 16), (2, 1, 2, 3), padding=((0, 0), (1, 1)), groups=2)
     for role in (Role.FPROP, Role.WGRAD):
-        subject = Convolution(role, g, DepthwiseConfig(1, 8, 4, 2, 4, (2, 3)))
-        far_apart = _near(subject) | {"x": (32, 16, 2**34, 2**32, 1)}
+        subject = far_kernels.Convolution(role, g, DepthwiseConfig(1, 8, 4, 2, 4, (2, 3)))
+        far_apart = subject.near() | {"x": (32, 16, 2**34, 2**32, 1)}
         with far.no_overflow():
-            assert _same(subject, _run(subject, far_apart)[0], _run(subject, _near(subject))[0])
+            assert _same(far_kernels.run(subject, far_apart)[0], far_kernels.run(subject, subject.near())[0])
 
 
 def _line(role, length, dtype="float16", mode="zeros", **options):
@@ -336,6 +179,68 @@ def test_the_last_slab_of_a_line(kernel, length, kernels):
     assert slabs[-8:].sum(0).tolist() == [1 * 2 + 2 * 3, 1 + 4 + 9, 1 * 2 + 2 * 3]
 
 
+def _causal(role, C, L, rows, config):
+    """A plan for one sequence, and its tensors: the last three positions of the last channel are 1, 2, 3."""
+    apart = (0, C) if rows else (0, L)
+    dtypes = ("float32", "float32", None)
+    where = {"x": apart, "y": apart, "dx": apart} | ({"state": (3 * C, 3, 1)} if role is CausalRole.UPDATE else {})
+    if role is CausalRole.UPDATE:
+        where |= {"x": (C * L, L, 1), "y": (C * L, L, 1), "dx": ()}
+    state = role is CausalRole.UPDATE
+    p = CausalProblem(role, 1, C, L, 4, *dtypes, False, state, rows, H200, **where)
+    made = CausalPlan(p, config)
+    strides = (C * L, 1, C) if rows else (C * L, L, 1)
+    t = {name: far.empty((1, C, L), strides, torch.float32) for name in ("x", "y", "dy", "dx")}
+    t |= {"w": far.empty((C, 4), (4, 1), torch.float32), "state": far.empty((1, C, 3), (3 * C, 3, 1), torch.float32)}
+    slabs = made.workspace_shape or (1, 1, 1)
+    t["slabs"] = far.empty(slabs, far.dense(slabs), torch.float32)
+    few = min(L, 3)
+    t["w"][-1], t["x"][0, -1, -few:], t["dy"][0, -1, -few:] = torch.tensor([1.0, 2, 4, 8]), _LAST[-few:], 1
+    for name in ("y", "dx"):
+        t[name][0, -1, -few:] = torch.nan
+    return made, t
+
+
+_LAST = torch.tensor([1.0, 2, 3])
+
+
+def _beyond(t, count=4096):
+    """What lies behind the last element of a tensor."""
+    return t.as_strided((count,), (1,), t.storage_offset() + far.span(t.shape, t.stride()))
+
+
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_the_last_positions_of_a_sequence(length, rows, kernels):
+    """No position wraps around: what would seem to lie in the sequence again is behind its end, and not written."""
+    config = CausalConfig(8, 16, 4, splits=-(-length // 128))
+    for role in (CausalRole.FORWARD, CausalRole.BACKWARD):
+        made, t = _causal(role, 1, length, rows, config)
+        assert made.index_bits == 64
+        with far.no_overflow():
+            far.run_some(made.launches[0], t, [-2, -1])
+        assert not any(_beyond(t[name]).any() for name in ("y", "dx"))
+        if role is CausalRole.FORWARD:
+            assert t["y"][0, 0, -3:].tolist() == [8, 4 + 16, 2 + 8 + 24]
+        else:
+            assert t["dx"][0, 0, -3:].tolist() == [8 + 4 + 2, 8 + 4, 8]
+            assert t["slabs"][-2:, :, 0].sum(0).tolist() == [0, 1, 1 + 2, 1 + 2 + 3]
+
+
+@pytest.mark.parametrize("role", CausalRole)
+def test_the_last_channels_of_many_sequences(role, kernels):
+    """Their taps lie beyond 2^31."""
+    made, t = _causal(role, 2**29 + 5, 1, role is not CausalRole.UPDATE, CausalConfig(4, 1, 16))
+    with far.no_overflow():
+        far.run_some(made.launches[0], t, [-1])
+    if role is CausalRole.BACKWARD:
+        assert t["dx"][0, -1].tolist() == [8]
+        assert t["slabs"][0, :, -1].tolist() == [0, 0, 0, 3]
+    else:
+        assert t["y"][0, -1].tolist() == [24]
+        assert t["state"][0, -1].tolist() == ([0, 0, 3] if role is CausalRole.UPDATE else [0, 0, 0])
+
+
 @pytest.mark.parametrize("length", [2**31 - 5, 2**31 - 300])
 def test_the_last_elements_of_elementwise_kernels(length, kernels):
     from triton_conv import activation_plan
@@ -378,84 +283,3 @@ def test_the_folded_border_of_a_line(mode, length, kernels):
         for place, value in zip(shows, (1, 30), strict=True):
             want[place] += value
         assert {place: dx[place].item() for place in want} == want
-
-
-BELOW, AT = 2**31 - 2**20, 2**31
-
-
-@pytest.mark.parametrize("role", Role)
-@pytest.mark.parametrize("extents", ["elements", "stride", "padding"])
-def test_offsets_are_wide_from_two_to_the_31_on(extents, role):
-    for config in (Config(16, 16, 16), DepthwiseConfig(2, 1, 4, 1, 1, (3, 1), walk=8)):
-        for size, bits in ((BELOW, 32), (AT, 64), (AT + 1, 64), (2 * AT, 64), (4 * AT + 3, 64)):
-            g = ConvGeometry.forward((1, 1, size if extents == "elements" else 8), (1, 1, 3), padding=((1, 1),))
-            if extents == "padding":
-                g = ConvGeometry.forward((1, 1, size // 2), (1, 1, 3), padding=((0, size // 2),), modes=("circular",))
-            x = (1, 1, 1, 1, -(-size // 7)) if extents == "stride" else far.dense(g.shape("x"))
-            what = Strides(x, far.dense(g.shape("w")), far.dense(g.shape("y")))
-            assert (plan._reach(g, what, role, config) >= 2**31) == (bits == 64), (config, size)
-
-
-def test_lanes_that_dilation_leaves_empty_are_counted():
-    """Of one row three rows of lanes: there are more lanes than positions."""
-    g = ConvGeometry.forward((2**29, 1, 1, 2), (1, 1, 3, 1), padding=((3, 3), (0, 0)), dilation=(3, 1))
-    what = Strides(*(far.dense(g.shape(name)) for name in "xwy"))
-    assert plan._reach(g, what, Role.FPROP, DepthwiseConfig(2, 1, 4, 1, 1, (3, 1))) >= 2**31
-    assert plan._reach(g, what, Role.FPROP, Config(16, 16, 16)) < 2**31
-
-
-def _box_problem(shape, filters, strides=None, **options):
-    g = ConvGeometry.forward(shape, filters, **options)
-    given = Strides(*(far.dense(g.shape(name), last=True) for name in "xwy"))
-    return ways.Problem(Role.FPROP, g, "float16", "float16", strides or given, "ieee", False, False, True, H200)
-
-
-def _kernels(problem):
-    return [p.kernel for p in plan.every(problem)]
-
-
-def test_boxes_stay_within_what_descriptors_hold():
-    near = _box_problem((2, 16, 64, 64), (16, 16, 3, 3))
-    assert _kernels(near) == ["box"]
-    for axis in (0, 3):
-        for stride, fits in ((2**39 - 8, True), (2**39, False), (2**39 + 4, False), (2**35 + 4, False)):
-            x = tuple(stride if a == axis else s for a, s in enumerate(near.strides.x))
-            found = _kernels(near._replace(strides=near.strides._replace(x=x)))
-            assert ("box" in found and "gather" not in found) == fits, (axis, stride)
-    longest = _box_problem((2**31 - 2**17 - 257, 16, 2, 2), (16, 16, 2, 2))
-    assert _kernels(longest) == ["box"]
-    assert "box" not in _kernels(_box_problem((2**31 - 2**17, 16, 2, 2), (16, 16, 2, 2)))
-
-
-def test_a_stride_that_boxes_cannot_divide_by_is_gathered():
-    assert _kernels(_box_problem((1, 16, 2**15), (16, 16, 3), stride=(2**13,))) == ["box"]
-    assert _kernels(_box_problem((1, 16, 2**17), (16, 16, 3), stride=(2**15,))) == ["gather"]
-
-
-@pytest.mark.parametrize(
-    ("shape", "filters", "options", "match"),
-    [
-        ((1, 2**31, 1), (1, 2**31, 1), {}, "channels are more than"),
-        ((1, 1, 2**31 + 2), (1, 1, 2**31), {}, "products of a sum are more than"),
-        ((1, 4, 2**18), (4, 4, 3), {"stride": (65537,), "dilation": (65536,)}, "residue class .* more than"),
-    ],
-    ids=["channels", "taps", "steps"],
-)
-def test_what_kernels_cannot_count_is_refused_with_the_geometry(shape, filters, options, match):
-    g = ConvGeometry.forward(shape, filters, **options)
-    strides = Strides(*(far.dense(g.shape(name)) for name in "xwy"))
-    problem = ways.Problem(Role.DGRAD, g, "float16", "float16", strides, "ieee", False, False, True, H200)
-    with pytest.raises(NotImplementedError, match=f"{match}.*N{g.N} C{g.C} K{g.K}"):
-        plan.every(problem)
-
-
-def test_grids_are_refused_beyond_two_to_the_31_programs():
-    """Only the first axis of a grid is used, which has room for 2^31 - 1."""
-    for length, fits in ((2**35 - 16, True), (2**35, False)):
-        problem = _line(Role.FPROP, length)
-        made = plan.every(problem, Config(16, 16, 16, dot=False))[0]
-        if fits:
-            assert made.launches[0].programs == 2**31 - 1
-        else:
-            with pytest.raises(RuntimeError, match=f"{2**31} programs.*N1 C1 K1"):
-                _ = made.launches

@@ -141,6 +141,13 @@ def steps(p: CausalProblem, config: CausalConfig) -> int:
     return ceil_div(ceil_div(p.L, config.runs * config.unit), config.splits)
 
 
+def index_bits(p: CausalProblem, config: CausalConfig) -> int:
+    """How wide a kernel counts positions, those beyond the end of its last programs included, channels and taps."""
+    positions = (config.splits * steps(p, config) + 1) * config.runs * config.unit + p.W
+    taps = (p.C + config.channels) * p.W
+    return 64 if max(positions, taps) >= 2**31 else 32
+
+
 def slabs(p: CausalProblem, config: CausalConfig) -> tuple[int, int, int]:
     """The shape of the partial sums of dw and dbias: a slab of (W + 1, C), without a bias (W, C)."""
     return p.N * config.splits, p.W + p.has_bias, p.C

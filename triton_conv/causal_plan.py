@@ -61,7 +61,12 @@ class CausalPlan(PlanOfProblem):
     def compiled_for(self) -> Hashable:
         """All that its kernels' code depends on beside their config."""
         p = self.asked
-        return p.role, p.W, p.dtype, p.weight_dtype, p.bias_dtype, p.silu, p.has_state, p.rows
+        return p.role, p.W, p.dtype, p.weight_dtype, p.bias_dtype, p.silu, p.has_state, p.rows, self.index_bits
+
+    @property
+    def index_bits(self) -> int:
+        """How wide channels and positions are counted; offsets always have 64 bits."""
+        return configs.index_bits(self.asked, self.config)
 
     @property
     def reason(self) -> str:

@@ -366,8 +366,10 @@ def _fits_a_box(p: Problem, name: str) -> bool:
     g, vector, strides = p.geometry, 16 // ITEM_BYTES[p.dtype], p.strides(name)
     if name in p.unaligned or strides[1] != 1:
         return False
+    there = [s for axis, (s, n) in enumerate(zip(strides, p.shape(name), strict=True)) if axis != 1 and n > 1]
+    if min(there, default=1) <= 0 or not ways.describes(max(there, default=1), g, p.dtype):
+        return False
     if name == "w":
         step = ways.tap_step(g, Strides(p.x, p.filters, p.y))
         return step is not None and step % vector == 0 and strides[0] % vector == 0
-    along = [s for axis, (s, n) in enumerate(zip(strides, p.shape(name), strict=True)) if axis != 1 and n > 1]
-    return all(s > 0 and s % vector == 0 for s in along)
+    return all(s % vector == 0 for s in there)

@@ -454,7 +454,7 @@ def _box_obstacle(problem: Problem, layout: Layout) -> str | None:
         return "an axis is longer than coordinates reach"
     if max(g.stride) >= 2**14:  # positions are moved by 2^16 steps before they are divided
         return "its stride is longer than coordinates reach"
-    if _furthest(g, strides) * max(g.stride) * ITEM_BYTES[problem.dtype] >= 2**40:
+    if not describes(_furthest(g, strides), g, problem.dtype):
         return "strides are longer than a descriptor holds"
     if role is Role.WGRAD:
         return _run_obstacle(g, strides)
@@ -472,11 +472,18 @@ def _box_obstacle(problem: Problem, layout: Layout) -> str | None:
     tap = tap_step(g, strides)
     if tap is None or tap % vector or strides.w[1] != 1:
         return "filter taps are not evenly spaced"
+    if strides.w[0] == 0 or (tap == 0 and g.taps > 1):
+        return "filters or taps lie on each other"
     if not _whole_steps(g, role, strides):
         return "the input is not whole strides"
     if g.axes(role)[2].src_step > 1 and src // g.groups % least:
         return f"the stride of W folds into channels, which are no multiple of {least}"
     return None
+
+
+def describes(stride: int, g: ConvGeometry, dtype: str) -> bool:
+    """Whether a descriptor holds a stride of elements, times a step of the convolution: below 2^40 bytes."""
+    return stride * max(g.stride) * ITEM_BYTES[dtype] < 2**40
 
 
 def _furthest(g: ConvGeometry, strides: Strides) -> int:

@@ -1,4 +1,6 @@
-"""Tensors of more than 2^31 elements, and of more than 2^31 bytes: every kernel family against slices in float64.
+"""Tensors of more than 2^31 elements, and of more than 2^31 bytes: every kernel against slices in float64.
+
+Convolutions and causal ones are here, in `huge_calls` what is more than a convolution.
 
 A slice is some of the images, or some of the rows of a single image, computed by plain PyTorch as a small problem of
 its own. Of a weight gradient only these images have an output gradient other than zero.
@@ -6,7 +8,6 @@ its own. Of a weight gradient only these images have an output gradient other th
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,15 +17,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from triton_conv import causal_conv1d, check, execute, explain, plan
+from triton_conv import causal_conv1d, causal_conv1d_update, check, execute, explain, plan
 from triton_conv.config import Config, KernelConfig
 from triton_conv.devices import Device
+from triton_conv.explain import AnyPlan
 from triton_conv.geometry import Role
 from triton_conv.plan import Plan
 from triton_conv.tuning import operands
 from triton_conv.ways import Problem
 
-from .support import apart, compile_ahead, left_out
+from . import huge_calls
+from .support import apart, compile_ahead, freed, left_out
 from .units import Context, Unit
 
 _NAMES = {Role.FPROP: "forward", Role.DGRAD: "input gradient", Role.WGRAD: "weight gradient"}
@@ -108,7 +111,7 @@ HUGE: tuple[Huge, ...] = (
 
 
 def units(context: Context) -> Iterator[Unit]:
-    """One for each of `HUGE`, and one for causal convolutions."""
+    """One for each of `HUGE`, those of causal convolutions and steps, and one for each of `huge_calls.CALLS`."""
     if execute.device_of(context.device) is None:
         yield Unit("huge", partial(left_out, "kernels run on a GPU, or where TRITON_INTERPRET=1"))
         return
@@ -116,6 +119,8 @@ def units(context: Context) -> Iterator[Unit]:
     for huge in HUGE:
         yield Unit(f"huge: {huge.name}", partial(checked, huge, context))
     yield Unit("huge: causal", partial(_causal, context))
+    yield Unit("huge: causal update", partial(_causal_update, context))
+    yield from huge_calls.units(context)
 
 
 def _device(context: Context) -> Device:
@@ -125,12 +130,13 @@ def _device(context: Context) -> Device:
 
 
 def _compiled(context: Context) -> dict[str, Any]:
-    device, plans = _device(context), list[Plan]()
+    device, plans = _device(context), list[AnyPlan]()
     for huge in HUGE:
         try:
             plans.append(huge.plan(device, context.simulate))
         except LookupError:  # which its own unit says
             continue
+    plans += [p for call in huge_calls.CALLS for p in call.plans(device)]
     facts = compile_ahead(plans, context.device)
     words = f"{facts['plans']} plans compiled in {facts['seconds']:.1f} s, {len(facts['faults'])} faults"
     return {"ok": True, "words": words, **facts}
@@ -139,7 +145,7 @@ def _compiled(context: Context) -> dict[str, Any]:
 def checked(huge: Huge, context: Context) -> dict[str, Any]:
     """The facts of one case. Raises LookupError where the kernel that is meant cannot run it."""
     device, where = _device(context), context.device
-    _free(where)
+    freed(where)
     problem, p = huge.problem(device, context.simulate), huge.plan(device, context.simulate)
     bits, g = p.numerics.index_bits, problem.geometry
     call, output = operands.operands(problem, where, seed=0)
@@ -161,7 +167,7 @@ def checked(huge: Huge, context: Context) -> dict[str, Any]:
         wrong.append(f"offsets have {bits} bits, {huge.bits} are needed")
     words = f"{p.kernel}, {largest:,} elements, {bits}-bit offsets: "
     del call, output
-    _free(where)
+    freed(where)
     facts = {"kernel": p.kernel, "config": str(p.config), "elements": largest, "index_bits": bits}
     return {"ok": not wrong, "words": words + ("; ".join(wrong[:3]) or "right"), **facts}
 
@@ -221,7 +227,7 @@ def _with_rows(extents: tuple[int, ...], rows: int) -> tuple[int, int, int]:
 def _causal(context: Context) -> dict[str, Any]:
     """Forward and gradients of a causal convolution, channels in slices against torch's."""
     tiny, where = context.simulate, context.device
-    _free(where)
+    freed(where)
     B, C, L = (2, 8, 40) if tiny else (2, 2**15, 2**15 + 2**9)
     dtype = torch.float32 if tiny else torch.bfloat16
     generator = torch.Generator(where).manual_seed(0)
@@ -245,12 +251,31 @@ def _causal(context: Context) -> dict[str, Any]:
         worst = max(worst, *(apart(a, b) for a, b in zip((y[:, c].detach(), dx[:, c], dw[c]), wanted, strict=True)))
     elements = B * C * L
     del x, w, dy, y, dx, dw
-    _free(where)
+    freed(where)
     words = f"causal_conv1d and its gradients, {elements:,} elements: off by {worst:.2g} of their norm"
     return {"ok": worst < 0.01, "words": words, "elements": elements, "error": worst}
 
 
-def _free(where: torch.device) -> None:
-    gc.collect()
-    if where.type == "cuda":
-        torch.cuda.empty_cache()
+def _causal_update(context: Context) -> dict[str, Any]:
+    """A step of many sequences, some of them against torch's; the state of two taps is the input before."""
+    where, dtype = context.device, torch.bfloat16
+    freed(where)
+    B, C = (3, 16) if context.simulate else (2**16, 2**15 + 2**7)
+    generator = torch.Generator(where).manual_seed(0)
+    x, state, w = (torch.empty(s, dtype=dtype, device=where) for s in ((B, C, 1), (B, C, 1), (C, 2)))
+    for t in (x, state, w):
+        t.normal_(generator=generator)
+    some = [0, B // 2, B - 1]
+    before = state[some].double()
+    with check.poisoned():
+        y = causal_conv1d_update(x, state, w)
+    want = before[:, :, 0] * w[:, 0].double() + x[some, :, 0].double() * w[:, 1].double()
+    error = apart(y[some, :, 0], want)
+    moved = all(torch.equal(a, b) for a, b in zip(state.split(2**12), x.split(2**12), strict=True))
+    written = not any(part.isnan().any() for part in y.split(2**12))
+    words = f"causal_conv1d_update, {B * C:,} elements: off by {error:.2g} of their norm"
+    words += "" if moved else "; the state is not what came last"
+    words += "" if written else "; elements of y are not written"
+    del x, state, y
+    freed(where)
+    return {"ok": error < 0.01 and moved and written, "words": words, "elements": B * C, "error": error}

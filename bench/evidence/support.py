@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from triton_conv import execute, plan
 from triton_conv.devices import Device
+from triton_conv.explain import AnyPlan
 from triton_conv.plan import Plan
 from triton_conv.tuning import record
 from triton_conv.tuning.ahead import Ahead
@@ -66,6 +68,13 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def freed(device: torch.device) -> None:
+    """Gives back what nobody holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def later_median(seconds: Sequence[float]) -> float:
     """The median of the second half, which neither compiles nor chooses algorithms any more.
 
@@ -104,7 +113,7 @@ def plans_of(model: torch.nn.Module, images: Tensor, device: Device, autocast: t
     return [plan.make(problem) for problem in dict.fromkeys(execute.problem_of(call, device) for call in calls)]
 
 
-def compile_ahead(plans: Iterable[Plan], where: torch.device) -> dict[str, Any]:
+def compile_ahead(plans: Iterable[AnyPlan], where: torch.device) -> dict[str, Any]:
     """Compiles plans by all processors at once, and says how long that took.
 
     What cannot be compiled ahead is compiled, or fails, when it is launched.

@@ -10,7 +10,8 @@ register: every input is loaded and converted once, whatever W. Positions lie in
     not ROWS  positions lie side by side: UNIT of them are a vector, taken apart in registers, and what lies before or
               behind it is loaded again, as a whole vector too; RUNS vectors side by side a step: [BLOCK_C, RUNS]
 
-Addresses are 64 bits wide: a row costs one addition for the channels of a vector. Gradients are those of
+Addresses are 64 bits wide: a row costs one addition for the channels of a vector. Positions and channels are counted in
+32 bits where these count them all. Gradients are those of
 `causal_backward`.
 """
 
@@ -65,6 +66,7 @@ def forward_kernel(
     C_VEC: tl.constexpr,
     X_VEC: tl.constexpr,
     Y_VEC: tl.constexpr,
+    INDEX: tl.constexpr,
     ACC: tl.constexpr,
     VECTOR: tl.constexpr,
     UNIT: tl.constexpr,
@@ -75,7 +77,7 @@ def forward_kernel(
     STEP: tl.constexpr = UNIT if ROWS else UNIT * RUNS
     x_s = x_s.to(tl.int64)
     y_s = y_s.to(tl.int64)
-    _, sample, channel, valid, position = tile_of(C, splits, steps, UNIT, C_VEC, RUNS, BLOCK_C, ROWS)
+    _, sample, channel, valid, position = tile_of(C, splits, steps, UNIT, C_VEC, RUNS, BLOCK_C, ROWS, INDEX)
     taps, b = parameters(w, bias, channel, valid, W, HAS_BIAS, ACC)
     x_at = start_of(x, sample, channel, position, x_sb, x_s, X_VEC, ROWS)
     y_at = start_of(y, sample, channel, position, y_sb, y_s, Y_VEC, ROWS)
@@ -130,12 +132,11 @@ def update_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """L steps of BLOCK_C channels of one sample, a thread for each channel; the state moves along in place."""
-    blocks = tl.cdiv(C, BLOCK_C)
+    blocks = tl.cdiv(C.to(tl.int64), BLOCK_C).to(tl.int32)
     sample = (tl.program_id(0) // blocks).to(tl.int64)
-    channel = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     valid = channel < C
     taps, b = parameters(w, bias, channel, valid, W, HAS_BIAS, ACC)
-    channel = channel.to(tl.int64)
     x_at = x + sample * x_sb + channel * x_sc
     y_at = y + sample * y_sb + channel * y_sc
     state_at = state + sample * state_sb + channel * state_sc

@@ -99,6 +99,7 @@ def backward_kernel(
     X_VEC: tl.constexpr,
     Y_VEC: tl.constexpr,
     DX_VEC: tl.constexpr,
+    INDEX: tl.constexpr,
     ACC: tl.constexpr,
     VECTOR: tl.constexpr,
     UNIT: tl.constexpr,
@@ -110,7 +111,7 @@ def backward_kernel(
     x_s = x_s.to(tl.int64)
     y_s = y_s.to(tl.int64)
     dx_s = dx_s.to(tl.int64)
-    slab, sample, channel, valid, position = tile_of(C, splits, steps, UNIT, C_VEC, RUNS, BLOCK_C, ROWS)
+    slab, sample, channel, valid, position = tile_of(C, splits, steps, UNIT, C_VEC, RUNS, BLOCK_C, ROWS, INDEX)
     taps, b = parameters(w, bias, channel, valid, W, HAS_BIAS, ACC)
     x_at = start_of(x, sample, channel, position, x_sb, x_s, X_VEC, ROWS)
     dy_at = start_of(dy, sample, channel, position, y_sb, y_s, Y_VEC, ROWS)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..causal_config import CausalConfig, CausalProblem, steps
+from ..causal_config import CausalConfig, CausalProblem, index_bits, steps
 from .indexing import INTERPRETED, channel_block, power_of_two_in
 
 # What changes with the sequence must not be specialised, or every length would be compiled anew.
@@ -78,19 +78,20 @@ def tile_of(
     RUNS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
+    INDEX: tl.constexpr,
 ):
     """(slab, sample, channels, which of them there are, first positions): what a program computes; all are 2-D tiles.
 
-    A slab is one sample's share of positions, of which there are `splits`.
+    A slab is one sample's share of positions, of which there are `splits`. Channels and positions count in INDEX.
     """
-    blocks = tl.cdiv(C, BLOCK_C)
+    blocks = tl.cdiv(C.to(INDEX), BLOCK_C).to(tl.int32)
     slab = tl.program_id(0) // blocks
-    channel, valid = channel_block(tl.program_id(0) % blocks * BLOCK_C, C, BLOCK_C, C_VEC)
-    start = slab % splits * (RUNS * steps * UNIT)
-    run = tl.arange(0, RUNS)
+    channel, valid = channel_block((tl.program_id(0) % blocks).to(INDEX) * BLOCK_C, C, BLOCK_C, C_VEC)
+    start = slab % splits * (steps.to(INDEX) * (RUNS * UNIT))
+    run = tl.arange(0, RUNS).to(INDEX)
     sample = (slab // splits).to(tl.int64)
     if ROWS:
-        return slab, sample, channel[None, :], valid[None, :], start + (run * (steps * UNIT))[:, None]
+        return slab, sample, channel[None, :], valid[None, :], start + (run * (steps.to(INDEX) * UNIT))[:, None]
     else:
         return slab, sample, channel[:, None], valid[:, None], start + (run * UNIT)[None, :]
 
@@ -232,6 +233,7 @@ def arguments(p: CausalProblem, config: CausalConfig, **strides: tuple[int, ...]
         "HAS_STATE": p.has_state,
         "ROWS": p.rows,
         "C_VEC": min(power_of_two_in(p.C), config.channels) if p.rows else 1,
+        "INDEX": getattr(tl, f"int{index_bits(p, config)}"),
         "ACC": accumulator(p),
         "VECTOR": 16 // p.item_bytes,
         "UNIT": config.unit,
