@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, max_pool2d, relu
 
-from . import branches_ops, functional
+from . import arguments, branches_ops, functional
 from .branches import Branch, multi_conv2d
 
 __all__ = ["ASPP", "InceptionBranches", "SelectiveKernel"]
@@ -43,7 +43,7 @@ def _conv(C: int, K: int, taps: int = 1, dilation: int = 1, **options) -> nn.Con
 def _check_sizes(module: nn.Module, **numbers: Any) -> None:
     """Raises for what is no whole number, or below one."""
     name = type(module).__name__
-    functional.check_sizes(name, 2, {}, **numbers)
+    arguments.check_sizes(name, 2, {}, **numbers)
     for argument, value in numbers.items():
         if value < 1:
             raise ValueError(f"{name}(): {argument} must be a positive integer, but got {argument}={value}")
@@ -199,7 +199,7 @@ class SelectiveKernel(nn.Module):
         super().__init__()
         _check_sizes(self, channels=channels, branches=branches, groups=groups, reduction=reduction)
         where: dict[str, Any] = {"device": device, "dtype": dtype}
-        every = functional._index(type(self).__name__, "branches", branches * channels)
+        every = arguments.index_of(type(self).__name__, "branches", branches * channels)
         norm = nn.BatchNorm2d(every, **where)  # before its branches: it raises where they are too many
         convs = [_conv(channels, channels, 3, 1 + i, groups=groups, **where) for i in range(branches)]
         self.convs, self.norm = nn.ModuleList(convs), norm
