@@ -475,15 +475,21 @@ def test_a_sweep_that_is_ended_at_any_moment_leaves_a_store_that_another_goes_on
     command = ["--simulate", "--store", place, *SHAPE, "--candidates", 12]
     fork = multiprocessing.get_context("fork")
 
-    def sweep():
+    def sweep(begun):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-            os._exit(tune(*command))
+            try:
+                begun.set()
+                os._exit(tune(*command))
+            except KeyboardInterrupt:  # before the command began, which then is Python's to end
+                os._exit(130)
 
     seen, codes = set(), []
     for _ in range(5):
-        process = fork.Process(target=sweep)
+        begun = fork.Event()
+        process = fork.Process(target=sweep, args=(begun,))
         process.start()
+        assert begun.wait(60)
         time.sleep(rng.uniform(0.05, 0.6))
         os.kill(process.pid, number)
         process.join(60)
