@@ -310,6 +310,13 @@ def test_an_update_writes_the_state_where_it_is(kernels):
     assert torch.equal(memory.isnan(), before)
 
 
+@pytest.mark.parametrize(("C", "L"), [(1, 2**31 + 5), (2**29, 1)])
+def test_sequences_and_channels_have_any_length(C, L):
+    x, w = torch.empty(1, C, L, device="meta"), torch.empty(C, 4, device="meta")
+    y, state = causal_conv1d(x, w, return_final_state=True)
+    assert (y.shape, state.shape) == (x.shape, (1, C, 3))
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_state_that_lies_on_itself_cannot_be_updated(device):
     state = torch.zeros(1, 3, 2, device=device).expand(2, 3, 2)
