@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from triton_conv import cli, functional, fuzz
+from triton_conv import branches, cli, functional, fuzz
 from triton_conv.fuzz.convolutions import Convolution
 from triton_conv.fuzz.placing import PLACES, placed
+from triton_conv.fuzz.running import drawn
 
 CORPUS = sorted((Path(__file__).parent / "corpus").glob("*.txt"))
 EVERY_KERNEL = {
@@ -54,6 +55,24 @@ def test_random_cases_agree_on_the_reference(family):
     """Of plain torch: the oracles and the calls that reach it, without kernels."""
     failed = [outcome for outcome in fuzz.sweep(fuzz.numbered([family], 3, 0, 6), seconds=0) if not outcome.ok]
     assert not failed
+
+
+def _launches(b):
+    """What multi_conv2d of a drawn case plans forward."""
+    shapes = b.shapes()
+    given = [
+        (shapes[f"w{i}"][0], {"stride": b.stride, "padding": p, "dilation": d, "groups": g, "channels": channels})
+        for i, (_, _, p, d, g, _, channels) in enumerate(b.parts)
+    ]
+    how = {"dtype": getattr(torch, b.dtype), "combine": b.combine, "precision": b.precision_, "one_launch": True}
+    found = branches.plans(shapes["x"][0], given[0][0], branches=given, **how)
+    return [p for name, p in found.items() if name.startswith("forward")]
+
+
+def test_one_launch_is_drawn_where_one_launch_can():
+    cases = [b for b in (drawn("branches", 3, number) for number in range(150)) if b.one_launch and b.N]
+    assert len(cases) > 50
+    assert [b for b in cases if not all(isinstance(p, branches.BranchesPlan) for p in _launches(b))] == []
 
 
 @pytest.mark.slow

@@ -85,8 +85,9 @@ def multi_conv2d(
 
     Raises RuntimeError, naming shapes, for branches whose output extents differ (for a sum, or channels), channels
     that the input has not, no branches, everything that `conv2d` raises for, and with one_launch=True for what one
-    launch cannot do: other dtypes than floats, depthwise branches only, sums of branches with different groups or of
-    more than eight; TypeError for a branch that is no Branch; ValueError for another `combine`.
+    launch cannot do: other dtypes than floats, nothing but groups whose channels in times channels out are eight or
+    fewer, as depthwise ones are, sums of branches with different groups or of more than eight; TypeError for a branch
+    that is no Branch; ValueError for another `combine`.
     """
     name = "multi_conv2d"
     if not isinstance(branches, Sequence) or not all(isinstance(b, Branch) for b in branches):

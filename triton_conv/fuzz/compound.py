@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import branches, separable
+from .. import branches, config, separable
 from ..cases import Case, depth
 from ..geometry import Role
 from ..oracle import convolved
@@ -174,7 +174,7 @@ class Branches(Drawn):
 
     def _one_launch(self) -> bool:
         cases = self.cases
-        if all(case.groups == case.C > 1 or case.groups == case.C for case in cases):
+        if all(case.C // case.groups * (case.K // case.groups) <= config.WITHOUT_DOT for case in cases):
             return False
         return self.combine != "sum" or (len({case.groups for case in cases}) == 1 and len(cases) <= 8)
 
