@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from halves import half_of
+from halves import first_of, half_of
 from picked import kernels_of
 
 from triton_conv import config, execute, explain, plan
@@ -102,9 +102,10 @@ def test_right_and_picked_where_it_can_be(case, expected, kernels):
 
 
 BOXED = [case for case, expected in CASES if expected in (ALL, BOTH)]
+COMPARED = first_of([BOXED[i] for i in (4, 8, 12, 20, 24, 0, 6, 18)], 5)  # the last are large
 
 
-@pytest.mark.parametrize("case", [*BOXED[4:13:4], *BOXED[20:25:4]], ids=lambda case: case.id)
+@pytest.mark.parametrize("case", COMPARED, ids=lambda case: case.id)
 def test_box_and_gather_agree(case, kernels):
     operands = case.operands(1, kernels)
     runs = {Role.WGRAD: BoxConfig(IN_W, 64, 16, splits=2)} if case.dtype is not torch.float32 else {}
